@@ -1,0 +1,21 @@
+"""From a folded PyTorch graph to a verified ONNX file, and the report about it."""
+
+from pn_compiler.export.files import check_writable, write_atomically
+from pn_compiler.export.report import Check, Report, count_onnx_operators
+from pn_compiler.export.to_onnx import DEFAULT_OPSET, timed, write_onnx
+from pn_compiler.export.verify import TOLERANCE, make_session, relative_error, verify_onnx
+
+__all__ = [
+    "DEFAULT_OPSET",
+    "TOLERANCE",
+    "Check",
+    "Report",
+    "check_writable",
+    "count_onnx_operators",
+    "make_session",
+    "relative_error",
+    "timed",
+    "verify_onnx",
+    "write_atomically",
+    "write_onnx",
+]

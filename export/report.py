@@ -1,0 +1,127 @@
+"""What is said after a compilation: to people as text, to machines as JSON."""
+
+import collections
+import dataclasses
+import json
+from typing import Any
+
+import onnx
+
+from pn_compiler.diagnostics import Diagnostic, Site, format_sites, format_table
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Check:
+    """One comparison of the ONNX file with the PyTorch model.
+
+    Attributes:
+        batch: batch size.
+        optimized: whether onnxruntime's graph optimizations were on.
+        output: name of the worst output.
+        error: largest absolute difference of that output, relative to its largest magnitude.
+    """
+
+    batch: int
+    optimized: bool
+    output: str
+    error: float
+
+
+@dataclasses.dataclass(slots=True)
+class Report:
+    """Result of `pn_compiler.export_onnx` and `pn_compiler.compile`.
+
+    Attributes:
+        path: the ONNX file.
+        opset_version, ir_version: of that file.
+        inputs, outputs: name, shape and element type of each; a dynamic axis has a name.
+        input_shape_source: where the input shape came from.
+        sites: one record a BatchNorm of the input model; empty if it was not converted here.
+        notes: diagnostics of the conversion.
+        parameters_before, parameters_after: number of trained values, before conversion and in the file.
+        operators_before, operators_after: operators of the traced input model and of the ONNX file.
+        checks: the comparisons that were made; empty with ``verify=False``.
+        tolerance: largest relative error that was accepted.
+        float32_error: relative error of PyTorch's own float32 result, for comparison.
+        reference: dtype of the PyTorch model that the file was compared with.
+        file_bytes: size of the ONNX file.
+        seconds: duration of each stage.
+        versions: of the packages that took part.
+    """
+
+    path: str = ""
+    opset_version: int = 0
+    ir_version: int = 0
+    inputs: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+    outputs: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+    input_shape_source: str = "given"
+    sites: tuple[Site, ...] = ()
+    notes: tuple[Diagnostic, ...] = ()
+    parameters_before: int = 0
+    parameters_after: int = 0
+    operators_before: dict[str, int] = dataclasses.field(default_factory=dict)
+    operators_after: dict[str, int] = dataclasses.field(default_factory=dict)
+    checks: tuple[Check, ...] = ()
+    tolerance: float | None = None
+    float32_error: float | None = None
+    reference: str | None = None
+    file_bytes: int = 0
+    seconds: dict[str, float] = dataclasses.field(default_factory=dict)
+    versions: dict[str, str] = dataclasses.field(default_factory=dict)
+
+    @property
+    def max_error(self) -> float | None:
+        """Largest relative error over all checks; None if nothing was verified."""
+        return max((check.error for check in self.checks), default=None)
+
+    def to_json(self) -> str:
+        content = dataclasses.asdict(self) | {"max_error": self.max_error}
+        return json.dumps(content, indent=2) + "\n"
+
+    def __str__(self) -> str:
+        lines = [format_sites(self.sites), ""] if self.sites else []
+        lines += [str(note) for note in self.notes if note.severity == "warning" or not note.site]
+        names = sorted({*self.operators_before, *self.operators_after})
+        rows = [
+            (n, str(self.operators_before.get(n, "")), str(self.operators_after.get(n, ""))) for n in names
+        ]
+        lines += [format_table(("operator", "before", "after"), rows), ""]
+        lines.append(f"parameters  {self.parameters_before:,} -> {self.parameters_after:,}")
+        for label, values in (("input", self.inputs), ("output", self.outputs)):
+            lines += [f"{label:<11} {v['name']} {v['shape']} {v['dtype']}" for v in values]
+        if self.input_shape_source != "given":
+            lines.append(f"input shape {self.input_shape_source}")
+        lines.append(self._verdict())
+        stages = ", ".join(f"{name} {seconds:.1f}" for name, seconds in self.seconds.items())
+        lines.append(f"seconds     {stages}")
+        lines.append(
+            f"wrote       {self.path} ({self.file_bytes / 1e6:.2f} MB, opset {self.opset_version}, "
+            f"IR {self.ir_version})"
+        )
+        return "\n".join(lines)
+
+    def _verdict(self) -> str:
+        if not self.checks:
+            return "verified    no"
+        batches = sorted({check.batch for check in self.checks})
+        return (
+            f"verified    largest error {self.max_error:.1e} (relative, limit {self.tolerance:.1e}) to "
+            f"{self.reference} PyTorch at batch {' and '.join(map(str, batches))}; "
+            f"PyTorch's own in float32: {self.float32_error:.1e}"
+        )
+
+
+def count_onnx_operators(model: onnx.ModelProto) -> dict[str, int]:
+    return dict(sorted(collections.Counter(node.op_type for node in model.graph.node).items()))
+
+
+def describe_values(values: Any) -> list[dict[str, Any]]:
+    """Name, shape and element type of the inputs or outputs of an ONNX graph."""
+    return [
+        {
+            "name": value.name,
+            "shape": [d.dim_param or d.dim_value for d in value.type.tensor_type.shape.dim],
+            "dtype": onnx.TensorProto.DataType.Name(value.type.tensor_type.elem_type).lower(),
+        }
+        for value in values
+    ]

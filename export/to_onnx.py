@@ -1,0 +1,184 @@
+"""From a PyTorch model to a verified ONNX file."""
+
+import contextlib
+import importlib.metadata
+import logging
+import time
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import onnx
+import torch
+from torch import nn
+
+from pn_compiler.errors import ExportError
+from pn_compiler.export.files import check_writable, write_atomically
+from pn_compiler.export.report import Report, count_onnx_operators, describe_values
+from pn_compiler.export.simplify import freeze_reshapes
+from pn_compiler.export.verify import TOLERANCE, imitate, verify_onnx
+from pn_compiler.graph_utils import count_parameters
+from pn_compiler.pass_base import Progress
+
+#: The newest opset whose GroupNorm lowering has CPU kernels; with IR 9, onnxruntime 1.17 and later load it.
+DEFAULT_OPSET = 20
+OPSETS = range(18, 25)
+VERIFIED_BATCHES = (1, 3)
+
+
+def write_onnx(
+    folded: nn.Module,
+    reference: nn.Module,
+    path: Path,
+    example_inputs: tuple[Any, ...],
+    *,
+    opset_version: int = DEFAULT_OPSET,
+    dynamic_batch: bool = True,
+    verify: bool = True,
+    tolerance: float = TOLERANCE,
+    report: Report | None = None,
+    progress: Progress | None = None,
+) -> Report:
+    """Exports `folded` to `path`, after comparing the result with `reference`.
+
+    Args:
+        folded: what is exported, in eval mode.
+        reference: what it is compared with, in eval mode.
+        path: written whole or not at all, at the very end.
+        example_inputs: tensors whose first axis is the batch.
+        opset_version: ONNX operator set, 18 to 24.
+        dynamic_batch: whether the file takes any batch size; else that of the example.
+        verify: whether the result is compared, with onnxruntime, at batch 1 and 3.
+        tolerance: largest relative error; see `pn_compiler.export.verify`.
+        report: filled in, if given.
+        progress: told the name of each stage.
+
+    Raises:
+        ExportError: bad arguments, the exporter fails, or the file cannot be written.
+        VerificationError: the ONNX model computes something else.
+    """
+    _check_arguments(path, example_inputs, opset_version)
+    report = Report() if report is None else report
+    say = progress or (lambda stage: None)
+    with timed(report, "export", say):
+        proto = _export(folded, example_inputs, opset_version, dynamic_batch=dynamic_batch)
+    with timed(report, "check", say):
+        _check(proto)
+    if verify:
+        batches = VERIFIED_BATCHES if dynamic_batch else (example_inputs[0].shape[0],)
+        with timed(report, "verify", say):
+            result = verify_onnx(proto, reference, example_inputs, batches, tolerance=tolerance)
+        report.checks, report.tolerance = result.checks, result.tolerance
+        report.float32_error, report.reference = result.float32_error, result.reference
+    with timed(report, "write", say):
+        content = proto.SerializeToString()
+        write_atomically(path, content)
+    report.path, report.file_bytes = str(path), len(content)
+    report.opset_version, report.ir_version = opset_version, proto.ir_version
+    report.inputs = describe_values(proto.graph.input)
+    report.outputs = describe_values(proto.graph.output)
+    report.operators_after = count_onnx_operators(proto)
+    report.parameters_after = count_parameters(folded)
+    report.versions = {
+        name: importlib.metadata.version(name)
+        for name in ("pn-compiler", "torch", "onnx", "onnxruntime", "onnxscript")
+    }
+    return report
+
+
+@contextlib.contextmanager
+def timed(report: Report, stage: str, say: Progress) -> Iterator[None]:
+    """Announces a stage and notes its seconds in the report."""
+    say(stage)
+    start = time.perf_counter()
+    yield
+    report.seconds[stage] = time.perf_counter() - start
+
+
+def _check_arguments(path: Path, example_inputs: tuple[Any, ...], opset_version: int) -> None:
+    check_writable(path)
+    if opset_version not in OPSETS:
+        raise ExportError(f"opset {opset_version}: expected {OPSETS.start} to {OPSETS.stop - 1}")
+    if not example_inputs or not all(isinstance(x, torch.Tensor) for x in example_inputs):
+        raise ExportError("example_inputs: expected a tensor or a tuple of tensors")
+
+
+def _export(
+    model: nn.Module, example_inputs: tuple[Any, ...], opset_version: int, *, dynamic_batch: bool
+) -> onnx.ModelProto:
+    """The ONNX model that torch.onnx makes, with the IR version of its opset and no traces of source."""
+    dynamic_shapes = None
+    inputs = example_inputs
+    if dynamic_batch:
+        inputs = imitate(example_inputs, 2)  # torch.export takes a batch of 1 for a constant
+        batch = torch.export.Dim("batch", min=1)
+        dynamic_shapes = tuple({0: batch} if x.dim() else None for x in inputs)
+    try:
+        with _quiet():
+            program = torch.onnx.export(
+                model.eval(),
+                inputs,
+                dynamo=True,
+                opset_version=opset_version,
+                dynamic_shapes=dynamic_shapes,
+                verbose=False,
+            )
+    except Exception as error:
+        hint = "; if the batch axis is the cause, try a static batch" if dynamic_batch else ""
+        raise ExportError(f"torch.onnx cannot export the model: {_cause(error)}{hint}") from error
+    assert program is not None
+    proto: onnx.ModelProto = program.model_proto
+    _strip(proto)
+    freeze_reshapes(proto)
+    proto.ir_version = min(
+        proto.ir_version, max(8, onnx.helper.OP_SET_ID_VERSION_MAP[("ai.onnx", opset_version)])
+    )
+    proto.producer_name = "pn_compiler"
+    proto.producer_version = importlib.metadata.version("pn-compiler")
+    return proto
+
+
+def _strip(proto: onnx.ModelProto) -> None:
+    """Removes stack traces and module paths, which name files of the machine that compiled."""
+    del proto.metadata_props[:]
+    for part in (proto.graph, *proto.graph.node, *proto.graph.value_info, *proto.graph.initializer):
+        part.doc_string = ""
+        del part.metadata_props[:]
+    for value in (*proto.graph.input, *proto.graph.output):
+        value.doc_string = ""
+        del value.metadata_props[:]
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Silences what the exporter says about itself; its failures are exceptions."""
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "torch.export")]
+    levels = [logger.level for logger in loggers]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            for logger in loggers:
+                logger.setLevel(logging.ERROR)
+            yield
+        finally:
+            for logger, level in zip(loggers, levels, strict=True):
+                logger.setLevel(level)
+
+
+def _cause(error: BaseException) -> str:
+    """First line of the innermost exception."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    lines = [line for line in str(error).strip().splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0] if lines else ''}"
+
+
+def _check(proto: onnx.ModelProto) -> None:
+    try:
+        onnx.checker.check_model(proto, full_check=True)
+    except onnx.checker.ValidationError as error:
+        raise ExportError(f"the ONNX checker refuses the model: {error}") from error
+    domains = {node.domain for node in proto.graph.node} - {"", "ai.onnx"}
+    if domains:
+        raise ExportError(f"operators outside the ONNX standard: {', '.join(sorted(domains))}")

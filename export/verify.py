@@ -1,0 +1,161 @@
+"""Whether an ONNX model computes what the PyTorch model computes."""
+
+import copy
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from pn_compiler.errors import VerificationError
+from pn_compiler.export.report import Check
+
+TOLERANCE = 1e-5  # relative to the largest magnitude of an output
+_FLOAT32_FACTOR = 4.0
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Verification:
+    checks: tuple[Check, ...]
+    tolerance: float
+    float32_error: float
+    reference: str
+
+
+def verify_onnx(
+    proto: onnx.ModelProto,
+    model: nn.Module,
+    example_inputs: tuple[Any, ...],
+    batches: Sequence[int],
+    *,
+    tolerance: float = TOLERANCE,
+) -> Verification:
+    """Compares an ONNX model with `model` in float64, onnxruntime's optimizations off and on.
+
+    The limit is `tolerance`, or four times the error of PyTorch's own float32 result where the network
+    amplifies rounding so much that this is more.
+
+    Args:
+        proto: the ONNX model.
+        model: the PyTorch model, not folded, in eval mode.
+        example_inputs: their shapes and statistics are imitated.
+        batches: batch sizes to try.
+        tolerance: see above.
+
+    Raises:
+        VerificationError: an output differs by more than the limit, is not finite, or cannot be computed.
+    """
+    wide, reference_dtype = _reference(model, example_inputs)
+    names = [value.name for value in proto.graph.output]
+    input_names = [value.name for value in proto.graph.input]
+    serialized = proto.SerializeToString()
+    inputs = {batch: imitate(example_inputs, batch) for batch in batches}
+    expected = {batch: _run(wide, _cast(x, reference_dtype)) for batch, x in inputs.items()}
+    narrow = {batch: _run(model, x) for batch, x in inputs.items()}
+    float32_error = max(_worst(narrow[b], expected[b], names)[1] for b in batches)
+    if not np.isfinite(float32_error):
+        raise VerificationError("the PyTorch model's own output is not finite on random inputs")
+    limit = max(tolerance, _FLOAT32_FACTOR * float32_error)
+    checks = []
+    for optimized in (False, True):
+        session = make_session(serialized, optimized=optimized)  # one at a time
+        for batch, x in inputs.items():
+            feed = dict(zip(input_names, (value.numpy() for value in x), strict=True))
+            try:
+                outputs = [np.asarray(output) for output in session.run(names, feed)]
+            except Exception as error:
+                raise VerificationError(
+                    f"onnxruntime fails at batch {batch}: {str(error).splitlines()[0]}"
+                ) from error
+            output, worst = _worst(outputs, expected[batch], names)
+            if not worst <= limit:
+                raise VerificationError(
+                    f"output {output} differs from PyTorch by {worst:.1e} relative to its largest "
+                    f"magnitude at batch {batch} (limit {limit:.1e}), onnxruntime's optimizations "
+                    f"{'on' if optimized else 'off'}; nothing was written"
+                )
+            checks.append(Check(batch, optimized, output, worst))
+        del session
+    return Verification(tuple(checks), limit, float32_error, str(reference_dtype).removeprefix("torch."))
+
+
+def make_session(
+    model: bytes | str, *, optimized: bool = True, threads: int = 0
+) -> onnxruntime.InferenceSession:
+    """An onnxruntime CPU session; `threads` 0 means all cores."""
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3  # errors only
+    options.intra_op_num_threads = threads
+    level = onnxruntime.GraphOptimizationLevel
+    options.graph_optimization_level = level.ORT_ENABLE_ALL if optimized else level.ORT_DISABLE_ALL
+    return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+
+
+def imitate(example_inputs: tuple[Any, ...], batch: int) -> tuple[Tensor, ...]:
+    """Random inputs of batch size `batch` with the shapes, dtypes, means and deviations of the examples.
+
+    Integers and booleans are drawn from the values of the example.
+    """
+    generator = torch.Generator().manual_seed(batch)
+    results = []
+    for example in (value.detach().cpu() for value in example_inputs):
+        shape = (batch, *example.shape[1:]) if example.dim() else ()
+        if example.is_floating_point():
+            wide = example.double()
+            deviation = float(wide.std()) if example.numel() > 1 else 0.0
+            noise = torch.randn(shape, generator=generator)
+            value = (noise * (deviation or 1.0) + float(wide.mean())).to(example.dtype)
+        else:
+            picks = torch.randint(example.numel(), shape, generator=generator)
+            value = example.flatten()[picks]
+        results.append(value)
+    return tuple(results)
+
+
+def _reference(model: nn.Module, example_inputs: tuple[Any, ...]) -> tuple[nn.Module, torch.dtype]:
+    """`model` in float64, or as it is if it cannot be run so, and the dtype that its inputs take."""
+    wide = copy.deepcopy(model).double()
+    try:
+        _run(wide, _cast(imitate(example_inputs, 1), torch.float64))
+    except (RuntimeError, TypeError):  # a dtype is written into the forward
+        return model, torch.float32
+    return wide, torch.float64
+
+
+def _cast(inputs: tuple[Tensor, ...], dtype: torch.dtype) -> tuple[Tensor, ...]:
+    return tuple(x.to(dtype) if x.is_floating_point() else x for x in inputs)
+
+
+@torch.no_grad()
+def _run(model: nn.Module, inputs: tuple[Tensor, ...]) -> list[np.ndarray[Any, Any]]:
+    outputs = pytree.tree_leaves(model(*inputs))
+    return [output.numpy() for output in outputs if isinstance(output, Tensor)]
+
+
+def _worst(
+    got: list[np.ndarray[Any, Any]], expected: list[np.ndarray[Any, Any]], names: list[str]
+) -> tuple[str, float]:
+    """(name, relative error) of the output that is furthest from what is expected."""
+    if len(got) != len(expected):
+        raise VerificationError(f"{len(got)} outputs instead of {len(expected)}")
+    errors = [(relative_error(g, e), name) for g, e, name in zip(got, expected, names, strict=True)]
+    error, name = max(errors)
+    return name, error
+
+
+def relative_error(got: np.ndarray[Any, Any], expected: np.ndarray[Any, Any]) -> float:
+    """Largest absolute difference, relative to the largest magnitude expected; inf if not comparable."""
+    if got.shape != expected.shape or not np.isfinite(expected).all():
+        return float("inf")
+    if got.size == 0:
+        return 0.0
+    difference = float(np.abs(got.astype(np.float64) - expected.astype(np.float64)).max())
+    largest = float(np.abs(expected.astype(np.float64)).max())
+    if np.isnan(difference):
+        return float("inf")
+    return difference / largest if largest > 0 else difference

@@ -1,0 +1,36 @@
+"""The passes, and the two pipelines that they form. Nothing registers itself: these lists are all."""
+
+from pn_compiler.config import TransformConfig
+from pn_compiler.pass_base import GraphPass
+from pn_compiler.passes.canonicalize_activations import CanonicalizeActivations
+from pn_compiler.passes.canonicalize_modules import CanonicalizeModules
+from pn_compiler.passes.fold_proxy_norm import FoldProxyNorm
+from pn_compiler.passes.insert_proxy_norm import InsertProxyNorm
+from pn_compiler.passes.remove_dead_modules import RemoveDeadModules
+from pn_compiler.passes.replace_batch_norm import ReplaceBatchNorm
+from pn_compiler.passes.route_affine import RouteAffine
+
+
+def transform_pipeline(config: TransformConfig) -> tuple[GraphPass, ...]:
+    """The passes of `pn_compiler.transform`, in order: BatchNorm in, proxy normalization out."""
+    return (
+        CanonicalizeModules(),  # functional and fused layers become modules: the rest match modules only
+        CanonicalizeActivations(),  # likewise, and in-place effects become edges that can be followed
+        ReplaceBatchNorm(config),  # changes outputs on purpose; the warm start is computed here
+        InsertProxyNorm(config),  # reads the new normalizers' affine; consumers undo it in a warm start
+        *(
+            (RouteAffine(through_padding=True),)  # the padding then stands before the shift
+            if config.proxy_padding == "activation"
+            else ()
+        ),
+        RemoveDeadModules(),  # last: drops what the rewrites orphaned
+    )
+
+
+def fold_pipeline() -> tuple[GraphPass, ...]:
+    """The passes of `pn_compiler.fold`, in order: proxy statistics become constants. Eval only."""
+    return (
+        RouteAffine(through_padding=False),  # what is still whole sinks as far as it exactly can
+        FoldProxyNorm(),  # constants go into weights, biases and bounds
+        RemoveDeadModules(),  # last: drops what the rewrites orphaned
+    )

@@ -1,0 +1,170 @@
+"""Where the scale and shift of a site can go: the rules in tables, and the walk over the graph."""
+
+import dataclasses
+
+from torch import fx, nn
+
+from pn_compiler.graph_utils import called_module, module_calls
+from pn_compiler.nn import INPUT_AFFINE
+from pn_compiler.ranks import flattens_module, rank
+from pn_compiler.spelling import flattens_channels, operands, operator_name, reduced_dims
+
+# A scale r > 0 and a shift v per channel commute with an operator L if L(a r + v) = L(a) r + v. Max
+# pooling pads with -inf; dropout belongs here as padding does: what it drops is a, before the shift.
+_COMMUTING_MODULES = (
+    nn.Identity,
+    nn.modules.dropout._DropoutNd,
+    nn.modules.pooling._MaxPoolNd,
+    nn.modules.pooling._AdaptiveAvgPoolNd,
+    nn.modules.pooling._AdaptiveMaxPoolNd,
+)
+_COMMUTING_NAMES = {
+    "contiguous",
+    *(f"{name}{n}d" for name in ("max_pool", "adaptive_avg_pool") for n in (1, 2, 3)),
+    *(f"{name}dropout{n}" for name in ("", "feature_") for n in ("", "1d", "2d", "3d")),
+}
+_AVERAGE_POOLS = tuple(f"avg_pool{n}d" for n in (1, 2, 3))
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Blocked:
+    """An edge that the shift cannot cross: `user` needs the full value of `value`."""
+
+    value: fx.Node
+    user: fx.Node
+    reason: str
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Route:
+    """Where the affine of one site goes.
+
+    Attributes:
+        absorbers: linear operators that take it in.
+        blocked: edges where it must be applied instead.
+    """
+
+    absorbers: tuple[fx.Node, ...]
+    blocked: tuple[Blocked, ...]
+
+
+def find_route(graph: fx.GraphModule, start: fx.Node, num_channels: int, *, through_padding: bool) -> Route:
+    """Follows the value of `start`, [N, num_channels, *], to everything that reads it.
+
+    Args:
+        graph: with ranks inferred.
+        start: output of a site.
+        num_channels: C.
+        through_padding: whether zero padding stands before the affine (``proxy_padding="activation"``),
+            so that a padded operator lets a shift pass.
+    """
+    absorbers: dict[fx.Node, None] = {}
+    blocked: list[Blocked] = []
+    values, seen = [start], {start}
+    while values:
+        value = values.pop()
+        for user in value.users:
+            if _commutes(graph, user, value, through_padding=through_padding):
+                if user not in seen:
+                    seen.add(user)
+                    values.append(user)
+                continue
+            reason = _refusal(graph, user, value, num_channels, through_padding=through_padding)
+            if reason is None:
+                absorbers[user] = None
+            else:
+                blocked.append(Blocked(value, user, reason))
+    return Route(tuple(absorbers), tuple(blocked))
+
+
+def _commutes(graph: fx.GraphModule, user: fx.Node, value: fx.Node, *, through_padding: bool) -> bool:
+    """Whether the affine of `value` can be applied to the output of `user` instead."""
+    if not user.args or user.args[0] is not value:
+        return False
+    module = called_module(graph, user)
+    if module is not None:
+        return _module_commutes(module, through_padding=through_padding)
+    name = operator_name(user)
+    if name in _COMMUTING_NAMES:
+        return not user.kwargs.get("return_indices")
+    if name in _AVERAGE_POOLS:
+        given = operands(user, "kernel_size", "stride", "padding", "ceil_mode", "count_include_pad")
+        padded = given.get("padding", 0) not in (0, (0,), (0, 0), [0, 0], (0, 0, 0), [0, 0, 0])
+        plain = given.get("divisor_override") is None and len(user.args) < 7
+        return plain and (through_padding or not padded or given.get("count_include_pad") is False)
+    return flattens_channels(user) or _averages_space(user, value)
+
+
+def _module_commutes(module: nn.Module, *, through_padding: bool) -> bool:
+    if isinstance(module, nn.modules.pooling._AvgPoolNd):
+        padded = any(module.padding) if isinstance(module.padding, tuple) else module.padding
+        plain = getattr(module, "divisor_override", None) is None
+        return plain and (through_padding or not padded or not module.count_include_pad)
+    if getattr(module, "return_indices", False):
+        return False
+    return isinstance(module, _COMMUTING_MODULES) or flattens_module(module)
+
+
+def _averages_space(user: fx.Node, value: fx.Node) -> bool:
+    """Whether `user` is a mean over all spatial dimensions, or over some and keeps them."""
+    reduced, before = reduced_dims(user), rank(value)
+    if reduced is None or before is None or before < 3:
+        return False
+    dims, keepdim = reduced
+    return all(d % before >= 2 for d in dims) and (keepdim or len(dims) == before - 2)
+
+
+def _refusal(
+    graph: fx.GraphModule,
+    user: fx.Node,
+    value: fx.Node,
+    num_channels: int,
+    *,
+    through_padding: bool,
+) -> str | None:
+    """Why `user` cannot take in the affine of `value`; None if it can."""
+    module = called_module(graph, user)
+    if module is None:
+        what = "the output of the model" if user.op == "output" else operator_name(user) or user.target
+        return f"{what} reads it"
+    where = f"{user.target} ({type(module).__name__})"
+    absorbing = type(module) in INPUT_AFFINE or type(module) in INPUT_AFFINE.values()
+    if not absorbing or user.args != (value,) or user.kwargs:
+        return f"{where} reads it"
+    if len(module_calls(graph)[str(user.target)]) > 1:
+        return f"{where} is called from several places"
+    if _is_tied(graph, module):
+        return f"{where} shares its weight with another module"
+    if isinstance(module, nn.Linear):
+        if rank(value) != 2:
+            known = rank(value)
+            return f"{where} acts on the last axis of " + (
+                "an input of unknown rank; pass example_inputs" if known is None else f"{known}"
+            )
+        fits = module.in_features % num_channels == 0
+    else:
+        assert isinstance(module, nn.modules.conv._ConvNd)
+        fits = module.in_channels == num_channels
+        if not through_padding and _pads_with_zeros(module):
+            return f"{where} pads its input with zeros"
+    return None if fits else f"{where} reads other channels"
+
+
+def _pads_with_zeros(conv: nn.modules.conv._ConvNd) -> bool:
+    if conv.padding_mode != "zeros":
+        return False  # reflect, replicate and circular padding repeat values, affine included
+    padding = conv.padding
+    if isinstance(padding, str):
+        return padding == "same" and any(k > 1 for k in conv.kernel_size)
+    return any(padding)
+
+
+def _is_tied(graph: fx.GraphModule, module: nn.Module) -> bool:
+    """Whether another module, or the graph itself, reads a parameter of `module`."""
+    own = {id(p) for p in module.parameters()}
+    others = (m for m in graph.modules() if m is not module)
+    if any(id(p) in own for m in others for p in m._parameters.values()):
+        return True
+    paths = {name for name, m in graph.named_modules() if m is module}
+    reads = (str(n.target) for n in graph.graph.nodes if n.op == "get_attr")
+    return any(read.rpartition(".")[0] in paths for read in reads)

@@ -1,0 +1,231 @@
+"""The pass that turns functional and fused layers into the modules of torch.nn."""
+
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from pn_compiler.graph_utils import (
+    add_module,
+    call_module_after,
+    module_calls,
+    replace_module,
+)
+from pn_compiler.pass_base import GraphPass, PassResult
+from pn_compiler.ranks import rank
+from pn_compiler.spelling import operands, operator_name
+
+_CONVS: dict[str, type[nn.Module]] = {"conv1d": nn.Conv1d, "conv2d": nn.Conv2d, "conv3d": nn.Conv3d}
+_CONV_OPERANDS = ("weight", "bias", "stride", "padding", "dilation", "groups")
+_NORM_OPERANDS = {  # after the input
+    "F": ("running_mean", "running_var", "weight", "bias", "training", "momentum", "eps"),
+    "aten": ("weight", "bias", "running_mean", "running_var", "training", "momentum", "eps"),
+}
+_NORMS: dict[int, type[_BatchNorm]] = {
+    2: nn.BatchNorm1d,
+    3: nn.BatchNorm1d,
+    4: nn.BatchNorm2d,
+    5: nn.BatchNorm3d,
+}
+
+
+class CanonicalizeModules(GraphPass):
+    """Turns functional, ATen and fused conv, linear and batch_norm layers into torch.nn modules.
+
+    Given:   F.batch_norm(F.conv2d(x, c.weight), n.running_mean, ...)     Result:  n(c(x))
+             timm's BatchNormAct2d(x)                                              act(drop(bn(x)))
+    Leaves alone: calls whose operands are not the parameters of one owner (a batch_norm among them is
+        reported by ReplaceBatchNorm as PN106).
+    Outputs: preserved exactly.
+    """
+
+    preserves_outputs = True
+
+    def run(self, graph: fx.GraphModule) -> PassResult:
+        rewritten = 0
+        for path, calls in module_calls(graph).items():
+            if is_fused_norm_act(graph.get_submodule(path)):
+                _split(graph, path, calls)
+                rewritten += len(calls)
+        for node in list(graph.graph.nodes):
+            if counts_batches(node):  # num_batches_tracked += 1, of a BatchNorm to be replaced
+                graph.graph.erase_node(node)
+                rewritten += 1
+            elif node.op == "call_function":
+                rewritten += _modularize(graph, node)
+        return PassResult(rewritten)
+
+
+def is_fused_norm_act(module: nn.Module) -> bool:
+    """Whether `module` is BatchNorm, dropout and activation in one, as timm's BatchNormAct2d."""
+    return (
+        isinstance(module, _BatchNorm)
+        and type(module).__module__.startswith("timm.layers")
+        and isinstance(getattr(module, "act", None), nn.Module)
+        and isinstance(getattr(module, "drop", None), nn.Module)
+    )
+
+
+def _split(graph: fx.GraphModule, path: str, calls: list[fx.Node]) -> None:
+    fused: Any = graph.get_submodule(path)
+    plain = nn.BatchNorm2d(
+        fused.num_features,
+        fused.eps,
+        fused.momentum,
+        affine=fused.affine,
+        track_running_stats=fused.track_running_stats,
+        device="meta",
+    )
+    plain._parameters.update(fused._parameters)
+    plain._buffers.update(fused._buffers)
+    replace_module(graph, path, plain)
+    parts = {suffix: getattr(fused, suffix) for suffix in ("drop", "act")}
+    added = [
+        add_module(graph, f"{path}_{suffix}", part)
+        for suffix, part in parts.items()
+        if not isinstance(part, nn.Identity)
+    ]
+    for call in calls:
+        users, last = list(call.users), call
+        for part_path in added:
+            last = call_module_after(graph, last, part_path, (last,))
+        for user in users:
+            user.replace_input_with(call, last)
+
+
+def counts_batches(node: fx.Node) -> bool:
+    """Whether `node` increments a BatchNorm's num_batches_tracked, as exported training graphs do."""
+    return (
+        operator_name(node) == "add_"
+        and isinstance(node.args[0], fx.Node)
+        and str(node.args[0].target).endswith("num_batches_tracked")
+        and not node.users
+    )
+
+
+def norm_operands(node: fx.Node) -> dict[str, Any] | None:
+    """The operands of a functional batch_norm by name, whichever order they come in; else None."""
+    if operator_name(node) != "batch_norm":
+        return None
+    # F.batch_norm wants (running_mean, running_var, weight, bias); torch's and ATen's the reverse
+    functional = node.target is torch.nn.functional.batch_norm
+    return operands(node, *_NORM_OPERANDS["F" if functional else "aten"])
+
+
+def _modularize(graph: fx.GraphModule, node: fx.Node) -> int:
+    name = operator_name(node)
+    norm = norm_operands(node)
+    if norm is not None:
+        return _replace_by_module(graph, node, norm, _norm_like(graph, node, norm))
+    if name in _CONVS:
+        given = operands(node, *_CONV_OPERANDS)
+        return _replace_by_module(graph, node, given, _conv_like(graph, _CONVS[name], given))
+    if name == "linear":
+        given = operands(node, "weight", "bias")
+        weight = _tensor(graph, given.get("weight"))
+        layer = (
+            None
+            if weight is None
+            else nn.Linear(
+                weight.shape[1], weight.shape[0], bias=given.get("bias") is not None, device="meta"
+            )
+        )
+        return _replace_by_module(graph, node, given, layer)
+    return 0
+
+
+def _norm_like(graph: fx.GraphModule, node: fx.Node, given: dict[str, Any]) -> nn.Module | None:
+    known = rank(node)
+    tensors = [_tensor(graph, given.get(key)) for key in ("weight", "running_mean")]
+    sizes = [tensor.shape[0] for tensor in tensors if tensor is not None]
+    options = [given.get("momentum", 0.1), given.get("eps", 1e-5)]
+    if known not in _NORMS or not sizes or any(isinstance(o, fx.Node) for o in options):
+        return None
+    return _NORMS[known](
+        sizes[0],
+        eps=options[1],
+        momentum=options[0],
+        affine=given.get("weight") is not None,
+        track_running_stats=given.get("running_mean") is not None,
+        device="meta",
+    )
+
+
+def _conv_like(graph: fx.GraphModule, cls: type[nn.Module], given: dict[str, Any]) -> nn.Module | None:
+    weight = _tensor(graph, given.get("weight"))
+    if weight is None:
+        return None
+    options = {k: given[k] for k in ("stride", "padding", "dilation", "groups") if k in given}
+    if any(isinstance(o, fx.Node) for o in options.values()):
+        return None
+    spatial = weight.dim() - 2
+    for key in ("stride", "padding", "dilation"):
+        value = options.get(key)
+        if isinstance(value, list | tuple):
+            options[key] = tuple(value) * (spatial if len(value) == 1 else 1)
+    groups = options.get("groups", 1)
+    return cls(
+        weight.shape[1] * groups,
+        weight.shape[0],
+        tuple(weight.shape[2:]),
+        bias=given.get("bias") is not None,
+        device="meta",
+        **options,
+    )
+
+
+def _tensor(graph: fx.GraphModule, operand: Any) -> torch.Tensor | None:
+    """The parameter or buffer that `operand` reads, or None."""
+    if not isinstance(operand, fx.Node) or operand.op != "get_attr":
+        return None
+    owner, _, name = str(operand.target).rpartition(".")
+    value = getattr(graph.get_submodule(owner), name)
+    return value if isinstance(value, torch.Tensor) else None
+
+
+def _replace_by_module(
+    graph: fx.GraphModule, node: fx.Node, given: dict[str, Any], module: nn.Module | None
+) -> int:
+    """Puts `module`, with the tensors of `given`, at the path that owns them, and calls it."""
+    if module is None or not node.args:
+        return 0
+    tensors = {key: value for key, value in given.items() if isinstance(value, fx.Node)}
+    tensors = {key: value for key, value in tensors.items() if key != "training"}
+    owner = _common_owner(graph, tensors)
+    if owner is None:
+        return 0
+    holder = graph.get_submodule(owner)
+    if type(holder) is nn.Module:  # the container that tracing or exporting made for the parameters
+        module.train(holder.training)
+        for key in tensors:
+            kind = module._parameters if key in ("weight", "bias") else module._buffers
+            kind[key] = getattr(holder, key)
+        if isinstance(module, _BatchNorm) and module.track_running_stats:
+            counted = getattr(holder, "num_batches_tracked", torch.tensor(0))
+            module._buffers["num_batches_tracked"] = counted
+        graph.set_submodule(owner, module)
+    elif type(holder) is not type(module) or holder.extra_repr() != module.extra_repr():
+        return 0
+    with graph.graph.inserting_after(node):
+        call = graph.graph.call_module(owner, (node.args[0],))
+    call.meta = dict(node.meta)
+    node.replace_all_uses_with(call)
+    graph.graph.erase_node(node)
+    return 1
+
+
+def _common_owner(graph: fx.GraphModule, tensors: dict[str, fx.Node]) -> str | None:
+    """The path that owns all of `tensors` under their usual names, and nothing else; or None."""
+    owners = set()
+    for key, node in tensors.items():
+        owner, _, name = str(node.target).rpartition(".")
+        if node.op != "get_attr" or name != key or not owner:
+            return None
+        owners.add(owner)
+    if len(owners) != 1:
+        return None
+    holder = graph.get_submodule(owner := owners.pop())
+    held = {*holder._parameters, *holder._buffers} - {"num_batches_tracked"}
+    present = {key for key in held if getattr(holder, key) is not None}
+    return owner if present == set(tensors) and not list(holder.children()) else None

@@ -1,0 +1,19 @@
+"""The pass that drops what the others orphaned."""
+
+from torch import fx
+
+from pn_compiler.pass_base import GraphPass, PassResult
+
+
+class RemoveDeadModules(GraphPass):
+    """Removes modules that no node calls or reads any more.
+
+    Outputs: preserved exactly.
+    """
+
+    preserves_outputs = True
+
+    def run(self, graph: fx.GraphModule) -> PassResult:
+        before = len(list(graph.modules()))
+        graph.delete_all_unused_submodules()
+        return PassResult(before - len(list(graph.modules())))

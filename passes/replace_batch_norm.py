@@ -1,0 +1,148 @@
+"""The pass that puts a batch-independent normalizer in the place of each BatchNorm."""
+
+import torch
+from torch import fx, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from pn_compiler.config import TransformConfig, norm_name
+from pn_compiler.diagnostics import Diagnostic, Site, skipped
+from pn_compiler.errors import PostconditionError
+from pn_compiler.graph_utils import module_calls, replace_module
+from pn_compiler.pass_base import GraphPass, PassResult
+from pn_compiler.passes.canonicalize_modules import CanonicalizeModules, norm_operands
+from pn_compiler.ranks import rank
+from pn_compiler.site_table import put_site, site_table, update_site
+from pn_compiler.spelling import operator_name
+from pn_compiler.tracing import is_batch_norm
+from pn_compiler.warm_start import affine_from_running_stats, is_warm, plain_affine
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+class ReplaceBatchNorm(GraphPass):
+    """Replaces each BatchNorm by a GroupNorm that starts from its running statistics.
+
+    Given:   bn(C)                    Result:  gn(G, C) at the same path; G = 1 is LayerNorm over [C, *]
+    Leaves alone: PN103 frozen, PN104 no running statistics, PN105 unknown subclass, PN106 functional
+        with operands of mixed owners, PN107 one value per group, PN108 hooks, PN109 not finite.
+    Outputs: changed on purpose; kept where instance statistics equal the running statistics.
+    Source: docs/method.md, "Warm start".
+    """
+
+    runs_after = (CanonicalizeModules,)
+
+    def __init__(self, config: TransformConfig) -> None:
+        self.config = config
+
+    def run(self, graph: fx.GraphModule) -> PassResult:
+        notes: list[Diagnostic] = []
+        rewritten = 0
+        for path, calls in module_calls(graph).items():
+            norm = graph.get_submodule(path)
+            if not is_batch_norm(norm):
+                continue
+            refusal = self._refusal(path, norm, calls)
+            if refusal is not None:
+                notes.append(refusal)
+                put_site(graph, skipped(refusal))
+                continue
+            assert isinstance(norm, _BatchNorm)
+            num_groups, remark = self._groups(path, norm, calls)
+            put_site(graph, self._rewrite(graph, path, norm, num_groups))
+            if remark is not None:
+                notes.append(remark)
+                update_site(graph, path, remark)
+            rewritten += 1
+        for node in graph.graph.nodes:
+            if "batch_norm" in operator_name(node):
+                refusal = _unreadable(node)
+                notes.append(refusal)
+                put_site(graph, skipped(refusal))
+        return PassResult(rewritten, tuple(notes))
+
+    def ensures(self, graph: fx.GraphModule) -> None:
+        table = site_table(graph)
+        for path in module_calls(graph):
+            if is_batch_norm(graph.get_submodule(path)) and path not in table:
+                raise PostconditionError(f"{path} is a BatchNorm that no record accounts for")
+
+    def _refusal(self, path: str, norm: nn.Module, calls: list[fx.Node]) -> Diagnostic | None:
+        if not isinstance(norm, _BatchNorm):
+            return Diagnostic("PN103", path, f"{type(norm).__name__} is a constant affine")
+        if type(norm).forward not in (_BatchNorm.forward, nn.SyncBatchNorm.forward):
+            return Diagnostic(
+                "PN105",
+                path,
+                f"{type(norm).__module__}.{type(norm).__name__} may compute more than a BatchNorm",
+                "replace it by the torch.nn class if it does not",
+            )
+        if any(getattr(norm, hooks) for hooks in _HOOKS):
+            return Diagnostic("PN108", path, "it has hooks", "remove them before the conversion")
+        if norm.running_mean is None or norm.running_var is None:
+            if self.config.warm_start != "none":
+                return Diagnostic(
+                    "PN104", path, "it has no running statistics", "warm_start='none' converts it"
+                )
+        elif norm.running_mean.device.type != "meta" and not (
+            torch.isfinite(norm.running_mean).all()
+            and torch.isfinite(norm.running_var).all()
+            and (norm.running_var >= 0).all()
+        ):
+            return Diagnostic(
+                "PN109", path, "its running statistics are not finite", "retrain or repair them"
+            )
+        if norm.num_features == 1 and self._may_be_flat(norm, calls):
+            return Diagnostic("PN107", path, "[N, 1] holds one value per instance")
+        return None
+
+    @staticmethod
+    def _may_be_flat(norm: _BatchNorm, calls: list[fx.Node]) -> bool:
+        """Whether an input of `norm` is, or may be, [N, C]."""
+        one_dimensional = isinstance(norm, nn.BatchNorm1d | nn.SyncBatchNorm)
+        return one_dimensional and any(rank(call.all_input_nodes[0]) in (2, None) for call in calls)
+
+    def _groups(self, path: str, norm: _BatchNorm, calls: list[fx.Node]) -> tuple[int, Diagnostic | None]:
+        channels = norm.num_features
+        num_groups = self.config.groups_for(channels)
+        if num_groups == channels and channels > 1 and self._may_be_flat(norm, calls):
+            return 1, Diagnostic(
+                "PN206",
+                path,
+                f"{num_groups} groups of [N, {channels}] would hold one value each: LayerNorm over C",
+                "for [N, C, L] inputs, pass example_inputs",
+            )
+        asked = self.config.num_groups
+        if asked is not None and num_groups != asked:
+            return num_groups, Diagnostic(
+                "PN205",
+                path,
+                f"{asked} groups do not divide {channels} channels: {num_groups} groups",
+            )
+        return num_groups, None
+
+    def _rewrite(self, graph: fx.GraphModule, path: str, norm: _BatchNorm, num_groups: int) -> Site:
+        """Returns the record of the new normalizer."""
+        like = next((t for t in (norm.weight, norm.running_mean) if t is not None), torch.empty(0))
+        new = nn.GroupNorm(num_groups, norm.num_features, norm.eps, device=like.device, dtype=like.dtype)
+        warm = is_warm(norm, self.config.warm_start)
+        weight, bias = affine_from_running_stats(norm, num_groups) if warm else plain_affine(norm)
+        with torch.no_grad():
+            new.weight.copy_(weight)
+            new.bias.copy_(bias)
+        new.weight.requires_grad_(norm.weight is not None and norm.weight.requires_grad)
+        new.bias.requires_grad_(norm.bias is not None and norm.bias.requires_grad)
+        replace_module(graph, path, new)
+        kind = norm_name(num_groups, norm.num_features)
+        return Site(path, "norm_only", kind, num_groups, warm_start=warm)
+
+
+def _unreadable(node: fx.Node) -> Diagnostic:
+    operands = norm_operands(node) or {}
+    owners = [str(o.target) for o in operands.values() if isinstance(o, fx.Node)]
+    name = next((o.rpartition(".")[0] for o in owners if "." in o), node.name)
+    return Diagnostic(
+        "PN106",
+        name,
+        f"{operator_name(node)} on operands that are not the parameters and buffers of one module",
+        "use nn.BatchNorm; an exported program must come straight from torch.export.export",
+    )

@@ -1,0 +1,93 @@
+"""The pass that lets consumers take in the scale and shift of a site."""
+
+from torch import fx
+
+from pn_compiler.graph_utils import add_module, call_module_after, module_calls
+from pn_compiler.nn import INPUT_AFFINE, ChannelAffine, Output, ProxyNormAct
+from pn_compiler.pass_base import GraphPass, PassResult
+from pn_compiler.passes.absorption import Route, find_route
+from pn_compiler.passes.insert_proxy_norm import InsertProxyNorm
+from pn_compiler.passes.site_outputs import read_outputs, site_outputs
+
+
+class RouteAffine(GraphPass):
+    """Moves z = a r + v from a site to the linear operators that read it; the others get it where they read.
+
+    Given:   z = ProxyNormAct(x); conv(maxpool(z)); z + y
+    Result:  a, r, v = ProxyNormAct(x); InputAffineConv(maxpool(a), r, v); ChannelAffine(a, r, v) + y
+    Leaves alone: sites without a consumer that could take it in.
+    Outputs: preserved to rounding, but with ``through_padding`` a zero-padded operator pads a, not z.
+    Source: docs/method.md, "Where the padding stands".
+    """
+
+    runs_after = (InsertProxyNorm,)
+
+    def __init__(self, *, through_padding: bool) -> None:
+        self.through_padding = through_padding
+        self.preserves_outputs = not through_padding  # type: ignore[misc]  # depends on the option
+
+    def run(self, graph: fx.GraphModule) -> PassResult:
+        rewritten = 0
+        for path, calls in module_calls(graph).items():
+            site = graph.get_submodule(path)
+            if not isinstance(site, ProxyNormAct) or "output" not in site.outputs:
+                continue
+            starts = {call: site_outputs(graph, call)["output"] for call in calls}
+            routes = [
+                find_route(graph, z, site.num_channels, through_padding=self.through_padding)
+                for reads in starts.values()
+                for z in reads
+            ]
+            if any(route.absorbers for route in routes):
+                _open(graph, path, site, calls, routes)
+                rewritten += 1
+        return PassResult(rewritten)
+
+
+def _open(
+    graph: fx.GraphModule, path: str, site: ProxyNormAct, calls: list[fx.Node], routes: list[Route]
+) -> None:
+    """Makes the site hand out activation, scale and shift, and gives them to where the routes end."""
+    before = {call: site_outputs(graph, call) for call in calls}
+    had_affine = "affine" in site.outputs
+    remaining = iter(routes)
+    outputs: tuple[Output, ...] = ("activation", "scale", "shift")
+    site.outputs = (*outputs, "affine") if had_affine else outputs
+    if site.scales_affine:
+        site.outputs = ("activation", "shift")
+    for call, old in before.items():
+        values = read_outputs(graph, call)
+        scale, shift = values.get("scale"), values["shift"]
+        for z in old["output"]:
+            route = next(remaining)
+            _redirect(z, values["activation"], keep=set(values.values()))
+            for absorber in route.absorbers:
+                absorber.args = (absorber.args[0], scale, shift)
+                module = graph.get_submodule(str(absorber.target))
+                # a subclass that adds no state: names, hooks and options of the module stay
+                module.__class__ = INPUT_AFFINE[type(module)]
+            _apply_where_blocked(graph, path, route, z, values)
+        for affine in old.get("affine", ()):
+            _redirect(affine, values["affine"], keep=set())
+
+
+def _redirect(old: fx.Node, new: fx.Node, *, keep: set[fx.Node]) -> None:
+    """Users of `old` read `new`, except those in `keep`."""
+    for user in list(old.users):
+        if user not in keep:
+            user.replace_input_with(old, new)
+
+
+def _apply_where_blocked(
+    graph: fx.GraphModule, path: str, route: Route, z: fx.Node, values: dict[Output, fx.Node]
+) -> None:
+    applied: dict[fx.Node, fx.Node] = {}
+    for blocked in route.blocked:
+        value = values["activation"] if blocked.value is z else blocked.value
+        if value not in applied:
+            at = add_module(graph, f"{path}_affine", ChannelAffine())
+            last = value if value is not values["activation"] else values["shift"]
+            node = call_module_after(graph, last, at, (value, values.get("scale"), values["shift"]))
+            node.meta = dict(value.meta)
+            applied[value] = node
+        blocked.user.replace_input_with(value, applied[value])

@@ -1,0 +1,37 @@
+"""Reading the several outputs of a ProxyNormAct in a graph."""
+
+import operator
+
+from torch import fx
+
+from pn_compiler.graph_utils import called_module
+from pn_compiler.nn import Output, ProxyNormAct
+
+
+def site_outputs(graph: fx.GraphModule, call: fx.Node) -> dict[Output, list[fx.Node]]:
+    """The nodes that read each output of a ProxyNormAct call."""
+    module = called_module(graph, call)
+    assert isinstance(module, ProxyNormAct)
+    if len(module.outputs) == 1:
+        return {module.outputs[0]: [call]}
+    reads: dict[Output, list[fx.Node]] = {name: [] for name in module.outputs}
+    for user in call.users:
+        if user.target is operator.getitem and isinstance(user.args[1], int):
+            reads[module.outputs[user.args[1]]].append(user)
+    return reads
+
+
+def read_outputs(graph: fx.GraphModule, call: fx.Node) -> dict[Output, fx.Node]:
+    """One new node for each output of a ProxyNormAct call; the call itself if it has one only."""
+    module = called_module(graph, call)
+    assert isinstance(module, ProxyNormAct)
+    if len(module.outputs) == 1:
+        return {module.outputs[0]: call}
+    nodes: dict[Output, fx.Node] = {}
+    with graph.graph.inserting_after(call):
+        for index, name in reversed(list(enumerate(module.outputs))):
+            nodes[name] = graph.graph.call_function(operator.getitem, (call, index))
+    for name in ("output", "activation", "affine"):
+        if name in nodes:
+            nodes[name].meta = dict(call.meta)
+    return nodes

@@ -1,0 +1,22 @@
+"""Turns BatchNorm networks into batch-independent ones, and those into fast, verified ONNX."""
+
+from pn_compiler import nn
+from pn_compiler.api import compile, export_onnx, fold, transform  # noqa: A004  # public names
+from pn_compiler.diagnostics import Diagnostic, Site
+from pn_compiler.errors import PnCompilerError
+from pn_compiler.graph_module import notes, sites
+from pn_compiler.moments import proxy_moments
+
+__all__ = [
+    "Diagnostic",
+    "PnCompilerError",
+    "Site",
+    "compile",
+    "export_onnx",
+    "fold",
+    "nn",
+    "notes",
+    "proxy_moments",
+    "sites",
+    "transform",
+]

@@ -1,0 +1,198 @@
+"""The one table of activations: how each is spelled in a graph, and its shape as a function.
+
+Adding an activation is adding a row to `_BUILDERS`, and one to `_PIECES` if it is piecewise polynomial,
+else to `_KINKS`.
+"""
+
+import inspect
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+
+from pn_compiler.spelling import operator_name
+
+Coefficient = float | Tensor
+#: Pieces of a piecewise polynomial, in rising order: where the piece begins, and (c0, c1, c2) of
+#: c0 + c1 u + c2 u^2. The first begins at -inf.
+Pieces = tuple[tuple[float, tuple[Coefficient, Coefficient, Coefficient]], ...]
+
+
+def _ramp(lower: float, upper: float) -> Pieces:
+    """clip(u, lower, upper)"""
+    return (
+        (-math.inf, (lower, 0.0, 0.0)),
+        (lower, (0.0, 1.0, 0.0)),
+        (upper, (upper, 0.0, 0.0)),
+    )
+
+
+def _leaky(slope: Coefficient) -> Pieces:
+    return ((-math.inf, (0.0, slope, 0.0)), (0.0, (0.0, 1.0, 0.0)))
+
+
+_HALF_RELU: Pieces = ((-math.inf, (0.0, 0.0, 0.0)), (0.0, (0.0, 1.0, 0.0)))
+
+_PIECES: dict[type[nn.Module], Callable[[Any], Pieces]] = {
+    nn.Identity: lambda m: ((-math.inf, (0.0, 1.0, 0.0)),),
+    nn.ReLU: lambda m: _HALF_RELU,
+    nn.ReLU6: lambda m: _ramp(0.0, 6.0),
+    nn.Hardtanh: lambda m: _ramp(float(m.min_val), float(m.max_val)),
+    nn.LeakyReLU: lambda m: _leaky(float(m.negative_slope)),
+    nn.PReLU: lambda m: _leaky(m.weight),
+    nn.Threshold: lambda m: (
+        (-math.inf, (float(m.value), 0.0, 0.0)),
+        (float(m.threshold), (0.0, 1.0, 0.0)),
+    ),
+    nn.Hardswish: lambda m: (  # u (u + 3) / 6 between -3 and 3
+        (-math.inf, (0.0, 0.0, 0.0)),
+        (-3.0, (0.0, 0.5, 1 / 6)),
+        (3.0, (0.0, 1.0, 0.0)),
+    ),
+    nn.Hardsigmoid: lambda m: (  # u / 6 + 1/2 between -3 and 3
+        (-math.inf, (0.0, 0.0, 0.0)),
+        (-3.0, (0.5, 1 / 6, 0.0)),
+        (3.0, (1.0, 0.0, 0.0)),
+    ),
+}
+
+#: Smooth activations, with the points where their derivatives jump.
+_KINKS: dict[type[nn.Module], tuple[float, ...]] = {
+    nn.SiLU: (),
+    nn.GELU: (),
+    nn.Mish: (),
+    nn.Softplus: (),
+    nn.Sigmoid: (),
+    nn.LogSigmoid: (),
+    nn.Tanh: (),
+    nn.Tanhshrink: (),
+    nn.Softsign: (0.0,),
+    nn.ELU: (0.0,),
+    nn.SELU: (0.0,),
+    nn.CELU: (0.0,),
+}
+
+_HOMOGENEOUS = (nn.Identity, nn.ReLU, nn.LeakyReLU, nn.PReLU)
+
+
+def is_activation(module: nn.Module) -> bool:
+    """Whether `module` is an elementwise activation that the table knows; Identity is none."""
+    return type(module) is not nn.Identity and (type(module) in _PIECES or type(module) in _KINKS)
+
+
+def activation_name(module: nn.Module) -> str:
+    """Name for reports: the class name in lower case, such as "relu6"."""
+    return type(module).__name__.lower()
+
+
+def pieces_of(activation: object) -> Pieces | None:
+    """The pieces of a piecewise polynomial activation, else None."""
+    describe = _PIECES.get(type(activation))  # type: ignore[arg-type]  # any object may be asked
+    return describe(activation) if describe else None
+
+
+def kinks_of(activation: object) -> tuple[float, ...]:
+    """Points where a derivative of the activation jumps; 0 is assumed for an unknown callable."""
+    pieces = pieces_of(activation)
+    if pieces is not None:
+        return tuple(start for start, _ in pieces[1:])
+    return _KINKS.get(type(activation), (0.0,))  # type: ignore[arg-type]  # as above
+
+
+def is_homogeneous(activation: nn.Module) -> bool:
+    """Whether phi(k u) = k phi(u) for every k > 0: a positive scale commutes with it."""
+    return isinstance(activation, _HOMOGENEOUS)
+
+
+def clip_bounds(activation: nn.Module) -> tuple[float, float] | None:
+    """(lower, upper) if the activation is clip(u, lower, upper), else None."""
+    if type(activation) is nn.ReLU:
+        return 0.0, math.inf
+    if isinstance(activation, nn.Hardtanh):  # ReLU6 is a subclass
+        return float(activation.min_val), float(activation.max_val)
+    return None
+
+
+def same_activation(one: nn.Module, other: nn.Module) -> bool:
+    """Whether two activation modules compute the same function: one class, equal options."""
+    if one is other:
+        return True
+    if list(one.parameters()) or list(other.parameters()):
+        return False
+    return type(one) is type(other) and one.extra_repr() == other.extra_repr()
+
+
+# Spellings in a graph. Each builder has the signature of the function that it stands for, less the input.
+
+
+def _hardtanh(min_val: float = -1.0, max_val: float = 1.0, inplace: bool = False) -> nn.Module | None:
+    if not all(isinstance(bound, int | float) for bound in (min_val, max_val)):
+        return None
+    return nn.ReLU6() if (min_val, max_val) == (0, 6) else nn.Hardtanh(min_val, max_val)
+
+
+def _clamp(min: Any = None, max: Any = None) -> nn.Module | None:  # noqa: A002  # torch's names
+    if max is None and min == 0:
+        return nn.ReLU()
+    return _hardtanh(min, max) if min is not None and max is not None else None
+
+
+def _elu(
+    alpha: float = 1.0, scale: float = 1.0, input_scale: float = 1.0, inplace: bool = False
+) -> nn.Module | None:
+    return nn.ELU(alpha) if (scale, input_scale) == (1, 1) else None
+
+
+def _plain(cls: type[nn.Module]) -> Callable[..., nn.Module]:
+    def build(*, inplace: bool = False) -> nn.Module:
+        return cls()
+
+    return build
+
+
+_BUILDERS: dict[str, Callable[..., nn.Module | None]] = {
+    "relu": _plain(nn.ReLU),
+    "relu6": _plain(nn.ReLU6),
+    "silu": _plain(nn.SiLU),
+    "mish": _plain(nn.Mish),
+    "selu": _plain(nn.SELU),
+    "sigmoid": _plain(nn.Sigmoid),
+    "tanh": _plain(nn.Tanh),
+    "hardswish": _plain(nn.Hardswish),
+    "hardsigmoid": _plain(nn.Hardsigmoid),
+    "logsigmoid": _plain(nn.LogSigmoid),
+    "log_sigmoid": _plain(nn.LogSigmoid),
+    "softsign": _plain(nn.Softsign),
+    "tanhshrink": _plain(nn.Tanhshrink),
+    "gelu": lambda approximate="none": nn.GELU(approximate),
+    "leaky_relu": lambda negative_slope=0.01, inplace=False: nn.LeakyReLU(negative_slope),
+    "celu": lambda alpha=1.0, inplace=False: nn.CELU(alpha),
+    "softplus": lambda beta=1.0, threshold=20.0: nn.Softplus(beta, threshold),
+    "threshold": lambda threshold, value, inplace=False: nn.Threshold(threshold, value),
+    "elu": _elu,
+    "hardtanh": _hardtanh,
+    "clamp": _clamp,
+    "clip": _clamp,
+}
+
+
+def activation_of(node: fx.Node) -> nn.Module | None:
+    """A fresh module for the activation that a function or method node computes, else None."""
+    build = _BUILDERS.get(operator_name(node).removesuffix("_"))
+    options, keywords = node.args[1:], {k: v for k, v in node.kwargs.items() if k != "input"}
+    if build is None or any(isinstance(o, fx.Node) for o in (*options, *keywords.values())):
+        return None  # no activation, or with bounds that the graph computes
+    try:
+        inspect.signature(build).bind(*options, **keywords)
+    except TypeError:
+        return None
+    return build(*options, **keywords)
+
+
+def activation_functions() -> frozenset[Callable[..., Any]]:
+    """The functions of torch that spell an activation: pure, so safe to name in a pickle."""
+    spellings = ((space, name) for space in (F, torch, torch._C._nn) for name in _BUILDERS)
+    return frozenset(getattr(space, name) for space, name in spellings if hasattr(space, name))

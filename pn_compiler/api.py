@@ -1,0 +1,300 @@
+"""The public functions: transform, fold, compile."""
+
+import copy
+import logging
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import fx, nn
+
+from pn_compiler.config import Norm, ProxyPadding, TransformConfig, WarmStart
+from pn_compiler.diagnostics import Diagnostic, Site, skipped
+from pn_compiler.errors import ConfigError, RefusedError
+from pn_compiler.graph_module import (
+    ConvertedModule,
+    is_converted,
+    notes,
+    record,
+    sites,
+)
+from pn_compiler.graph_utils import count_operators, count_parameters
+from pn_compiler.input_shape import choose_inputs
+from pn_compiler.nn import ProxyNormAct
+from pn_compiler.pass_base import Progress, run_pipeline
+from pn_compiler.passes import fold_pipeline, transform_pipeline
+from pn_compiler.ranks import infer_ranks
+from pn_compiler.site_table import take_sites
+from pn_compiler.tracing import as_inputs, batch_norms, trace
+
+if TYPE_CHECKING:
+    from pn_compiler.export import Report
+
+logger = logging.getLogger(__name__)
+
+
+def transform(
+    model: nn.Module,
+    example_inputs: Any = None,
+    *,
+    norm: Norm = "layer",
+    num_groups: int | None = None,
+    proxy: bool = True,
+    proxy_padding: ProxyPadding = "activation",
+    warm_start: WarmStart = "auto",
+    strict: bool = False,
+    norm_only_bias: bool = True,
+) -> fx.GraphModule:
+    """Rewrites every BatchNorm of `model` into a normalizer that does not depend on the batch.
+
+    A BatchNorm followed by an activation becomes a `pn_compiler.nn.ProxyNormAct` at the path of the
+    BatchNorm; any other becomes an ``nn.GroupNorm``. What cannot be converted is left as it is and
+    reported: see `pn_compiler.sites`.
+
+    Args:
+        model: left untouched; the result is a copy.
+        example_inputs: a tensor or a tuple of them. Only needed where the rank of a BatchNorm1d's input
+            cannot be told from the layers around it.
+        norm: "layer" normalizes over [C, *] (one group), "group" over groups of channels, "instance"
+            over each channel alone. LayerNorm stays closest to a trained BatchNorm.
+        num_groups: groups of norm="group", which it implies. Without it as many as leave 8 channels in
+            each, at most 32. Where it does not divide C, the greatest common divisor is taken.
+        proxy: whether to add proxy normalization where an activation follows.
+        proxy_padding: where the zero padding of later convolutions stands: before the proxy shift
+            ("activation", exact to fold) or behind it ("output", as the reference implementation).
+        warm_start: "auto" computes weight and bias from the running statistics where a BatchNorm has
+            been trained, and keeps them as they are elsewhere; "running_stats" and "none" do one or the
+            other everywhere. A warm start adds proxy normalization only where the consumers can undo it.
+        strict: raise if any BatchNorm is refused, or converted in another way than asked for.
+        norm_only_bias: whether a normalizer without an activation behind it keeps its bias when it does
+            not start warm; the reference implementation has none there.
+
+    Returns:
+        A trainable graph in the train/eval mode of `model`. Parameters that the conversion does not
+        touch keep their names.
+
+    Raises:
+        ConfigError: an option has an impossible value.
+        TraceError: torch.fx cannot follow the forward of `model`.
+        UnsupportedModelError: `model` has uninitialised lazy modules.
+        RefusedError: `strict` and something was refused.
+
+    Source: Labatie et al., NeurIPS 2021 (arXiv 2106.03743).
+    """
+    config = TransformConfig(
+        norm=norm,
+        num_groups=num_groups,
+        proxy=proxy,
+        proxy_padding=proxy_padding,
+        warm_start=warm_start,
+        norm_only_bias=norm_only_bias,
+    )
+    if is_converted(model):
+        raise ConfigError("the model is already converted")
+    graph, trace_notes = trace(model, as_inputs(example_inputs))
+    convert(graph, model, as_inputs(example_inputs), config, trace_notes, strict=strict)
+    return graph
+
+
+def convert(
+    graph: ConvertedModule,
+    model: nn.Module,
+    inputs: tuple[Any, ...] | None,
+    config: TransformConfig,
+    trace_notes: tuple[Diagnostic, ...] = (),
+    *,
+    strict: bool = False,
+    progress: Progress | None = None,
+) -> None:
+    """Converts `graph`, the trace of `model`, in place; see `transform`."""
+    infer_ranks(graph, inputs)
+    result = run_pipeline(transform_pipeline(config), graph, progress)
+    found, lost = _account(model, take_sites(graph), graph)
+    all_notes = (*trace_notes, *result.notes, *lost)
+    if not found:
+        all_notes = (*all_notes, Diagnostic("PN100", "", "the model has no BatchNorm"))
+    for note in all_notes:
+        logger.info("%s", note)
+    refused = [str(note) for note in all_notes if note.severity == "warning"]
+    if strict and refused:
+        raise RefusedError("; ".join(refused))
+    record(graph, found, all_notes)
+
+
+def _account(
+    model: nn.Module, table: dict[str, Site], graph: fx.GraphModule
+) -> tuple[tuple[Site, ...], tuple[Diagnostic, ...]]:
+    """One record for each BatchNorm of `model` in its order, those that the graph never met included."""
+    lost = []
+    found: dict[str, Site] = {}
+    for name, _ in batch_norms(model):
+        if name not in table:
+            table[name] = skipped(note := _lost(name, graph))
+            lost.append(note)
+        found[name] = table[name]
+    return tuple((found | table).values()), tuple(lost)
+
+
+def _lost(name: str, graph: fx.GraphModule) -> Diagnostic:
+    called = [str(node.target) for node in graph.graph.nodes if node.op == "call_module"]
+    inside = next((path for path in called if name.startswith(f"{path}.")), None)
+    if inside is not None:
+        return Diagnostic(
+            "PN101",
+            name,
+            f"the forward of {inside} cannot be traced by torch.fx",
+            f"make the forward of {inside} free of data-dependent control flow",
+        )
+    return Diagnostic("PN102", name, "the traced forward never calls it")
+
+
+def fold(model: nn.Module, *, progress: Progress | None = None) -> fx.GraphModule:
+    """Makes the proxy statistics constants and folds them away, for inference.
+
+    What remains is normalizers, activations and linear operators of ``torch.nn``, with the scale and
+    shift of proxy normalization in their weights, biases and bounds. The outputs are those of
+    ``model.eval()`` to float32 rounding.
+
+    Args:
+        model: a result of `transform`, or any module that torch.fx can trace. It is left untouched.
+
+    Returns:
+        A graph in eval mode whose parameters need no gradient. It must stay in eval mode.
+
+    Raises:
+        TraceError: torch.fx cannot follow the forward of `model`.
+    """
+    graph, _ = trace(model)
+    graph.eval()
+    if is_converted(model):
+        record(graph, sites(model), notes(model))
+    infer_ranks(graph)
+    run_pipeline(fold_pipeline(), graph, progress)
+    return graph.requires_grad_(False)
+
+
+def export_onnx(
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    example_inputs: Any,
+    *,
+    opset_version: int = 20,
+    dynamic_batch: bool = True,
+    verify: bool = True,
+    progress: Progress | None = None,
+) -> "Report":
+    """Folds `model` if it holds proxy normalization, exports it to ONNX and compares the two.
+
+    Args:
+        model: a result of `transform` or `fold`, or any other module. It is left untouched.
+        path: the ONNX file, written whole or not at all.
+        example_inputs: a tensor or a tuple of them; the first axis is the batch.
+        opset_version: ONNX operator set, 18 to 24. The default, with its IR version 9, is loaded by
+            onnxruntime 1.17 and later.
+        dynamic_batch: whether the file takes any batch size, or only that of the example.
+        verify: compare the file, in onnxruntime with optimizations off and on, at batch 1 and 3, with
+            `model` in float64. The relative error may be 1e-5, or four times that of PyTorch in float32.
+        progress: called with the name of each stage.
+
+    Returns:
+        The report; ``str`` of it is for people, ``to_json()`` for machines.
+
+    Raises:
+        ExportError: the model cannot be exported, or the file not written.
+        VerificationError: the ONNX model computes something else; there is no file then.
+    """
+    from pn_compiler.export import Report, check_writable  # onnx is only imported when it is needed
+
+    check_writable(Path(path))
+    inputs = as_inputs(example_inputs) or ()
+    report = Report(parameters_before=count_parameters(model))
+    return _export(
+        copy.deepcopy(model).eval(), Path(path), inputs, report, progress,
+        opset_version=opset_version, dynamic_batch=dynamic_batch, verify=verify,
+    )  # fmt: skip
+
+
+def compile(  # noqa: A001  # the name that users of torch.compile look for
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    example_inputs: Any = None,
+    *,
+    input_shape: tuple[int, ...] | None = None,
+    norm: Norm = "layer",
+    num_groups: int | None = None,
+    proxy: bool = True,
+    proxy_padding: ProxyPadding = "activation",
+    warm_start: WarmStart = "auto",
+    strict: bool = False,
+    opset_version: int = 20,
+    dynamic_batch: bool = True,
+    verify: bool = True,
+    progress: Progress | None = None,
+) -> "Report":
+    """From a trained BatchNorm network to a verified batch-independent ONNX file, in one call.
+
+    Transforms `model` (unless it is converted already), folds, exports and verifies: see `transform`,
+    `fold` and `export_onnx` for the options.
+
+    Args:
+        model: left untouched; compiled as in eval mode.
+        path: the ONNX file.
+        example_inputs: a tensor or a tuple of them.
+        input_shape: shape of a single float input, batch included, instead of `example_inputs`. Without
+            either the shape is guessed from the first layer, and the report says so.
+
+    Returns:
+        The report, with the table of sites.
+
+    Raises:
+        ConfigError: an impossible option, or an input shape that is missing or does not fit.
+        Others: as `transform` and `export_onnx`.
+    """
+    from pn_compiler.export import Report, check_writable, timed
+
+    check_writable(Path(path))
+    config = TransformConfig(
+        norm=norm, num_groups=num_groups, proxy=proxy,
+        proxy_padding=proxy_padding, warm_start=warm_start,
+    )  # fmt: skip
+    model = copy.deepcopy(model).eval()
+    report = Report(parameters_before=count_parameters(model))
+    say = progress or (lambda stage: None)
+    with timed(report, "transform", say):
+        graph, trace_notes = trace(model, as_inputs(example_inputs))
+        report.operators_before = count_operators(graph)
+        inputs, report.input_shape_source = choose_inputs(
+            model, graph, as_inputs(example_inputs), input_shape
+        )
+        if not is_converted(model):
+            convert(graph, model, inputs, config, trace_notes, strict=strict, progress=say)
+        else:
+            record(graph, sites(model), notes(model))
+    report.sites, report.notes = sites(graph), notes(graph)
+    return _export(
+        graph, Path(path), inputs, report, say,
+        opset_version=opset_version, dynamic_batch=dynamic_batch, verify=verify,
+    )  # fmt: skip
+
+
+def _export(
+    model: nn.Module,
+    path: Path,
+    inputs: tuple[Any, ...],
+    report: "Report",
+    progress: Progress | None,
+    *,
+    opset_version: int,
+    dynamic_batch: bool,
+    verify: bool,
+) -> "Report":
+    from pn_compiler.export import timed, write_onnx
+
+    folded = model
+    if any(isinstance(module, ProxyNormAct) for module in model.modules()):
+        with timed(report, "fold", progress or (lambda stage: None)):
+            folded = fold(model)
+    return write_onnx(
+        folded, model, path, inputs, report=report, progress=progress,
+        opset_version=opset_version, dynamic_batch=dynamic_batch, verify=verify,
+    )  # fmt: skip

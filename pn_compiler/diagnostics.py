@@ -1,0 +1,114 @@
+"""What the compiler says about a model: sites, and diagnostics with a stable code."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Literal
+
+Severity = Literal["note", "warning"]
+SiteKind = Literal["pn", "norm_only", "skipped"]
+
+#: code -> (severity, what it means). Warnings are refusals: ``strict=True`` turns them into an error.
+CODES: dict[str, tuple[Severity, str]] = {
+    "PN100": ("note", "the model has no BatchNorm"),
+    "PN101": ("warning", "inside a module whose forward torch.fx cannot trace"),
+    "PN102": ("warning", "never called in the traced forward"),
+    "PN103": ("warning", "frozen BatchNorm: a constant affine, nothing depends on the batch"),
+    "PN104": ("warning", "no running statistics, so no warm start is possible"),
+    "PN105": ("warning", "subclass of BatchNorm with a forward of its own"),
+    "PN106": ("warning", "functional batch_norm whose operands are not plain parameters and buffers"),
+    "PN107": ("warning", "one value per group: normalizing would erase the data"),
+    "PN108": ("warning", "hooks on the BatchNorm would be lost"),
+    "PN109": ("warning", "running statistics that are not finite"),
+    "PN110": ("note", "the forward branches on self.training; the traced branch is fixed"),
+    "PN201": ("note", "no activation follows the BatchNorm"),
+    "PN202": ("note", "left without proxy normalization: a consumer cannot absorb its shift"),
+    "PN203": ("note", "proxy normalization was switched off"),
+    "PN204": ("note", "a shared BatchNorm is followed by different things"),
+    "PN205": ("warning", "num_groups does not divide the channels"),
+    "PN206": ("warning", "instance or group statistics of [N, C] inputs: LayerNorm over C instead"),
+    "PN207": ("note", "warm start inexact at the border of a zero-padded convolution"),
+    "PN208": ("note", "several activations read the BatchNorm's output"),
+}
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Diagnostic:
+    """One remark about one site.
+
+    Attributes:
+        code: key of `CODES`.
+        site: path of the BatchNorm, such as ``layer1.0.bn2``; empty for the whole model.
+        message: what was found.
+        hint: what the user can do; empty if nothing needs doing.
+    """
+
+    code: str
+    site: str
+    message: str
+    hint: str = ""
+
+    @property
+    def severity(self) -> Severity:
+        return CODES[self.code][0]
+
+    def __str__(self) -> str:
+        where = f" {self.site}" if self.site else ""
+        return f"{self.code}{where}: {self.message}" + (f" ({self.hint})" if self.hint else "")
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Site:
+    """What became of one BatchNorm of the input model.
+
+    Attributes:
+        name: path of the BatchNorm in the input model.
+        kind: "pn" (normalizer + activation + proxy normalization), "norm_only" or "skipped".
+        norm: normalizer put in its place: "layer", "group" or "instance"; None if skipped.
+        num_groups: groups of that normalizer; None if skipped.
+        activation: name of the activation that follows, such as "relu"; None if there is none.
+        code: code of the reason why it is not "pn", or of the most important remark; None if none.
+        reason: that remark in words; empty if none.
+        warm_start: whether weight and bias were computed from running statistics.
+    """
+
+    name: str
+    kind: SiteKind
+    norm: str | None = None
+    num_groups: int | None = None
+    activation: str | None = None
+    code: str | None = None
+    reason: str = ""
+    warm_start: bool = False
+
+
+def skipped(diagnostic: Diagnostic) -> Site:
+    """The record of a BatchNorm that is left alone because of `diagnostic`."""
+    hint = f" ({diagnostic.hint})" if diagnostic.hint else ""
+    return Site(diagnostic.site, "skipped", code=diagnostic.code, reason=diagnostic.message + hint)
+
+
+def format_sites(sites: tuple[Site, ...]) -> str:
+    """A table of `sites` for a terminal, one line a BatchNorm."""
+    header = ("site", "kind", "norm", "groups", "activation", "remark")
+    rows = [
+        (
+            s.name,
+            s.kind,
+            s.norm or "-",
+            str(s.num_groups or "-"),
+            s.activation or "-",
+            f"{s.code} {s.reason}" if s.code else "",
+        )
+        for s in sites
+    ]
+    return format_table(header, rows)
+
+
+def format_table(header: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
+    """`rows` under `header` in columns as wide as their widest cell; the last column is ragged."""
+    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header) - 1)]
+    lines = []
+    for row in [header, *rows]:
+        cells = [cell.ljust(width) for cell, width in zip(row, widths, strict=False)]
+        lines.append("  ".join([*cells, row[-1]]).rstrip())
+    return "\n".join(lines)

@@ -1,0 +1,45 @@
+"""Every exception that pn_compiler raises on purpose."""
+
+
+class PnCompilerError(Exception):
+    """Base class: the message is one that a user can act on."""
+
+
+class ConfigError(PnCompilerError):
+    """An option has a value that makes no sense, alone or beside another."""
+
+
+class LoadError(PnCompilerError):
+    """A model file cannot be read, or would have to run code to be read."""
+
+
+class TraceError(PnCompilerError):
+    """torch.fx cannot follow the model's forward."""
+
+
+class UnsupportedModelError(PnCompilerError):
+    """The model holds something that cannot be converted, such as an uninitialised lazy module."""
+
+
+class RefusedError(PnCompilerError):
+    """``strict=True`` and at least one site was refused; the message lists all of them."""
+
+
+class PassError(PnCompilerError):
+    """A pass failed; the message names the pass, its place and the cause."""
+
+
+class PreconditionError(PassError):
+    """A graph does not have the form that a pass needs."""
+
+
+class PostconditionError(PassError):
+    """A pass left a graph that breaks its own promise."""
+
+
+class ExportError(PnCompilerError):
+    """The ONNX file cannot be written."""
+
+
+class VerificationError(ExportError):
+    """The ONNX file computes something else than the PyTorch model."""

@@ -1,0 +1,67 @@
+"""The GraphModule that `transform` and `fold` return: one that remembers its sites."""
+
+from typing import Any
+
+from torch import fx, nn
+
+from pn_compiler.diagnostics import Diagnostic, Site
+from pn_compiler.errors import ConfigError
+
+_SITES = "pn_compiler.sites"
+_NOTES = "pn_compiler.notes"
+
+
+class ConvertedModule(fx.GraphModule):
+    """A torch.fx.GraphModule whose ``meta`` survives pickling, as it survives deepcopy."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        rebuild, arguments = super().__reduce__()
+        kept = {key: self.meta[key] for key in (_SITES, _NOTES) if key in self.meta}
+        return _rebuild, (rebuild, arguments, kept)
+
+
+def _rebuild(rebuild: Any, arguments: tuple[Any, ...], kept: dict[str, Any]) -> ConvertedModule:
+    plain: fx.GraphModule = rebuild(*arguments)
+    converted = ConvertedModule(plain, plain.graph)
+    converted.train(plain.training)
+    for name, module in converted.named_modules(remove_duplicate=False):
+        module.training = plain.get_submodule(name).training
+    converted.meta.update(kept)
+    return converted
+
+
+def record(graph: fx.GraphModule, sites: tuple[Site, ...], notes: tuple[Diagnostic, ...]) -> None:
+    graph.meta[_SITES] = sites
+    graph.meta[_NOTES] = notes
+
+
+def _meta(model: nn.Module) -> dict[str, Any]:
+    meta: dict[str, Any] = model.meta if isinstance(model, fx.GraphModule) else {}
+    return meta
+
+
+def is_converted(model: nn.Module) -> bool:
+    """Whether `model` came out of `transform` or `fold`."""
+    return _SITES in _meta(model)
+
+
+def sites(model: nn.Module) -> tuple[Site, ...]:
+    """What became of each BatchNorm of the model that was given to `transform`.
+
+    Args:
+        model: a result of `transform` or `fold`, or a copy of one.
+
+    Raises:
+        ConfigError: `model` is not one.
+    """
+    if not is_converted(model):
+        raise ConfigError(f"{type(model).__name__} is not a result of pn_compiler.transform")
+    result: tuple[Site, ...] = _meta(model)[_SITES]
+    return result
+
+
+def notes(model: nn.Module) -> tuple[Diagnostic, ...]:
+    """The diagnostics of the conversion that made `model`; see `sites`."""
+    sites(model)
+    result: tuple[Diagnostic, ...] = _meta(model)[_NOTES]
+    return result

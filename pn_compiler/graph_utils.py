@@ -1,0 +1,70 @@
+"""Helpers over torch.fx graphs that several passes need."""
+
+from collections import Counter, defaultdict
+
+from torch import fx, nn
+
+
+def called_module(graph: fx.GraphModule, node: fx.Node) -> nn.Module | None:
+    """The module that `node` calls, or None."""
+    return graph.get_submodule(str(node.target)) if node.op == "call_module" else None
+
+
+def module_calls(graph: fx.GraphModule) -> dict[str, list[fx.Node]]:
+    """Path of each called module -> its call sites, in graph order."""
+    calls: dict[str, list[fx.Node]] = defaultdict(list)
+    for node in graph.graph.nodes:
+        if node.op == "call_module":
+            calls[str(node.target)].append(node)
+    return dict(calls)
+
+
+def add_module(graph: fx.GraphModule, path: str, module: nn.Module) -> str:
+    """Adds `module` at `path`, or at `path` with a number if something stands there; returns where."""
+    candidate, number = path, 0
+    while _has_attribute(graph, candidate):
+        number += 1
+        candidate = f"{path}_{number}"
+    graph.add_submodule(candidate, module)
+    return candidate
+
+
+def _has_attribute(root: nn.Module, path: str) -> bool:
+    parent, _, name = path.rpartition(".")
+    try:
+        return hasattr(root.get_submodule(parent), name)
+    except AttributeError:
+        return False
+
+
+def replace_module(graph: fx.GraphModule, path: str, module: nn.Module) -> None:
+    """Puts `module` in the place of the one at `path`, in the same train/eval mode."""
+    module.train(graph.get_submodule(path).training)
+    graph.set_submodule(path, module)
+
+
+def call_module_after(
+    graph: fx.GraphModule, after: fx.Node, path: str, args: tuple[fx.Node | None, ...]
+) -> fx.Node:
+    """A new call of the module at `path`, right after `after` and with its metadata."""
+    with graph.graph.inserting_after(after):
+        node = graph.graph.call_module(path, args)
+    node.meta = dict(after.meta)
+    return node
+
+
+def count_parameters(model: nn.Module) -> int:
+    """Number of values in the parameters of `model`."""
+    return sum(p.numel() for p in model.parameters())
+
+
+def count_operators(graph: fx.GraphModule) -> dict[str, int]:
+    """Operators of a traced model: class names of modules, names of functions and methods."""
+    names: Counter[str] = Counter()
+    for node in graph.graph.nodes:
+        module = called_module(graph, node)
+        if module is not None:
+            names[type(module).__name__] += 1
+        elif node.op in ("call_function", "call_method"):
+            names[getattr(node.target, "__name__", str(node.target))] += 1
+    return dict(sorted(names.items()))

@@ -1,0 +1,86 @@
+"""The inputs with which a model is compiled: given, stored in the file, or guessed from its first layer."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from pn_compiler.activations import is_activation
+from pn_compiler.errors import ConfigError
+from pn_compiler.graph_utils import called_module
+
+GUESSED_PIXELS = 224
+_ASK = "pass the shape, for example --input-shape 1,3,224,224 (input_shape=(1, 3, 224, 224))"
+
+
+def choose_inputs(
+    model: nn.Module,
+    graph: fx.GraphModule,
+    example_inputs: tuple[Any, ...] | None,
+    input_shape: tuple[int, ...] | None,
+) -> tuple[tuple[Any, ...], str]:
+    """(inputs, where their shape came from). The inputs are tried on `graph`.
+
+    Raises:
+        ConfigError: no shape is given and none can be guessed, or the model does not run on it.
+    """
+    if example_inputs is not None:
+        inputs, source = example_inputs, "given"
+    else:
+        shape, source = (input_shape, "given") if input_shape else guess_shape(model, graph)
+        if not shape or any(size < 1 for size in shape):
+            raise ConfigError(f"input shape {shape}: expected positive sizes")
+        dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+        generator = torch.Generator().manual_seed(0)
+        inputs = (torch.randn(shape, generator=generator).to(dtype),)
+    try:
+        with torch.no_grad():
+            graph(*inputs)
+    except Exception as error:
+        shapes = ", ".join(str(list(getattr(x, "shape", ()))) for x in inputs)
+        cause = (str(error).strip().splitlines() or [""])[0]
+        how = "" if source == "given" else f" ({source})"
+        raise ConfigError(
+            f"the model does not run on an input of shape {shapes}{how}: {cause}; {_ASK}"
+        ) from error
+    return inputs, source
+
+
+def guess_shape(model: nn.Module, graph: fx.GraphModule) -> tuple[tuple[int, ...], str]:
+    """The input shape that timm stores with a model, or else that of its first layer.
+
+    Raises:
+        ConfigError: it cannot be guessed.
+    """
+    stored = getattr(model, "pretrained_cfg", None) or getattr(model, "default_cfg", None) or {}
+    size = stored.get("input_size") if isinstance(stored, Mapping) else getattr(stored, "input_size", None)
+    if size:
+        return (1, *size), "from the file (pretrained_cfg)"
+    places = [node for node in graph.graph.nodes if node.op == "placeholder"]
+    required = [node for node in places if not node.args]
+    if len(required) != 1:
+        raise ConfigError(f"the model takes {len(required)} inputs, whose shapes are unknown: {_ASK}")
+    layer = _first_layer(graph, required[0])
+    if isinstance(layer, nn.Conv2d):
+        shape: tuple[int, ...] = (1, layer.in_channels, GUESSED_PIXELS, GUESSED_PIXELS)
+        return shape, f"guessed: {layer.in_channels} channels of the first layer, {GUESSED_PIXELS} pixels"
+    if isinstance(layer, nn.Linear):
+        return (1, layer.in_features), f"guessed: {layer.in_features} features of the first layer"
+    raise ConfigError(f"the input shape cannot be guessed from the first layer: {_ASK}")
+
+
+def _first_layer(graph: fx.GraphModule, node: fx.Node) -> nn.Module | None:
+    """The first convolution or linear layer behind `node`, through layers that keep shapes."""
+    while len(node.users) >= 1:
+        node = next(iter(node.users))
+        module = called_module(graph, node)
+        if isinstance(module, nn.Conv2d | nn.Linear) or module is None:
+            return module
+        keeps = isinstance(
+            module,
+            nn.modules.batchnorm._NormBase | nn.GroupNorm | nn.Dropout | nn.Identity | nn.ZeroPad2d,
+        )
+        if not (keeps or is_activation(module)):
+            return None
+    return None

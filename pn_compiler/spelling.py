@@ -1,0 +1,82 @@
+"""One name for one operator, however a graph spells it: function, method or ATen overload."""
+
+import operator
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import fx
+
+_NAMESPACES = (F, torch, torch._C._nn, torch.special, operator)
+
+
+def operator_name(node: fx.Node) -> str:
+    """Name of the torch function, tensor method or ATen operator that `node` calls.
+
+    ``F.relu(x)``, ``torch.relu(x)``, ``x.relu()`` and ``aten.relu.default(x)`` are all "relu"; those in
+    place end in an underscore, and ``x += y`` is "iadd". Empty for anything else, such as a user's function.
+    """
+    target = node.target
+    if node.op == "call_method":
+        return str(target)
+    if isinstance(target, torch._ops.OpOverload):
+        return str(target.overloadpacket.__name__) if target.namespace == "aten" else ""
+    if node.op == "call_function":
+        name = getattr(target, "__name__", "")
+        if any(getattr(namespace, name, None) is target for namespace in _NAMESPACES):
+            return str(name)
+    return ""
+
+
+def is_inplace(node: fx.Node) -> bool:
+    """Whether a function or method node overwrites its first input."""
+    name = operator_name(node)
+    asked: bool = node.kwargs.get("inplace") is True
+    return asked or name in ("iadd", "imul", "isub") or name.endswith("_")
+
+
+def operands(node: fx.Node, *names: str) -> dict[str, Any]:
+    """The operands of `node` after its input, by name: those in `names` order, then keywords."""
+    return dict(zip(names, node.args[1:], strict=False)) | dict(node.kwargs)
+
+
+def flattens_channels(node: fx.Node) -> bool:
+    """Whether a function or method node makes [N, C * S] of [N, C, *]."""
+    name = operator_name(node)
+    if name == "flatten":
+        given = operands(node, "start_dim", "end_dim")
+        return (given.get("start_dim"), given.get("end_dim", -1)) == (1, -1)
+    if name in ("view", "reshape"):
+        sizes = node.args[1:]
+        if len(sizes) == 1 and isinstance(sizes[0], list | tuple):
+            sizes = tuple(sizes[0])
+        return len(sizes) == 2 and bool(sizes[1] == -1) and _is_batch_size(sizes[0])
+    return False
+
+
+def _is_batch_size(value: Any) -> bool:
+    """Whether `value` is x.size(0) or x.shape[0] of some tensor."""
+    if not isinstance(value, fx.Node):
+        return False
+    if operator_name(value) in ("size", "sym_size"):
+        return value.args[1:] == (0,)
+    if value.target is not operator.getitem or value.args[1] != 0:
+        return False
+    sizes = value.args[0]
+    if not isinstance(sizes, fx.Node):
+        return False
+    return operator_name(sizes) == "size" or (sizes.target is getattr and sizes.args[1] == "shape")
+
+
+def reduced_dims(node: fx.Node) -> tuple[tuple[int, ...], bool] | None:
+    """(dimensions, keepdim) if `node` is a mean over fixed dimensions, else None."""
+    if operator_name(node) != "mean":
+        return None
+    given = operands(node, "dim", "keepdim")
+    dims = given.get("dim")
+    if isinstance(dims, int):
+        dims = (dims,)
+    if not isinstance(dims, Iterable) or not all(isinstance(d, int) for d in dims):
+        return None
+    return tuple(dims), bool(given.get("keepdim", False))

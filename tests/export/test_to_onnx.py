@@ -1,0 +1,236 @@
+"""ONNX files: what is in them, what verification catches, and what is left behind when things go wrong."""
+
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from torch import Tensor, nn
+
+import pn_compiler
+from pn_compiler.errors import ConfigError, ExportError, VerificationError
+from pn_compiler.export import make_session, relative_error, verify_onnx, write_atomically
+from pn_compiler.testing import randomize_batch_norms
+
+IMAGES = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+
+
+def network(activation: nn.Module | None = None) -> nn.Sequential:
+    torch.manual_seed(0)
+    act = activation or nn.ReLU()
+    net = nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8), act, nn.MaxPool2d(2),
+        nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8), act, nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+        nn.Linear(8, 5),
+    )  # fmt: skip
+    return randomize_batch_norms(net).eval()  # type: ignore[return-value]
+
+
+def with_group_norm(net: nn.Sequential) -> nn.Sequential:
+    layers = [nn.GroupNorm(1, m.num_features) if isinstance(m, nn.BatchNorm2d) else m for m in net]
+    return nn.Sequential(*layers).eval()
+
+
+def operators(path: Path) -> Counter[str]:
+    return Counter(node.op_type for node in onnx.load(path).graph.node)
+
+
+def run(path: Path, x: Tensor) -> np.ndarray:
+    session = make_session(str(path))
+    return session.run(None, {session.get_inputs()[0].name: x.numpy()})[0]
+
+
+@pytest.mark.parametrize("activation", [nn.ReLU(), nn.ReLU6(), nn.SiLU()], ids=str)
+@pytest.mark.parametrize("warm_start", ["auto", "none"])
+def test_nothing_of_proxy_normalization_remains(
+    tmp_path: Path, activation: nn.Module, warm_start: str
+) -> None:
+    net = network(activation)
+    report = pn_compiler.compile(net, tmp_path / "m.onnx", IMAGES, warm_start=warm_start)
+    assert [site.kind for site in report.sites] == ["pn", "pn"]
+    pn_compiler.export_onnx(with_group_norm(net), tmp_path / "plain.onnx", IMAGES)
+    assert operators(tmp_path / "m.onnx") == operators(tmp_path / "plain.onnx")
+    assert operators(tmp_path / "m.onnx")["Shape"] == 0
+    assert report.max_error is not None
+    assert report.max_error < 1e-5
+
+
+def test_report_is_complete_and_json(tmp_path: Path) -> None:
+    report = pn_compiler.compile(network(), tmp_path / "m.onnx", input_shape=(1, 3, 8, 8))
+    content = json.loads(report.to_json())
+    assert content["operators_before"]["BatchNorm2d"] == 2
+    assert content["operators_after"]["InstanceNormalization"] == 2
+    assert content["parameters_after"] == content["parameters_before"]  # every consumer has a bias already
+    assert {(c["batch"], c["optimized"]) for c in content["checks"]} == {
+        (b, o) for b in (1, 3) for o in (False, True)
+    }
+    assert content["file_bytes"] == (tmp_path / "m.onnx").stat().st_size
+    assert {"transform", "fold", "export", "check", "verify", "write"} <= set(content["seconds"])
+    assert content["inputs"][0]["shape"] == ["batch", 3, 8, 8]
+    for part in ("1     pn", "verified", "wrote", "InstanceNormalization"):
+        assert part in str(report)
+
+
+def test_old_servers_load_the_default(tmp_path: Path) -> None:
+    pn_compiler.compile(network(), tmp_path / "m.onnx", IMAGES)
+    proto = onnx.load(tmp_path / "m.onnx")
+    assert (proto.ir_version, proto.opset_import[0].version) == (9, 20)
+    assert {node.domain for node in proto.graph.node} == {""}
+
+
+@pytest.mark.parametrize(("opset", "ir"), [(18, 8), (21, 10)])
+def test_opset_and_ir_version_go_together(tmp_path: Path, opset: int, ir: int) -> None:
+    pn_compiler.compile(network(), tmp_path / "m.onnx", IMAGES, opset_version=opset)
+    proto = onnx.load(tmp_path / "m.onnx")
+    assert (proto.opset_import[0].version, proto.ir_version) == (opset, ir)
+
+
+def test_batch_axis_is_dynamic_or_fixed(tmp_path: Path) -> None:
+    pn_compiler.compile(network(), tmp_path / "m.onnx", IMAGES)
+    assert run(tmp_path / "m.onnx", IMAGES.repeat(4, 1, 1, 1)).shape == (8, 5)
+    report = pn_compiler.compile(network(), tmp_path / "s.onnx", IMAGES, dynamic_batch=False)
+    assert {check.batch for check in report.checks} == {2}
+    assert report.inputs[0]["shape"] == [2, 3, 8, 8]
+
+
+def test_no_trace_of_the_machine_that_compiled(tmp_path: Path) -> None:
+    pn_compiler.compile(network(), tmp_path / "m.onnx", IMAGES)
+    content = (tmp_path / "m.onnx").read_bytes()
+    assert str(Path.cwd()).encode() not in content
+    assert b"site-packages" not in content
+
+
+def test_multiple_inputs_and_outputs(tmp_path: Path) -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.bn, self.conv = nn.BatchNorm2d(3), nn.Conv2d(3, 2, 3, padding=1)
+
+        def forward(self, x: Tensor, y: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+            z = self.conv(torch.relu(self.bn(x)))
+            return z, {"sum": z.mean((2, 3)) + y}
+
+    net = randomize_batch_norms(Net()).eval()
+    inputs = (IMAGES, torch.randn(2, 2))
+    report = pn_compiler.compile(net, tmp_path / "m.onnx", inputs)
+    assert [len(report.inputs), len(report.outputs)] == [2, 2]
+    assert report.sites[0].kind == "pn"
+
+
+def test_a_model_without_batch_norm_exports_as_it_is(tmp_path: Path) -> None:
+    report = pn_compiler.compile(nn.Sequential(nn.Linear(3, 2)), tmp_path / "m.onnx")
+    assert [note.code for note in report.notes] == ["PN100"]
+    assert report.input_shape_source.startswith("guessed")
+
+
+def test_verification_names_the_worst_output_and_leaves_no_file(tmp_path: Path) -> None:
+    net = pn_compiler.transform(network())
+    pn_compiler.export_onnx(net, tmp_path / "m.onnx", IMAGES)
+    proto = onnx.load(tmp_path / "m.onnx")
+    (bias,) = [t for t in proto.graph.initializer if list(t.dims) == [5]]
+    values = onnx.numpy_helper.to_array(bias).copy()
+    values[3] += 0.01
+    bias.CopyFrom(onnx.numpy_helper.from_array(values, bias.name))
+    name = proto.graph.output[0].name
+    with pytest.raises(VerificationError, match=f"output {name} differs from PyTorch"):
+        verify_onnx(proto, net, (IMAGES,), (1, 3))
+
+
+def test_a_model_that_computes_nan_is_not_called_verified(tmp_path: Path) -> None:
+    net = network()
+    nn.init.constant_(net[9].weight, float("nan"))
+    with pytest.raises(VerificationError, match="not finite"):
+        pn_compiler.compile(net, tmp_path / "m.onnx", IMAGES)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_relative_error_cannot_be_fooled() -> None:
+    one = np.ones((2, 2))
+    assert relative_error(one * 2, one) == 1.0
+    assert relative_error(one, np.ones((2, 1))) == float("inf")
+    assert relative_error(one * np.nan, one) == float("inf")
+    assert relative_error(one, one * np.nan) == float("inf")
+    assert relative_error(one * np.inf, one) == float("inf")
+    assert relative_error(np.zeros(3), np.zeros(3)) == 0.0
+
+
+def test_bad_arguments(tmp_path: Path) -> None:
+    net = network()
+    with pytest.raises(ExportError, match="opset 7: expected 18 to 24"):
+        pn_compiler.compile(net, tmp_path / "m.onnx", IMAGES, opset_version=7)
+    with pytest.raises(ExportError, match="there is no folder"):
+        pn_compiler.compile(net, tmp_path / "no" / "m.onnx", IMAGES)
+    with pytest.raises(ExportError, match="it is a folder"):
+        pn_compiler.compile(net, tmp_path, IMAGES)
+    with pytest.raises(ConfigError, match=r"does not run on an input of shape \[1, 4, 8, 8\]"):
+        pn_compiler.compile(net, tmp_path / "m.onnx", input_shape=(1, 4, 8, 8))
+    with pytest.raises(ExportError, match="expected a tensor"):
+        pn_compiler.export_onnx(net, tmp_path / "m.onnx", ())
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_full_disk_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    target = tmp_path / "m.onnx"
+    write_atomically(target, b"old")
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(ExportError, match="No space left on device"):
+        write_atomically(target, b"new")
+    assert target.read_bytes() == b"old"
+    assert [p.name for p in tmp_path.iterdir()] == ["m.onnx"]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists() or os.geteuid() != 0, reason="mounts a small disk as root")
+def test_a_disk_that_is_really_full(tmp_path: Path) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(disk)], check=False)
+    if mounted.returncode != 0:
+        pytest.skip("mounting is not allowed here")
+    try:
+        with pytest.raises(ExportError, match="No space left on device"):
+            write_atomically(disk / "m.onnx", bytes(1 << 20))
+        assert list(disk.iterdir()) == []
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_run_leaves_nothing(tmp_path: Path, number: signal.Signals) -> None:
+    torch.save(network(), tmp_path / "model.pt")
+    code = textwrap.dedent(
+        """
+        import sys, time
+        import pn_compiler.export.to_onnx as to_onnx
+        from pn_compiler.cli import main
+        def slow(*arguments, **options):
+            print("verifying", flush=True)
+            time.sleep(60)
+        to_onnx.verify_onnx = slow
+        sys.exit(main(["model.pt", "-o", "model.onnx", "--input-shape", "1,3,8,8"]))
+        """
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "verifying\n"
+    time.sleep(0.2)
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert errors == "pn-compile: error: interrupted; nothing was written\n"
+    assert [p.name for p in tmp_path.iterdir()] == ["model.pt"]

@@ -1,0 +1,110 @@
+"""Functional, ATen and fused layers become modules, under the names of their parameters."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import pn_compiler
+from pn_compiler.passes.canonicalize_activations import CanonicalizeActivations
+from pn_compiler.passes.canonicalize_modules import CanonicalizeModules
+from pn_compiler.ranks import infer_ranks
+from pn_compiler.testing import assert_same_outputs, count_modules, randomize_batch_norms
+from pn_compiler.tracing import trace
+from tests import zoo
+
+IMAGES = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+
+
+class Functional(nn.Module):
+    """Everything through torch.nn.functional, on parameters of ordinary modules."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.bn = nn.Conv2d(3, 4, 3, padding=1, stride=2), nn.BatchNorm2d(4, eps=1e-3)
+        self.conv2, self.fc = nn.Conv2d(4, 6, 1, bias=False), nn.Linear(6, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.conv2d(x, self.conv.weight, self.conv.bias, stride=2, padding=1)
+        bn = self.bn
+        x = F.batch_norm(x, bn.running_mean, bn.running_var, bn.weight, bn.bias, self.training, 0.1, 1e-3)
+        x = F.relu(x)
+        x = F.conv2d(x, self.conv2.weight)
+        return F.linear(x.mean((2, 3)), self.fc.weight, self.fc.bias)
+
+
+def test_functional_layers_become_modules_under_their_names() -> None:
+    net = randomize_batch_norms(Functional()).eval()
+    graph, _ = trace(net)
+    infer_ranks(graph)
+    result = CanonicalizeModules()(graph)
+    assert result.rewritten == 4
+    assert count_modules(graph, nn.Conv2d, nn.BatchNorm2d, nn.Linear) == 4
+    assert_same_outputs(graph(IMAGES), net(IMAGES))
+    assert set(graph.state_dict()) == set(net.state_dict())
+    assert CanonicalizeModules()(graph).rewritten == 0
+    (site,) = pn_compiler.sites(pn_compiler.transform(net))
+    assert (site.name, site.kind) == ("bn", "pn")
+
+
+def test_leaves_alone_what_several_owners_share() -> None:
+    class Mixed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.bn, self.other = nn.BatchNorm2d(3), nn.BatchNorm2d(3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return F.batch_norm(x, self.bn.running_mean, self.bn.running_var, self.other.weight, self.bn.bias)
+
+    net = randomize_batch_norms(Mixed()).eval()
+    converted = pn_compiler.transform(net)
+    assert_same_outputs(converted(IMAGES), net(IMAGES))
+    assert "PN106" in {site.code for site in pn_compiler.sites(converted)}
+
+
+def test_exported_programs_become_modules() -> None:
+    net = nn.Sequential(nn.Conv2d(3, 4, 3, bias=False), nn.BatchNorm2d(4), nn.ReLU6(), nn.Conv2d(4, 2, 1))
+    net = randomize_batch_norms(net).eval()
+    program = torch.export.export(net, (IMAGES,)).module(check_guards=False)
+    converted = pn_compiler.transform(program)
+    (site,) = pn_compiler.sites(converted)
+    assert (site.name, site.kind, site.activation) == ("1", "pn", "relu6")
+    assert_same_outputs(converted(IMAGES), pn_compiler.transform(net)(IMAGES))
+    assert set(converted.state_dict()) == set(pn_compiler.transform(net).state_dict())
+
+
+def test_fused_norm_and_activation_of_timm() -> None:
+    norm_act = zoo.timm().layers.BatchNormAct2d
+    shared = norm_act(4, act_layer=nn.SiLU)
+    net = nn.Sequential(
+        nn.Conv2d(3, 4, 1), shared, nn.Conv2d(4, 4, 1), shared, nn.Conv2d(4, 4, 1),
+        norm_act(4, apply_act=False),
+    )  # fmt: skip
+    net = randomize_batch_norms(net).eval()
+    graph, _ = trace(net)
+    CanonicalizeModules()(graph)
+    assert count_modules(graph, norm_act) == 0
+    assert_same_outputs(graph(IMAGES), net(IMAGES))
+    converted = pn_compiler.transform(net)
+    assert [(s.kind, s.activation) for s in pn_compiler.sites(converted)] == [
+        ("pn", "silu"),
+        ("norm_only", None),
+    ]
+
+
+def test_identities_go_and_in_place_results_are_seen() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.identity = nn.Identity()
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.identity(x) + 1
+            z = y.relu_()
+            return y * 2 + z
+
+    graph, _ = trace(Net())
+    assert CanonicalizeActivations()(graph).rewritten > 0
+    assert count_modules(graph, nn.ReLU) == 1
+    assert not any(node.op == "call_method" for node in graph.graph.nodes)
+    x = torch.randn(4)
+    assert torch.equal(graph(x), Net()(x))

@@ -1,0 +1,91 @@
+"""The pass contract: order, errors, a second run that changes nothing."""
+
+from typing import ClassVar
+
+import pytest
+import torch
+from torch import fx, nn
+
+from pn_compiler.config import TransformConfig
+from pn_compiler.errors import PassError, PostconditionError
+from pn_compiler.pass_base import GraphPass, PassResult, check_order, run_pipeline
+from pn_compiler.passes import fold_pipeline, transform_pipeline
+from pn_compiler.passes.insert_proxy_norm import InsertProxyNorm
+from pn_compiler.passes.replace_batch_norm import ReplaceBatchNorm
+from pn_compiler.ranks import infer_ranks
+from pn_compiler.testing import assert_same_outputs, randomize_batch_norms
+from pn_compiler.tracing import trace
+
+
+def network() -> nn.Module:
+    net = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 2, 3, padding=1))
+    return randomize_batch_norms(net).eval()
+
+
+def traced(model: nn.Module) -> fx.GraphModule:
+    graph, _ = trace(model)
+    infer_ranks(graph)
+    return graph
+
+
+def test_order_is_checked_before_any_work() -> None:
+    config = TransformConfig()
+    with pytest.raises(PassError, match="InsertProxyNorm must run after ReplaceBatchNorm"):
+        check_order((InsertProxyNorm(config), ReplaceBatchNorm(config)))
+
+
+@pytest.mark.parametrize("proxy_padding", ["activation", "output"])
+def test_a_second_run_rewrites_nothing(proxy_padding: str) -> None:
+    graph = traced(network())
+    passes = transform_pipeline(TransformConfig(proxy_padding=proxy_padding))  # type: ignore[arg-type]
+    assert any(stage.rewritten for stage in run_pipeline(passes, graph).stages)
+    assert not any(stage.rewritten for stage in run_pipeline(passes, graph).stages)
+    folding = fold_pipeline()
+    assert any(stage.rewritten for stage in run_pipeline(folding, graph).stages)
+    assert not any(stage.rewritten for stage in run_pipeline(folding, graph).stages)
+
+
+def test_passes_that_claim_to_preserve_outputs_do() -> None:
+    graph = traced(network()).double()
+    x = torch.randn(2, 3, 5, 5, dtype=torch.float64)
+    claims = 0
+    for graph_pass in (*transform_pipeline(TransformConfig(proxy_padding="output")), *fold_pipeline()):
+        before = graph(x)
+        graph_pass(graph)
+        if graph_pass.preserves_outputs:
+            claims += 1
+            assert_same_outputs(graph(x), before)
+    assert claims == 6
+
+
+class Failing(GraphPass):
+    """Fails."""
+
+    def run(self, graph: fx.GraphModule) -> PassResult:
+        raise ZeroDivisionError("by design")
+
+
+class Lying(GraphPass):
+    """Breaks its promise."""
+
+    runs_after: ClassVar[tuple[type[GraphPass], ...]] = (Failing,)
+
+    def run(self, graph: fx.GraphModule) -> PassResult:
+        return PassResult()
+
+    def ensures(self, graph: fx.GraphModule) -> None:
+        raise PostconditionError("nothing was done")
+
+
+def test_a_failure_names_the_pass_its_place_and_the_cause() -> None:
+    with pytest.raises(PassError, match="pass 1 of 2, Failing: ZeroDivisionError: by design"):
+        run_pipeline((Failing(), Lying()), traced(network()))
+    with pytest.raises(PostconditionError, match="nothing was done"):
+        run_pipeline((Lying(),), traced(network()))
+
+
+def test_every_pass_explains_itself() -> None:
+    for graph_pass in (*transform_pipeline(TransformConfig()), *fold_pipeline()):
+        text = type(graph_pass).__doc__ or ""
+        assert "Outputs:" in text, type(graph_pass).__name__
+        assert len(text.splitlines()[0]) < 110

@@ -1,0 +1,171 @@
+"""The command as a user types it."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from pn_compiler import cli
+from pn_compiler.testing import randomize_batch_norms
+
+
+class Mine(nn.Module):
+    """[N, C, L] inputs, whose shape nobody can guess."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.bn = nn.Conv1d(3, 4, 3), nn.BatchNorm1d(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.relu(self.bn(self.conv(x)))
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    net = nn.Sequential(
+        nn.Conv2d(3, 4, 3, padding=1, bias=False),
+        nn.BatchNorm2d(4),
+        nn.ReLU6(),
+        nn.Conv2d(4, 2, 3, padding=1),
+    )
+    torch.save(randomize_batch_norms(net), tmp_path / "model.pt")
+    return tmp_path
+
+
+def test_as_written_with_no_other_flag(folder: Path) -> None:
+    command = Path(sys.executable).with_name("pn-compile")
+    done = subprocess.run(
+        [command, "model.pt", "-o", "model.onnx"], cwd=folder, capture_output=True, text=True, check=True
+    )
+    assert done.stderr == ""  # quiet in a pipe
+    assert "input shape guessed: 3 channels of the first layer, 224 pixels" in done.stdout
+    assert "verified    largest error" in done.stdout
+    assert (folder / "model.onnx").exists()
+
+
+def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
+    status = cli.main(list(arguments))
+    captured = capsys.readouterr()
+    return status, captured.out, captured.err
+
+
+SHAPE = ("--input-shape", "1,3,8,8")
+
+
+def test_report_and_options(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    status, _, _ = run(
+        capsys, "model.pt", "-o", "m.onnx", *SHAPE, "--report", "r.json", "--norm", "group",
+        "--num-groups", "2", "--no-proxy", "--warm-start", "running_stats", "--opset", "18",
+        "--static-batch", "--no-verify", "--proxy-padding", "output",
+    )  # fmt: skip
+    assert status == cli.DONE
+    report = json.loads((folder / "r.json").read_text())
+    assert [s["num_groups"] for s in report["sites"]] == [2]
+    assert [s["code"] for s in report["sites"]] == ["PN203"]
+    assert (report["opset_version"], report["inputs"][0]["shape"], report["checks"]) == (18, [1, 3, 8, 8], [])
+
+
+def test_dry_run_writes_nothing(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    status, out, _ = run(capsys, "model.pt", "--dry-run")
+    assert status == cli.DONE
+    assert out.splitlines()[1].split()[:5] == ["1", "pn", "layer", "1", "relu6"]
+    assert [p.name for p in folder.iterdir()] == ["model.pt"]
+
+
+def test_list_passes_and_version(capsys: pytest.CaptureFixture[str]) -> None:
+    status, out, _ = run(capsys, "--list-passes")
+    assert status == cli.DONE
+    assert "3. ReplaceBatchNorm: Replaces each BatchNorm" in out
+    with pytest.raises(SystemExit) as caught:
+        cli.main(["--version"])
+    assert caught.value.code == 0
+    assert capsys.readouterr().out.startswith("pn-compile 0.")
+
+
+def test_strict_is_status_3(capsys: pytest.CaptureFixture[str]) -> None:
+    status, out, err = run(capsys, "model.pt", "-o", "m.onnx", *SHAPE, "--num-groups", "3", "--strict")
+    assert (status, out) == (cli.REFUSED, "")
+    assert err.startswith("pn-compile: error: PN205 1: 3 groups do not divide 4 channels")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("missing.pt", "-o", "m.onnx"), "cannot read missing.pt: No such file"),
+        (("empty.pt", "-o", "m.onnx"), "empty.pt is empty"),
+        (("cut.pt", "-o", "m.onnx"), "cut.pt is damaged"),
+        (("text.pt", "-o", "m.onnx"), "text.pt is not a model"),
+        (("state.pt", "-o", "m.onnx"), "state_dict, parameters without the network"),
+        (("model.pt", "-o", "m.onnx", "--input-shape", "1,5,8,8"), "does not run on an input of shape"),
+        (("model.pt", "-o", "m.onnx", "--input-shape", "3,8"), "does not run on an input of shape"),
+        (("model.pt", "-o", "nowhere/m.onnx"), "cannot write nowhere/m.onnx: there is no folder nowhere"),
+        (("model.pt", "-o", "m.onnx", "--report", "nowhere/r.json"), "cannot write nowhere/r.json"),
+        (("model.pt", "-o", "m.onnx", "--opset", "9", *SHAPE), "opset 9: expected 18 to 24"),
+        (("sequence.pt", "-o", "m.onnx", "--allow", "tests.test_cli.Mine"), "cannot be guessed"),
+        (("sequence.pt", "-o", "m.onnx"), "--allow tests.test_cli.Mine"),
+        (("model.pt", "-o", "m.onnx", "--norm", "instance", "--num-groups", "2"), "num_groups goes with"),
+    ],
+)  # fmt: skip
+def test_bad_input_is_one_line_and_status_1(
+    folder: Path, capsys: pytest.CaptureFixture[str], arguments: tuple[str, ...], message: str
+) -> None:
+    (folder / "empty.pt").touch()
+    (folder / "cut.pt").write_bytes((folder / "model.pt").read_bytes()[:500])
+    (folder / "text.pt").write_text("weights, I promise")
+    torch.save(nn.Linear(2, 2).state_dict(), folder / "state.pt")
+    torch.save(randomize_batch_norms(Mine()), folder / "sequence.pt")
+    before = {p.name for p in folder.iterdir()}
+    status, out, err = run(capsys, *arguments)
+    assert (status, out) == (cli.FAILED, "")
+    assert message in err
+    assert err.startswith("pn-compile: error: ")
+    assert err.count("\n") == 1
+    assert {p.name for p in folder.iterdir()} == before
+
+
+def test_a_target_in_a_read_only_file_system(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    status, _, err = run(capsys, "model.pt", "-o", "/proc/m.onnx", *SHAPE)
+    assert status == cli.FAILED
+    assert err.startswith("pn-compile: error: cannot write /proc/m.onnx")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("model.pt",),
+        ("-o", "m.onnx"),
+        ("model.pt", "-o", "m.onnx", "--input-shape", "1,x"),
+        ("model.pt", "-o", "m.onnx", "--norm", "batch"),
+        ("model.pt", "-o", "m.onnx", "--num-groups", "0"),
+        ("model.pt", "-o", "m.onnx", "--no-such-flag"),
+    ],
+)
+def test_wrong_usage_is_status_2(capsys: pytest.CaptureFixture[str], arguments: tuple[str, ...]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        cli.main(list(arguments))
+    assert caught.value.code == cli.USAGE
+    assert "usage: pn-compile" in capsys.readouterr().err
+
+
+def test_an_exported_program_keeps_its_fixed_batch(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 2, 1))
+    net = randomize_batch_norms(net).eval()
+    torch.export.save(torch.export.export(net, (torch.randn(2, 3, 8, 8),)), folder / "fixed.pt2")
+    status, out, _ = run(capsys, "fixed.pt2", "-o", "m.onnx")
+    assert status == cli.DONE
+    assert "fixed to 2, as the program was exported" in out
+    assert "1     pn" in out
+
+
+def test_verbose_shows_the_traceback(
+    capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    status, _, err = run(capsys, "missing.pt", "-o", "m.onnx", "-v")
+    assert status == cli.FAILED
+    assert "traceback" in caplog.text
+    assert "pn-compile: error: cannot read missing.pt" in err

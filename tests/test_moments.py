@@ -1,0 +1,150 @@
+"""proxy_moments against integrals computed another way."""
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from scipy import integrate, stats
+from torch import nn
+
+import pn_compiler
+from pn_compiler.errors import ConfigError
+
+ACTIVATIONS = [
+    nn.Identity(),
+    nn.ReLU(),
+    nn.ReLU6(),
+    nn.Hardtanh(-0.5, 2.0),
+    nn.LeakyReLU(0.1),
+    nn.Threshold(0.3, -1.0),
+    nn.Hardswish(),
+    nn.Hardsigmoid(),
+    nn.SiLU(),
+    nn.GELU(),
+    nn.GELU("tanh"),
+    nn.Mish(),
+    nn.Softplus(),
+    nn.Sigmoid(),
+    nn.Tanh(),
+    nn.ELU(),
+    nn.SELU(),
+    nn.CELU(0.5),
+    nn.LogSigmoid(),
+    nn.Softsign(),
+]
+MEANS = [-30.0, -3.0, -0.4, 0.0, 0.7, 3.0, 30.0]
+STDS = [0.01, 0.3, 1.0, 4.0, 30.0]
+BREAKS = [-3.0, -1.0, -0.5, 0.0, 0.3, 1.0, 2.0, 3.0, 6.0]  # where any of them bends
+
+
+def adaptive(activation: nn.Module, mean: float, std: float) -> tuple[float, float]:
+    """Moments by scipy's adaptive quadrature, split where the activation may bend."""
+
+    def f(t: float) -> float:
+        return float(activation(torch.tensor([mean + std * t], dtype=torch.float64)))
+
+    def integral(g: object) -> float:
+        splits = sorted({(b - mean) / std for b in BREAKS if abs((b - mean) / std) < 10} | {-10.0, 0.0, 10.0})
+        parts = [
+            integrate.quad(g, a, b, epsabs=1e-13, epsrel=1e-12, limit=200)[0]
+            for a, b in itertools.pairwise(splits)
+        ]
+        return math.fsum(parts)
+
+    center = f(0.0)
+    first = integral(lambda t: (f(t) - center) * stats.norm.pdf(t))
+    second = integral(lambda t: (f(t) - center) ** 2 * stats.norm.pdf(t))
+    return center + first, second - first**2
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS, ids=str)
+@pytest.mark.parametrize("method", ["exact", "quadrature"])
+def test_agrees_with_adaptive_quadrature(activation: nn.Module, method: str) -> None:
+    grid = [(m, s) for m in MEANS for s in STDS][::3]  # a third: adaptive quadrature is slow
+    means, stds = (torch.tensor(values, dtype=torch.float64) for values in zip(*grid, strict=True))
+    got_mean, got_var = pn_compiler.proxy_moments(activation, means, stds, method=method)
+    for index, (mean, std) in enumerate(grid):
+        want_mean, want_var = adaptive(activation, mean, std)
+        scale = want_var + 0.03
+        assert abs(float(got_mean[index]) - want_mean) / math.sqrt(scale) < 1e-6
+        assert abs(float(got_var[index]) - want_var) / scale < 1e-6
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS, ids=str)
+def test_float32_is_as_good_as_float32_can_be(activation: nn.Module) -> None:
+    means, stds = torch.meshgrid(torch.tensor(MEANS), torch.tensor(STDS), indexing="ij")
+    mean, var = pn_compiler.proxy_moments(activation, means, stds)
+    want_mean, want_var = pn_compiler.proxy_moments(activation, means.double(), stds.double())
+    assert mean.dtype == var.dtype == torch.float32
+    scale = want_var + 0.03
+    assert ((mean - want_mean).abs() / scale.sqrt()).max() < 1e-5
+    assert ((var - want_var).abs() / scale).max() < 1e-5
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS, ids=str)
+def test_gradients_are_right_and_finite_even_without_spread(activation: nn.Module) -> None:
+    mean = torch.tensor([-2.1, -0.4, 0.2, 2.3, 30.0], dtype=torch.float64, requires_grad=True)
+    std = torch.tensor([0.5, 1.3, 0.02, 3.0, 30.0], dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(
+        lambda m, s: pn_compiler.proxy_moments(activation, m, s), (mean, std), atol=1e-5, rtol=1e-4
+    )
+    mean = torch.tensor([-30.0, -3.0, 0.0, 0.5, 3.0, 6.0, 30.0], requires_grad=True)
+    std = torch.zeros(7, requires_grad=True)
+    got_mean, got_var = pn_compiler.proxy_moments(activation, mean, std)
+    torch.testing.assert_close(got_mean, activation(mean))
+    torch.testing.assert_close(got_var, torch.zeros(7))
+    (got_mean.sum() + (got_var + 0.03).rsqrt().sum()).backward()
+    assert mean.grad is not None
+    assert std.grad is not None
+    assert torch.isfinite(mean.grad).all()
+    assert torch.isfinite(std.grad).all()
+
+
+def test_relu_in_closed_form() -> None:
+    mean, var = pn_compiler.proxy_moments(nn.ReLU(), torch.zeros(1), torch.full((1,), 2.0))
+    assert float(mean) == pytest.approx(2 / math.sqrt(2 * math.pi), rel=1e-6)
+    assert float(var) == pytest.approx(4 * (0.5 - 1 / (2 * math.pi)), rel=1e-6)
+
+
+def test_slope_per_channel_learns() -> None:
+    activation = nn.PReLU(3)
+    mean = torch.tensor([0.1, -0.5, 1.0])
+    _, var = pn_compiler.proxy_moments(activation, mean, torch.ones(3))
+    var.sum().backward()
+    assert activation.weight.grad is not None
+    assert (activation.weight.grad != 0).all()
+
+
+def test_any_elementwise_callable() -> None:
+    mean, std = torch.tensor([0.3]), torch.tensor([0.8])
+    got = pn_compiler.proxy_moments(torch.sin, mean, std)
+    want = math.exp(-0.32) * math.sin(0.3)  # E sin(u) = exp(-s^2 / 2) sin(m)
+    assert float(got[0]) == pytest.approx(want, rel=1e-5)
+    assert float(pn_compiler.proxy_moments(F.relu, mean, std)[0]) == pytest.approx(
+        float(pn_compiler.proxy_moments(nn.ReLU(), mean, std)[0]), rel=1e-5
+    )
+
+
+def test_quantile_is_the_mean_over_the_reference_nodes() -> None:
+    nodes = stats.norm.ppf((np.arange(200) + 0.5) / 200)
+    values = np.maximum(0.3 + 0.8 * nodes, 0)
+    mean, var = pn_compiler.proxy_moments(
+        nn.ReLU(), torch.tensor([0.3]), torch.tensor([0.8]), method="quantile"
+    )
+    assert float(mean) == pytest.approx(values.mean(), rel=1e-6)
+    assert float(var) == pytest.approx(values.var(), rel=1e-5)
+
+
+def test_half_precision_is_computed_in_float32() -> None:
+    mean, var = pn_compiler.proxy_moments(
+        nn.ReLU(), torch.zeros(2, dtype=torch.bfloat16), torch.ones(2, dtype=torch.bfloat16)
+    )
+    assert mean.dtype == var.dtype == torch.float32
+
+
+def test_refuses_an_unknown_method() -> None:
+    with pytest.raises(ConfigError, match="'exact', 'quantile', 'quadrature'"):
+        pn_compiler.proxy_moments(nn.ReLU(), torch.zeros(1), torch.ones(1), method="magic")  # type: ignore[arg-type]

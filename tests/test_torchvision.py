@@ -1,0 +1,59 @@
+"""Real networks through the command line, to the figures that the project promises."""
+
+import json
+from collections import Counter
+from pathlib import Path
+
+import onnx
+import pytest
+import torch
+from torch import nn
+
+import pn_compiler
+from pn_compiler import cli
+from pn_compiler.testing import randomize_batch_norms
+from tests import zoo
+
+PROXY_SITES = {
+    "resnet18": 8, "resnet50": 33, "mobilenet_v2": 35, "efficientnet_b0": 17, "densenet121": 120,
+    "shufflenet_v2_x1_0": 18, "regnet_y_400mf": 17,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PROXY_SITES)
+def test_compiles_to_float32_rounding(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    torch.manual_seed(0)
+    model = randomize_batch_norms(getattr(zoo.torchvision().models, name)(weights=None, num_classes=1000))
+    torch.save(model, tmp_path / "model.pt")
+    status = cli.main(
+        [str(tmp_path / "model.pt"), "-o", str(tmp_path / "m.onnx"), "--report", str(tmp_path / "r.json")]
+    )
+    assert status == cli.DONE, capsys.readouterr().err
+    report = json.loads((tmp_path / "r.json").read_text())
+    assert report["reference"] == "float64"
+    assert {check["batch"] for check in report["checks"]} == {1, 3}
+    assert report["max_error"] <= 1e-5
+    assert Counter(s["kind"] for s in report["sites"])["pn"] == PROXY_SITES[name]
+    assert not any(s["kind"] == "skipped" for s in report["sites"])
+    if name == "resnet50":
+        assert_no_more_elementwise_operators_than_group_norm(tmp_path)
+
+
+ELEMENTWISE = ("Add", "Mul", "Sub", "Div", "Max", "Min", "Relu", "Clip")
+
+
+def assert_no_more_elementwise_operators_than_group_norm(tmp_path: Path) -> None:
+    """Against the plain export of the same network with GroupNorm in the place of BatchNorm."""
+    model = zoo.torchvision().models.resnet50(norm_layer=lambda channels: nn.GroupNorm(1, channels)).eval()
+    program = torch.onnx.export(model, (torch.randn(2, 3, 224, 224),), opset_version=20, verbose=False)
+    assert program is not None
+    plain = Counter(node.op_type for node in program.model_proto.graph.node)
+    ours = Counter(node.op_type for node in onnx.load(tmp_path / "m.onnx").graph.node)
+    assert sum(ours[op] for op in ELEMENTWISE) <= sum(plain[op] for op in ELEMENTWISE)
+    assert sum(ours.values()) <= sum(plain.values())
+
+
+def test_from_scratch_every_activation_gets_proxy_normalization() -> None:
+    model = zoo.torchvision().models.efficientnet_b0(weights=None)
+    sites = pn_compiler.sites(pn_compiler.transform(model))
+    assert Counter(site.kind for site in sites) == {"pn": 33, "norm_only": 16}
