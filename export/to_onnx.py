@@ -25,6 +25,7 @@ from pn_compiler.pass_base import Progress
 DEFAULT_OPSET = 20
 OPSETS = range(18, 25)
 VERIFIED_BATCHES = (1, 3)
+_MAX_BYTES = 2**31 - 2**20  # of a protobuf message, less room for the graph
 
 
 def write_onnx(
@@ -175,6 +176,9 @@ def _cause(error: BaseException) -> str:
 
 
 def _check(proto: onnx.ModelProto) -> None:
+    size = sum(len(tensor.raw_data) for tensor in proto.graph.initializer)
+    if size > _MAX_BYTES:
+        raise ExportError(f"{size / 1e9:.1f} GB of parameters: one ONNX file holds 2 GB at most")
     try:
         onnx.checker.check_model(proto, full_check=True)
     except onnx.checker.ValidationError as error:

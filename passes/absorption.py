@@ -1,6 +1,7 @@
 """Where the scale and shift of a site can go: the rules in tables, and the walk over the graph."""
 
 import dataclasses
+from collections import Counter
 
 from torch import fx, nn
 
@@ -48,33 +49,76 @@ class Route:
     blocked: tuple[Blocked, ...]
 
 
-def find_route(graph: fx.GraphModule, start: fx.Node, num_channels: int, *, through_padding: bool) -> Route:
-    """Follows the value of `start`, [N, num_channels, *], to everything that reads it.
+class Router:
+    """Follows the value of a site to everything that reads it.
 
     Args:
-        graph: with ranks inferred.
-        start: output of a site.
-        num_channels: C.
+        graph: with ranks inferred. Rewriting sites does not change what this notes of it.
         through_padding: whether zero padding stands before the affine (``proxy_padding="activation"``),
             so that a padded operator lets a shift pass.
     """
-    absorbers: dict[fx.Node, None] = {}
-    blocked: list[Blocked] = []
-    values, seen = [start], {start}
-    while values:
-        value = values.pop()
-        for user in value.users:
-            if _commutes(graph, user, value, through_padding=through_padding):
-                if user not in seen:
-                    seen.add(user)
-                    values.append(user)
-                continue
-            reason = _refusal(graph, user, value, num_channels, through_padding=through_padding)
-            if reason is None:
-                absorbers[user] = None
-            else:
-                blocked.append(Blocked(value, user, reason))
-    return Route(tuple(absorbers), tuple(blocked))
+
+    def __init__(self, graph: fx.GraphModule, *, through_padding: bool) -> None:
+        self.graph = graph
+        self.through_padding = through_padding
+        self.calls = module_calls(graph)
+        parameters = Counter(id(p) for m in graph.modules() for p in m._parameters.values())
+        self.tied = {key for key, count in parameters.items() if count > 1}
+        reads = (str(node.target) for node in graph.graph.nodes if node.op == "get_attr")
+        self.read = {read.rpartition(".")[0] for read in reads}
+
+    def route(self, start: fx.Node, num_channels: int) -> Route:
+        """Where the affine of `start`, [N, num_channels, *], goes."""
+        absorbers: dict[fx.Node, None] = {}
+        blocked: list[Blocked] = []
+        values, seen = [start], {start}
+        while values:
+            value = values.pop()
+            for user in value.users:
+                if _commutes(self.graph, user, value, through_padding=self.through_padding):
+                    if user not in seen:
+                        seen.add(user)
+                        values.append(user)
+                    continue
+                reason = self._refusal(user, value, num_channels)
+                if reason is None:
+                    absorbers[user] = None
+                else:
+                    blocked.append(Blocked(value, user, reason))
+        return Route(tuple(absorbers), tuple(blocked))
+
+    def _refusal(self, user: fx.Node, value: fx.Node, num_channels: int) -> str | None:
+        """Why `user` cannot take in the affine of `value`; None if it can."""
+        module = called_module(self.graph, user)
+        if module is None:
+            what = "the output of the model" if user.op == "output" else operator_name(user) or user.target
+            return f"{what} reads it"
+        path = str(user.target)
+        where = f"{path} ({type(module).__name__})"
+        absorbing = type(module) in INPUT_AFFINE or type(module) in INPUT_AFFINE.values()
+        if not absorbing or user.args != (value,) or user.kwargs:
+            return f"{where} reads it"
+        if len(self.calls[path]) > 1:
+            return f"{where} is called from several places"
+        computes = "weight" not in module._parameters or "forward" in vars(module)
+        if computes or module._forward_pre_hooks:
+            return f"{where} computes its weight or changes its input before it runs"
+        if path in self.read or any(id(p) in self.tied for p in module.parameters()):
+            return f"{where} shares its weight with another module"
+        if isinstance(module, nn.Linear):
+            return _refusal_of_linear(module, where, rank(value), num_channels)
+        assert isinstance(module, nn.modules.conv._ConvNd)
+        if not self.through_padding and _pads_with_zeros(module):
+            return f"{where} pads its input with zeros"
+        return None if module.in_channels == num_channels else f"{where} reads other channels"
+
+
+def _refusal_of_linear(module: nn.Linear, where: str, known: int | None, num_channels: int) -> str | None:
+    if known is None:
+        return f"{where} acts on the last axis of an input of unknown rank; pass example_inputs"
+    if known != 2:
+        return f"{where} acts on the last axis of {known}"
+    return None if module.in_features % num_channels == 0 else f"{where} reads other channels"
 
 
 def _commutes(graph: fx.GraphModule, user: fx.Node, value: fx.Node, *, through_padding: bool) -> bool:
@@ -114,42 +158,6 @@ def _averages_space(user: fx.Node, value: fx.Node) -> bool:
     return all(d % before >= 2 for d in dims) and (keepdim or len(dims) == before - 2)
 
 
-def _refusal(
-    graph: fx.GraphModule,
-    user: fx.Node,
-    value: fx.Node,
-    num_channels: int,
-    *,
-    through_padding: bool,
-) -> str | None:
-    """Why `user` cannot take in the affine of `value`; None if it can."""
-    module = called_module(graph, user)
-    if module is None:
-        what = "the output of the model" if user.op == "output" else operator_name(user) or user.target
-        return f"{what} reads it"
-    where = f"{user.target} ({type(module).__name__})"
-    absorbing = type(module) in INPUT_AFFINE or type(module) in INPUT_AFFINE.values()
-    if not absorbing or user.args != (value,) or user.kwargs:
-        return f"{where} reads it"
-    if len(module_calls(graph)[str(user.target)]) > 1:
-        return f"{where} is called from several places"
-    if _is_tied(graph, module):
-        return f"{where} shares its weight with another module"
-    if isinstance(module, nn.Linear):
-        if rank(value) != 2:
-            known = rank(value)
-            return f"{where} acts on the last axis of " + (
-                "an input of unknown rank; pass example_inputs" if known is None else f"{known}"
-            )
-        fits = module.in_features % num_channels == 0
-    else:
-        assert isinstance(module, nn.modules.conv._ConvNd)
-        fits = module.in_channels == num_channels
-        if not through_padding and _pads_with_zeros(module):
-            return f"{where} pads its input with zeros"
-    return None if fits else f"{where} reads other channels"
-
-
 def _pads_with_zeros(conv: nn.modules.conv._ConvNd) -> bool:
     if conv.padding_mode != "zeros":
         return False  # reflect, replicate and circular padding repeat values, affine included
@@ -157,14 +165,3 @@ def _pads_with_zeros(conv: nn.modules.conv._ConvNd) -> bool:
     if isinstance(padding, str):
         return padding == "same" and any(k > 1 for k in conv.kernel_size)
     return any(padding)
-
-
-def _is_tied(graph: fx.GraphModule, module: nn.Module) -> bool:
-    """Whether another module, or the graph itself, reads a parameter of `module`."""
-    own = {id(p) for p in module.parameters()}
-    others = (m for m in graph.modules() if m is not module)
-    if any(id(p) in own for m in others for p in m._parameters.values()):
-        return True
-    paths = {name for name, m in graph.named_modules() if m is module}
-    reads = (str(n.target) for n in graph.graph.nodes if n.op == "get_attr")
-    return any(read.rpartition(".")[0] in paths for read in reads)

@@ -3,9 +3,9 @@
 from torch import fx, nn
 
 from pn_compiler.activations import activation_of, is_activation
-from pn_compiler.graph_utils import add_module, call_module_after, called_module
+from pn_compiler.graph_utils import add_module, call_module_after, called_module, has_hooks
 from pn_compiler.pass_base import GraphPass, PassResult
-from pn_compiler.spelling import is_inplace
+from pn_compiler.spelling import may_alias, overwritten
 
 
 class CanonicalizeActivations(GraphPass):
@@ -13,7 +13,8 @@ class CanonicalizeActivations(GraphPass):
 
     Given:   y = bn(x); F.relu_(y); z = y + w         Result:  y = bn(x); r = relu(y); z = r + w
              nn.Identity()(x)                                  x
-    Leaves alone: functions that are no activation, or whose bounds are computed in the graph.
+    Leaves alone: functions that are no activation, or whose bounds are computed in the graph; in-place
+        effects on tensors that share memory with others.
     Outputs: preserved exactly.
     """
 
@@ -23,40 +24,36 @@ class CanonicalizeActivations(GraphPass):
         rewritten = 0
         for node in list(graph.graph.nodes):
             module = called_module(graph, node)
-            if isinstance(module, nn.Identity) and len(node.all_input_nodes) == 1:
+            if module is None:
+                rewritten += _rewrite(graph, node)
+            elif isinstance(module, nn.Identity) and node.args and not has_hooks(module):
                 node.replace_all_uses_with(node.all_input_nodes[0])
                 graph.graph.erase_node(node)
                 rewritten += 1
-            elif module is not None:
-                if is_activation(module) and getattr(module, "inplace", False):
-                    rewritten += _redirect_later_users(node)
-            else:
-                rewritten += _rewrite(graph, node)
+            elif is_activation(module) and getattr(module, "inplace", False):
+                rewritten += _redirect_later_users(node, node.args[0])
         return PassResult(rewritten)
 
 
 def _rewrite(graph: fx.GraphModule, node: fx.Node) -> int:
-    if not node.args or not isinstance(node.args[0], fx.Node):
-        return 0
-    rewritten = 0
-    if is_inplace(node):
-        rewritten += _redirect_later_users(node)
+    target = overwritten(node)
+    if target is not None and may_alias(target, node):
+        return 0  # what else sees the effect cannot be told
+    rewritten = 0 if target is None else _redirect_later_users(node, target)
     module = activation_of(node)
-    if module is not None:
-        module.train(graph.training)
-        path = add_module(graph, node.name, module)
-        call = call_module_after(graph, node, path, (node.args[0],))
-        call.meta = dict(node.meta)
-        node.replace_all_uses_with(call)
-        graph.graph.erase_node(node)
-        rewritten += 1
-    return rewritten
+    if module is None:
+        return rewritten
+    path = add_module(graph, node.name, module.train(graph.training))
+    call = call_module_after(graph, node, path, (node.all_input_nodes[0],))
+    call.meta = dict(node.meta)
+    node.replace_all_uses_with(call)
+    graph.graph.erase_node(node)
+    return rewritten + 1
 
 
-def _redirect_later_users(node: fx.Node) -> int:
-    """What reads the input of an in-place `node` after it, reads what `node` left there."""
-    source = node.args[0]
-    if not isinstance(source, fx.Node):
+def _redirect_later_users(node: fx.Node, source: object) -> int:
+    """What reads `source` after `node` has overwritten it, reads what `node` left there."""
+    if not isinstance(source, fx.Node) or may_alias(source, node):
         return 0
     later = [user for user in source.users if user > node]
     for user in later:

@@ -58,7 +58,8 @@ class FoldProxyNorm(GraphPass):
         return PassResult(rewritten)
 
     def ensures(self, graph: fx.GraphModule) -> None:
-        for name, module in graph.named_modules():
+        for name in module_calls(graph):  # a region inside a leaf is a graph of its own
+            module = graph.get_submodule(name)
             if isinstance(module, ProxyNormAct | ChannelAffine) or type(module) in _PLAIN:
                 raise PostconditionError(f"{name} ({type(module).__name__}) is not folded")
 

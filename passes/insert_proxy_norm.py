@@ -9,14 +9,15 @@ from torch import fx, nn
 from pn_compiler.activations import activation_name, is_activation, same_activation
 from pn_compiler.config import TransformConfig
 from pn_compiler.diagnostics import Diagnostic, Site
-from pn_compiler.graph_utils import called_module, module_calls, replace_module
+from pn_compiler.graph_utils import called_module, has_hooks, module_calls, replace_module
 from pn_compiler.nn import ProxyNormAct, absorb_affine
 from pn_compiler.pass_base import GraphPass, PassResult
-from pn_compiler.passes.absorption import Blocked, Route, find_route
+from pn_compiler.passes.absorption import Blocked, Route, Router
 from pn_compiler.passes.canonicalize_activations import CanonicalizeActivations
 from pn_compiler.passes.replace_batch_norm import ReplaceBatchNorm
 from pn_compiler.passes.site_outputs import read_outputs
 from pn_compiler.site_table import site_table, update_site
+from pn_compiler.spelling import may_alias
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -45,6 +46,9 @@ class InsertProxyNorm(GraphPass):
 
     def run(self, graph: fx.GraphModule) -> PassResult:
         calls = module_calls(graph)
+        # Any padding will do: undoing is exact with the padding before the shift, and as good as it can be
+        # with the reference's.
+        router = Router(graph, through_padding=True)
         notes = []
         rewritten = 0
         for name, site in list(site_table(graph).items()):
@@ -56,7 +60,7 @@ class InsertProxyNorm(GraphPass):
                 act = called_module(graph, matched[0].activation)
                 assert act is not None
                 update_site(graph, name, activation=activation_name(act))
-                refusal = self._try_rewrite(graph, site, matched, act)
+                refusal = self._try_rewrite(graph, site, matched, act, router)
                 rewritten += refusal is None or refusal.code == "PN207"
             if refusal is not None:
                 notes.append(refusal)
@@ -73,7 +77,7 @@ class InsertProxyNorm(GraphPass):
             nn.init.zeros_(norm.bias).requires_grad_(False)
 
     def _try_rewrite(
-        self, graph: fx.GraphModule, site: Site, calls: list[_Call], act: nn.Module
+        self, graph: fx.GraphModule, site: Site, calls: list[_Call], act: nn.Module, router: Router
     ) -> Diagnostic | None:
         """Rewrites the site, or says why not; PN207 is a remark about one that is rewritten."""
         if not self.config.proxy:
@@ -83,9 +87,7 @@ class InsertProxyNorm(GraphPass):
         remark = None
         routes: list[Route] = []
         if site.warm_start:
-            # Any padding will do: the compensation is exact with the padding before the shift, and as
-            # good as it can be with the reference's.
-            routes = [find_route(graph, c.activation, norm.num_channels, through_padding=True) for c in calls]
+            routes = [router.route(c.activation, norm.num_channels) for c in calls]
             blocked = [b for route in routes for b in route.blocked]
             if blocked:
                 return _blocked(site.name, blocked)
@@ -94,7 +96,7 @@ class InsertProxyNorm(GraphPass):
         proxy_norm = _proxy_norm_act(norm, act, self.config.proxy_eps)
         for route in routes:
             for absorber in route.absorbers:
-                _compensate(graph.get_submodule(str(absorber.target)), proxy_norm)
+                compensate(graph.get_submodule(str(absorber.target)), proxy_norm)
         _replace(graph, site.name, calls, proxy_norm)
         update_site(graph, site.name, kind="pn")
         return remark
@@ -121,8 +123,11 @@ def _match(graph: fx.GraphModule, norms: list[fx.Node], name: str) -> list[_Call
 
 
 def _is_activation_call(graph: fx.GraphModule, node: fx.Node) -> bool:
+    """Whether `node` is an activation that a site may take in."""
     module = called_module(graph, node)
-    return module is not None and is_activation(module)
+    if module is None or not is_activation(module) or has_hooks(module):
+        return False
+    return not getattr(module, "inplace", False) or not may_alias(node.all_input_nodes[0], node)
 
 
 def _blocked(name: str, blocked: list[Blocked]) -> Diagnostic:
@@ -137,11 +142,8 @@ def _blocked(name: str, blocked: list[Blocked]) -> Diagnostic:
 
 def _inexact(graph: fx.GraphModule, name: str, norm: nn.GroupNorm, calls: list[_Call]) -> Diagnostic | None:
     """A remark if some consumer pads with zeros behind the shift."""
-    blocked = [
-        b
-        for c in calls
-        for b in find_route(graph, c.activation, norm.num_channels, through_padding=False).blocked
-    ]
+    router = Router(graph, through_padding=False)
+    blocked = [b for c in calls for b in router.route(c.activation, norm.num_channels).blocked]
     if not blocked:
         return None
     reasons = "; ".join(dict.fromkeys(b.reason for b in blocked))
@@ -175,24 +177,26 @@ def _proxy_norm_act(norm: nn.GroupNorm, act: nn.Module, proxy_eps: float) -> Pro
 
 
 @torch.no_grad()
-def _compensate(consumer: nn.Module, site: ProxyNormAct) -> None:
+def compensate(consumer: nn.Module, site: ProxyNormAct) -> None:
     """Undoes z = a r + v in a consumer: W' = W / r and b' = b - sum of W' v = b + sum of W mean."""
     assert isinstance(consumer, nn.Linear | nn.modules.conv._ConvNd)
+    if consumer.bias is None:
+        consumer.bias = nn.Parameter(
+            consumer.weight.new_zeros(consumer.weight.shape[0]), consumer.weight.requires_grad
+        )
+    if consumer.weight.is_meta:
+        return  # there are no values to change
     scale, shift = copy.deepcopy(site).double().scale_and_shift()
     groups = getattr(consumer, "groups", 1)
     repeats = consumer.weight.shape[1] * groups // scale.shape[0]  # above 1 behind a flatten
     weight, bias = absorb_affine(
         consumer.weight.double(),
-        None if consumer.bias is None else consumer.bias.double(),
+        consumer.bias.double(),
         scale.reciprocal().repeat_interleave(repeats),
         (-shift / scale).repeat_interleave(repeats),
         groups,
     )
     assert bias is not None
-    if consumer.bias is None:
-        consumer.bias = nn.Parameter(
-            consumer.weight.new_zeros(consumer.weight.shape[0]), consumer.weight.requires_grad
-        )
     consumer.weight.copy_(weight)
     consumer.bias.copy_(bias)
 

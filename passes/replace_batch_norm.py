@@ -7,7 +7,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from pn_compiler.config import TransformConfig, norm_name
 from pn_compiler.diagnostics import Diagnostic, Site, skipped
 from pn_compiler.errors import PostconditionError
-from pn_compiler.graph_utils import module_calls, replace_module
+from pn_compiler.graph_utils import has_hooks, module_calls, replace_module
 from pn_compiler.pass_base import GraphPass, PassResult
 from pn_compiler.passes.canonicalize_modules import CanonicalizeModules, norm_operands
 from pn_compiler.ranks import rank
@@ -15,8 +15,6 @@ from pn_compiler.site_table import put_site, site_table, update_site
 from pn_compiler.spelling import operator_name
 from pn_compiler.tracing import is_batch_norm
 from pn_compiler.warm_start import affine_from_running_stats, is_warm, plain_affine
-
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 class ReplaceBatchNorm(GraphPass):
@@ -76,7 +74,7 @@ class ReplaceBatchNorm(GraphPass):
                 f"{type(norm).__module__}.{type(norm).__name__} may compute more than a BatchNorm",
                 "replace it by the torch.nn class if it does not",
             )
-        if any(getattr(norm, hooks) for hooks in _HOOKS):
+        if has_hooks(norm):
             return Diagnostic("PN108", path, "it has hooks", "remove them before the conversion")
         if norm.running_mean is None or norm.running_var is None:
             if self.config.warm_start != "none":

@@ -5,7 +5,7 @@ from torch import fx
 from pn_compiler.graph_utils import add_module, call_module_after, module_calls
 from pn_compiler.nn import INPUT_AFFINE, ChannelAffine, Output, ProxyNormAct
 from pn_compiler.pass_base import GraphPass, PassResult
-from pn_compiler.passes.absorption import Route, find_route
+from pn_compiler.passes.absorption import Route, Router
 from pn_compiler.passes.insert_proxy_norm import InsertProxyNorm
 from pn_compiler.passes.site_outputs import read_outputs, site_outputs
 
@@ -28,16 +28,13 @@ class RouteAffine(GraphPass):
 
     def run(self, graph: fx.GraphModule) -> PassResult:
         rewritten = 0
+        router = Router(graph, through_padding=self.through_padding)
         for path, calls in module_calls(graph).items():
             site = graph.get_submodule(path)
             if not isinstance(site, ProxyNormAct) or "output" not in site.outputs:
                 continue
             starts = {call: site_outputs(graph, call)["output"] for call in calls}
-            routes = [
-                find_route(graph, z, site.num_channels, through_padding=self.through_padding)
-                for reads in starts.values()
-                for z in reads
-            ]
+            routes = [router.route(z, site.num_channels) for reads in starts.values() for z in reads]
             if any(route.absorbers for route in routes):
                 _open(graph, path, site, calls, routes)
                 rewritten += 1

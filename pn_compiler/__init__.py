@@ -2,6 +2,7 @@
 
 from pn_compiler import nn
 from pn_compiler.api import compile, export_onnx, fold, transform  # noqa: A004  # public names
+from pn_compiler.checkpoints import convert_state_dict
 from pn_compiler.diagnostics import Diagnostic, Site
 from pn_compiler.errors import PnCompilerError
 from pn_compiler.graph_module import notes, sites
@@ -12,6 +13,7 @@ __all__ = [
     "PnCompilerError",
     "Site",
     "compile",
+    "convert_state_dict",
     "export_onnx",
     "fold",
     "nn",

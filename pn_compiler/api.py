@@ -1,31 +1,26 @@
 """The public functions: transform, fold, compile."""
 
-import copy
+import dataclasses
 import logging
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from torch import fx, nn
+from torch import nn
 
 from pn_compiler.config import Norm, ProxyPadding, TransformConfig, WarmStart
 from pn_compiler.diagnostics import Diagnostic, Site, skipped
 from pn_compiler.errors import ConfigError, RefusedError
-from pn_compiler.graph_module import (
-    ConvertedModule,
-    is_converted,
-    notes,
-    record,
-    sites,
-)
+from pn_compiler.graph_module import is_converted, notes, record, sites
 from pn_compiler.graph_utils import count_operators, count_parameters
 from pn_compiler.input_shape import choose_inputs
 from pn_compiler.nn import ProxyNormAct
 from pn_compiler.pass_base import Progress, run_pipeline
 from pn_compiler.passes import fold_pipeline, transform_pipeline
 from pn_compiler.ranks import infer_ranks
+from pn_compiler.regions import Trace, copy_model, trace
 from pn_compiler.site_table import take_sites
-from pn_compiler.tracing import as_inputs, batch_norms, trace
+from pn_compiler.tracing import as_inputs, batch_norms
 
 if TYPE_CHECKING:
     from pn_compiler.export import Report
@@ -44,7 +39,7 @@ def transform(
     warm_start: WarmStart = "auto",
     strict: bool = False,
     norm_only_bias: bool = True,
-) -> fx.GraphModule:
+) -> nn.Module:
     """Rewrites every BatchNorm of `model` into a normalizer that does not depend on the batch.
 
     A BatchNorm followed by an activation becomes a `pn_compiler.nn.ProxyNormAct` at the path of the
@@ -70,12 +65,13 @@ def transform(
             not start warm; the reference implementation has none there.
 
     Returns:
-        A trainable graph in the train/eval mode of `model`. Parameters that the conversion does not
-        touch keep their names.
+        A trainable torch.fx.GraphModule in the train/eval mode of `model`. Parameters that the conversion
+        does not touch keep their names. Submodules whose forward torch.fx cannot trace keep their class,
+        with graphs inside; so does the model itself if its own forward is one.
 
     Raises:
         ConfigError: an option has an impossible value.
-        TraceError: torch.fx cannot follow the forward of `model`.
+        TraceError: nothing of a model without BatchNorm can be traced.
         UnsupportedModelError: `model` has uninitialised lazy modules.
         RefusedError: `strict` and something was refused.
 
@@ -91,64 +87,70 @@ def transform(
     )
     if is_converted(model):
         raise ConfigError("the model is already converted")
-    graph, trace_notes = trace(model, as_inputs(example_inputs))
-    convert(graph, model, as_inputs(example_inputs), config, trace_notes, strict=strict)
-    return graph
+    inputs = as_inputs(example_inputs)
+    traced = trace(model, inputs)
+    convert(traced, model, inputs, config, strict=strict)
+    return traced.root
 
 
 def convert(
-    graph: ConvertedModule,
+    traced: Trace,
     model: nn.Module,
     inputs: tuple[Any, ...] | None,
     config: TransformConfig,
-    trace_notes: tuple[Diagnostic, ...] = (),
     *,
     strict: bool = False,
     progress: Progress | None = None,
 ) -> None:
-    """Converts `graph`, the trace of `model`, in place; see `transform`."""
-    infer_ranks(graph, inputs)
-    result = run_pipeline(transform_pipeline(config), graph, progress)
-    found, lost = _account(model, take_sites(graph), graph)
-    all_notes = (*trace_notes, *result.notes, *lost)
+    """Converts `traced`, the trace of `model`, in place; see `transform`."""
+    table: dict[str, Site] = {}
+    all_notes = [*traced.notes]
+    for region in traced.regions:
+        infer_ranks(region.graph, None if region.prefix else inputs)
+        result = run_pipeline(transform_pipeline(config), region.graph, progress)
+        region.finish()
+        for name, site in take_sites(region.graph).items():
+            table[region.prefix + name] = dataclasses.replace(site, name=region.prefix + name)
+        all_notes += [dataclasses.replace(note, site=region.prefix + note.site) for note in result.notes]
+    found = _account(model, traced, table, all_notes)
     if not found:
-        all_notes = (*all_notes, Diagnostic("PN100", "", "the model has no BatchNorm"))
+        all_notes.append(Diagnostic("PN100", "", "the model has no BatchNorm"))
     for note in all_notes:
         logger.info("%s", note)
     refused = [str(note) for note in all_notes if note.severity == "warning"]
     if strict and refused:
         raise RefusedError("; ".join(refused))
-    record(graph, found, all_notes)
+    record(traced.root, found, tuple(all_notes))
 
 
 def _account(
-    model: nn.Module, table: dict[str, Site], graph: fx.GraphModule
-) -> tuple[tuple[Site, ...], tuple[Diagnostic, ...]]:
-    """One record for each BatchNorm of `model` in its order, those that the graph never met included."""
-    lost = []
+    model: nn.Module, traced: Trace, table: dict[str, Site], notes: list[Diagnostic]
+) -> tuple[Site, ...]:
+    """One record for each BatchNorm of `model` in its order, those that no graph met included."""
     found: dict[str, Site] = {}
     for name, _ in batch_norms(model):
         if name not in table:
-            table[name] = skipped(note := _lost(name, graph))
-            lost.append(note)
+            notes.append(lost := _lost(name, traced))
+            table[name] = skipped(lost)
         found[name] = table[name]
-    return tuple((found | table).values()), tuple(lost)
+    return tuple((found | table).values())
 
 
-def _lost(name: str, graph: fx.GraphModule) -> Diagnostic:
-    called = [str(node.target) for node in graph.graph.nodes if node.op == "call_module"]
-    inside = next((path for path in called if name.startswith(f"{path}.")), None)
-    if inside is not None:
-        return Diagnostic(
-            "PN101",
-            name,
-            f"the forward of {inside} cannot be traced by torch.fx",
-            f"make the forward of {inside} free of data-dependent control flow",
-        )
-    return Diagnostic("PN102", name, "the traced forward never calls it")
+def _lost(name: str, traced: Trace) -> Diagnostic:
+    """Why no graph met the BatchNorm `name`."""
+    whole = [path for path in traced.opaque if not path or name.startswith(f"{path}.")]
+    if not whole:
+        return Diagnostic("PN102", name, "the traced forward never calls it")
+    inside = whole[-1] or "the model"
+    return Diagnostic(
+        "PN101",
+        name,
+        f"the forward of {inside} cannot be traced, and reads the statistics of its BatchNorm itself",
+        f"let {inside} call its BatchNorm as a module",
+    )
 
 
-def fold(model: nn.Module, *, progress: Progress | None = None) -> fx.GraphModule:
+def fold(model: nn.Module, *, progress: Progress | None = None) -> nn.Module:
     """Makes the proxy statistics constants and folds them away, for inference.
 
     What remains is normalizers, activations and linear operators of ``torch.nn``, with the scale and
@@ -159,18 +161,20 @@ def fold(model: nn.Module, *, progress: Progress | None = None) -> fx.GraphModul
         model: a result of `transform`, or any module that torch.fx can trace. It is left untouched.
 
     Returns:
-        A graph in eval mode whose parameters need no gradient. It must stay in eval mode.
+        A torch.fx.GraphModule (see `transform`) in eval mode whose parameters need no gradient. It must
+        stay in eval mode.
 
     Raises:
         TraceError: torch.fx cannot follow the forward of `model`.
     """
-    graph, _ = trace(model)
-    graph.eval()
+    traced = trace(model)
+    traced.root.eval()
     if is_converted(model):
-        record(graph, sites(model), notes(model))
-    infer_ranks(graph)
-    run_pipeline(fold_pipeline(), graph, progress)
-    return graph.requires_grad_(False)
+        record(traced.root, sites(model), notes(model))
+    for region in traced.regions:
+        infer_ranks(region.graph)
+        run_pipeline(fold_pipeline(), region.graph, progress)
+    return traced.root.requires_grad_(False)
 
 
 def export_onnx(
@@ -209,7 +213,7 @@ def export_onnx(
     inputs = as_inputs(example_inputs) or ()
     report = Report(parameters_before=count_parameters(model))
     return _export(
-        copy.deepcopy(model).eval(), Path(path), inputs, report, progress,
+        copy_model(model).cpu().eval(), Path(path), inputs, report, progress,
         opset_version=opset_version, dynamic_batch=dynamic_batch, verify=verify,
     )  # fmt: skip
 
@@ -257,22 +261,22 @@ def compile(  # noqa: A001  # the name that users of torch.compile look for
         norm=norm, num_groups=num_groups, proxy=proxy,
         proxy_padding=proxy_padding, warm_start=warm_start,
     )  # fmt: skip
-    model = copy.deepcopy(model).eval()
+    model = copy_model(model).cpu().eval()
     report = Report(parameters_before=count_parameters(model))
     say = progress or (lambda stage: None)
     with timed(report, "transform", say):
-        graph, trace_notes = trace(model, as_inputs(example_inputs))
-        report.operators_before = count_operators(graph)
+        traced = trace(model, as_inputs(example_inputs))
+        report.operators_before = count_operators(region.graph for region in traced.regions)
         inputs, report.input_shape_source = choose_inputs(
-            model, graph, as_inputs(example_inputs), input_shape
+            model, traced.root, as_inputs(example_inputs), input_shape
         )
         if not is_converted(model):
-            convert(graph, model, inputs, config, trace_notes, strict=strict, progress=say)
+            convert(traced, model, inputs, config, strict=strict, progress=say)
         else:
-            record(graph, sites(model), notes(model))
-    report.sites, report.notes = sites(graph), notes(graph)
+            record(traced.root, sites(model), notes(model))
+    report.sites, report.notes = sites(traced.root), notes(traced.root)
     return _export(
-        graph, Path(path), inputs, report, say,
+        traced.root, Path(path), inputs, report, say,
         opset_version=opset_version, dynamic_batch=dynamic_batch, verify=verify,
     )  # fmt: skip
 

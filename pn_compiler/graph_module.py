@@ -9,6 +9,7 @@ from pn_compiler.errors import ConfigError
 
 _SITES = "pn_compiler.sites"
 _NOTES = "pn_compiler.notes"
+_ATTRIBUTE = "_pn_compiler"
 
 
 class ConvertedModule(fx.GraphModule):
@@ -30,18 +31,22 @@ def _rebuild(rebuild: Any, arguments: tuple[Any, ...], kept: dict[str, Any]) -> 
     return converted
 
 
-def record(graph: fx.GraphModule, sites: tuple[Site, ...], notes: tuple[Diagnostic, ...]) -> None:
-    graph.meta[_SITES] = sites
-    graph.meta[_NOTES] = notes
+def record(model: nn.Module, sites: tuple[Site, ...], notes: tuple[Diagnostic, ...]) -> None:
+    """Makes `model` the result of a conversion, as `sites` and `notes` read it."""
+    kept = {_SITES: sites, _NOTES: notes}
+    if isinstance(model, fx.GraphModule):
+        model.meta.update(kept)
+    else:  # a model whose own forward cannot be traced keeps its class
+        model.__dict__[_ATTRIBUTE] = kept
 
 
 def _meta(model: nn.Module) -> dict[str, Any]:
     meta: dict[str, Any] = model.meta if isinstance(model, fx.GraphModule) else {}
-    return meta
+    return meta or model.__dict__.get(_ATTRIBUTE, {})
 
 
 def is_converted(model: nn.Module) -> bool:
-    """Whether `model` came out of `transform` or `fold`."""
+    """Whether `model` came out of `transform`, or out of `fold` after it."""
     return _SITES in _meta(model)
 
 

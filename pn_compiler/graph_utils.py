@@ -1,6 +1,7 @@
 """Helpers over torch.fx graphs that several passes need."""
 
 from collections import Counter, defaultdict
+from collections.abc import Iterable
 
 from torch import fx, nn
 
@@ -17,6 +18,14 @@ def module_calls(graph: fx.GraphModule) -> dict[str, list[fx.Node]]:
         if node.op == "call_module":
             calls[str(node.target)].append(node)
     return dict(calls)
+
+
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether something is to be called before or after `module`."""
+    return any(getattr(module, hooks) for hooks in HOOKS)
 
 
 def add_module(graph: fx.GraphModule, path: str, module: nn.Module) -> str:
@@ -58,13 +67,14 @@ def count_parameters(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters())
 
 
-def count_operators(graph: fx.GraphModule) -> dict[str, int]:
+def count_operators(graphs: Iterable[fx.GraphModule]) -> dict[str, int]:
     """Operators of a traced model: class names of modules, names of functions and methods."""
     names: Counter[str] = Counter()
-    for node in graph.graph.nodes:
-        module = called_module(graph, node)
-        if module is not None:
-            names[type(module).__name__] += 1
-        elif node.op in ("call_function", "call_method"):
-            names[getattr(node.target, "__name__", str(node.target))] += 1
+    for graph in graphs:
+        for node in graph.graph.nodes:
+            module = called_module(graph, node)
+            if module is not None:
+                names[type(module).__name__] += 1
+            elif node.op in ("call_function", "call_method"):
+                names[getattr(node.target, "__name__", str(node.target))] += 1
     return dict(sorted(names.items()))

@@ -16,11 +16,11 @@ _ASK = "pass the shape, for example --input-shape 1,3,224,224 (input_shape=(1, 3
 
 def choose_inputs(
     model: nn.Module,
-    graph: fx.GraphModule,
+    traced: nn.Module,
     example_inputs: tuple[Any, ...] | None,
     input_shape: tuple[int, ...] | None,
 ) -> tuple[tuple[Any, ...], str]:
-    """(inputs, where their shape came from). The inputs are tried on `graph`.
+    """(inputs, where their shape came from). The inputs are tried on `traced`.
 
     Raises:
         ConfigError: no shape is given and none can be guessed, or the model does not run on it.
@@ -28,7 +28,7 @@ def choose_inputs(
     if example_inputs is not None:
         inputs, source = example_inputs, "given"
     else:
-        shape, source = (input_shape, "given") if input_shape else guess_shape(model, graph)
+        shape, source = (input_shape, "given") if input_shape else guess_shape(model, traced)
         if not shape or any(size < 1 for size in shape):
             raise ConfigError(f"input shape {shape}: expected positive sizes")
         dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
@@ -36,7 +36,7 @@ def choose_inputs(
         inputs = (torch.randn(shape, generator=generator).to(dtype),)
     try:
         with torch.no_grad():
-            graph(*inputs)
+            traced(*inputs)
     except Exception as error:
         shapes = ", ".join(str(list(getattr(x, "shape", ()))) for x in inputs)
         cause = (str(error).strip().splitlines() or [""])[0]
@@ -47,7 +47,7 @@ def choose_inputs(
     return inputs, source
 
 
-def guess_shape(model: nn.Module, graph: fx.GraphModule) -> tuple[tuple[int, ...], str]:
+def guess_shape(model: nn.Module, traced: nn.Module) -> tuple[tuple[int, ...], str]:
     """The input shape that timm stores with a model, or else that of its first layer.
 
     Raises:
@@ -57,11 +57,13 @@ def guess_shape(model: nn.Module, graph: fx.GraphModule) -> tuple[tuple[int, ...
     size = stored.get("input_size") if isinstance(stored, Mapping) else getattr(stored, "input_size", None)
     if size:
         return (1, *size), "from the file (pretrained_cfg)"
-    places = [node for node in graph.graph.nodes if node.op == "placeholder"]
+    if not isinstance(traced, fx.GraphModule):
+        raise ConfigError(f"the input shape cannot be guessed, for the forward cannot be traced: {_ASK}")
+    places = [node for node in traced.graph.nodes if node.op == "placeholder"]
     required = [node for node in places if not node.args]
     if len(required) != 1:
         raise ConfigError(f"the model takes {len(required)} inputs, whose shapes are unknown: {_ASK}")
-    layer = _first_layer(graph, required[0])
+    layer = _first_layer(traced, required[0])
     if isinstance(layer, nn.Conv2d):
         shape: tuple[int, ...] = (1, layer.in_channels, GUESSED_PIXELS, GUESSED_PIXELS)
         return shape, f"guessed: {layer.in_channels} channels of the first layer, {GUESSED_PIXELS} pixels"

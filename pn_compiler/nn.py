@@ -259,7 +259,10 @@ class InputAffineLinear(nn.Linear):
 
     def forward(self, x: Tensor, scale: Tensor | None = None, shift: Tensor | None = None) -> Tensor:
         if x.dim() != 2:
-            raise ConfigError(f"converted for inputs [N, C] to this layer, got {tuple(x.shape)}")
+            raise ConfigError(
+                f"this Linear was converted for inputs [N, C] and got {tuple(x.shape)}: pass "
+                "example_inputs to transform"
+            )
         weight, bias = absorb_affine(self.weight, self.bias, self.per_feature(scale), self.per_feature(shift))
         return F.linear(x, weight, bias)
 

@@ -3,6 +3,7 @@
 import abc
 import dataclasses
 import logging
+import operator
 import time
 from collections.abc import Callable, Sequence
 from typing import ClassVar, final
@@ -11,6 +12,8 @@ from torch import fx
 
 from pn_compiler.diagnostics import Diagnostic
 from pn_compiler.errors import PassError, PnCompilerError
+from pn_compiler.graph_utils import called_module
+from pn_compiler.spelling import overwritten
 
 logger = logging.getLogger(__name__)
 
@@ -64,11 +67,19 @@ class GraphPass(abc.ABC):
         self.requires(graph)
         result = self.run(graph)
         if result.rewritten:
-            graph.graph.eliminate_dead_code()
+            graph.graph.eliminate_dead_code(lambda node: node.is_impure() or _writes(graph, node))
             graph.graph.lint()
             graph.recompile()
         self.ensures(graph)
         return result
+
+
+def _writes(graph: fx.GraphModule, node: fx.Node) -> bool:
+    """Whether `node` matters though nothing reads it: it overwrites a tensor."""
+    module = called_module(graph, node)
+    if module is not None:
+        return bool(getattr(module, "inplace", False))
+    return node.target is operator.setitem or overwritten(node) is not None
 
 
 Progress = Callable[[str], None]

@@ -1,8 +1,6 @@
 """From a module to a torch.fx graph, with as little of the model as possible frozen in."""
 
-import copy
 import inspect
-import logging
 from collections.abc import Iterator
 from typing import Any
 
@@ -13,9 +11,8 @@ from torch.nn.parameter import is_lazy
 from pn_compiler.diagnostics import Diagnostic
 from pn_compiler.errors import TraceError, UnsupportedModelError
 from pn_compiler.graph_module import ConvertedModule
+from pn_compiler.graph_utils import HOOKS
 from pn_compiler.nn import ReadTraining
-
-logger = logging.getLogger(__name__)
 
 _FLAG = "training_flag"
 FROZEN_BATCH_NORMS = ("FrozenBatchNorm2d", "FrozenBatchNormAct2d", "FrozenBatchNorm3d")
@@ -65,6 +62,7 @@ class _Tracer(fx.Tracer):
         return (
             is_batch_norm(module)
             or path in self.leaves
+            or type(module).__module__ == ReadTraining.__module__  # all of pn_compiler.nn
             or super().is_leaf_module(module, path)
             or (not holds_batch_norm(module) and _reads_training(module))
         )
@@ -85,46 +83,46 @@ def _reads_training(module: nn.Module) -> bool:
     return code is not None and "training" in code.co_names
 
 
-def trace(
-    model: nn.Module, example_inputs: tuple[Any, ...] | None = None
-) -> tuple[ConvertedModule, tuple[Diagnostic, ...]]:
-    """Traces a copy of `model`.
+def trace_module(
+    module: nn.Module, example_inputs: tuple[Any, ...] | None = None
+) -> tuple[ConvertedModule, frozenset[str], tuple[Diagnostic, ...]]:
+    """Traces `module`, over its own submodules.
 
     A submodule whose forward cannot be traced stays whole, as a leaf.
 
     Args:
-        model: left untouched.
+        module: the graph shares its parameters and submodules.
         example_inputs: arguments of a call; parameters of forward beyond them keep their defaults.
 
     Returns:
-        The graph over the copy, and a note for each module whose traced branch depends on
-        ``self.training``.
+        The graph, the paths of the leaves that could not be traced, and a note for each module whose
+        traced branch depends on ``self.training``.
 
     Raises:
-        TraceError: the forward of `model` itself cannot be traced.
-        UnsupportedModelError: a lazy module is not initialised yet.
+        TraceError: the forward of `module` itself cannot be traced.
     """
-    _refuse_uninitialised(model)
-    model = copy.deepcopy(model)
-    if isinstance(model, fx.GraphModule):
-        return ConvertedModule(model, model.graph), ()
     branches: set[str] = set()
-    graph, leaves = _trace_with_leaves(model, example_inputs, branches)
-    _read_flags_in_graph(model, graph)
-    traced = ConvertedModule(model, graph, type(model).__name__)
-    traced.train(model.training)
-    for name, module in traced.named_modules(remove_duplicate=False):
-        module.training = _training_of(model, name)
-    for leaf in leaves:
-        logger.info("%s cannot be traced and stays whole", leaf)
-    return traced, tuple(
-        Diagnostic(
-            "PN110",
-            path,
-            f"the forward branches on self.training, traced with training={model.training}",
-            "call transform in the mode that the result will be used in",
-        )
-        for path in sorted(branches)
+    graph, leaves = _trace_with_leaves(module, example_inputs, branches)
+    _read_flags_in_graph(module, graph)
+    traced = ConvertedModule(module, graph, type(module).__name__)
+    traced.training = module.training
+    for hooks in HOOKS:
+        setattr(traced, hooks, getattr(module, hooks))
+    for name, child in traced.named_modules():
+        if name:
+            child.training = _training_of(module, name)
+    return (
+        traced,
+        leaves,
+        tuple(
+            Diagnostic(
+                "PN110",
+                path,
+                f"the forward branches on self.training, traced with training={module.training}",
+                "call transform in the mode that the result will be used in",
+            )
+            for path in sorted(branches)
+        ),
     )
 
 
@@ -135,7 +133,8 @@ def _training_of(model: nn.Module, path: str) -> bool:
         return model.training
 
 
-def _refuse_uninitialised(model: nn.Module) -> None:
+def refuse_uninitialised(model: nn.Module) -> None:
+    """Raises UnsupportedModelError if a lazy module of `model` has not seen data yet."""
     for name, module in model.named_modules():
         if any(map(is_lazy, (*module.parameters(recurse=False), *module.buffers(recurse=False)))):
             raise UnsupportedModelError(
@@ -191,7 +190,8 @@ def _read_flags_in_graph(model: nn.Module, graph: fx.Graph) -> None:
         if not flags:
             continue
         owner = flags[0].path
-        model.get_submodule(owner).add_module(_FLAG, ReadTraining())
+        holder = model.get_submodule(owner)
+        holder.add_module(_FLAG, ReadTraining().train(holder.training))
         with graph.inserting_before(node):
             read = graph.call_module(f"{owner}.{_FLAG}" if owner else _FLAG)
         node.args = tuple(read if isinstance(a, TrainingFlag) else a for a in node.args)

@@ -41,6 +41,8 @@ def affine_from_running_stats(norm: _BatchNorm, num_groups: int) -> tuple[Tensor
         weight_c = g_c sqrt(V) / sd_c        bias_c = b_c + g_c (M - mu_c) / sd_c
     """
     g, b = plain_affine(norm)
+    if g.is_meta:
+        return g, b  # there are no values to compute with
     assert norm.running_mean is not None
     assert norm.running_var is not None
     mu = norm.running_mean.double()

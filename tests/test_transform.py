@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, fx, nn
+from torch.nn.utils import prune
 
 import pn_compiler
 from pn_compiler.errors import ConfigError, RefusedError, TraceError, UnsupportedModelError
@@ -251,6 +252,115 @@ def test_in_place_activation_is_seen_by_later_readers() -> None:
     assert_same_outputs(converted(IMAGES), pn_compiler.transform(net, proxy=False)(IMAGES))
 
 
+class Written(nn.Module):
+    """A tensor of the site is overwritten in some way between the site and the convolution."""
+
+    def __init__(self, write: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.bn, self.conv = nn.BatchNorm2d(3), nn.Conv2d(3, 3, 1)
+        self.write = write
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(self.write(self.bn(x)))
+
+
+def _view_then_write(y: Tensor) -> Tensor:
+    y.view(y.size(0), -1).relu_()
+    return y
+
+
+def _slice_then_write(y: Tensor) -> Tensor:
+    y[:, :2].relu_()
+    return y
+
+
+def _chunk_then_write(y: Tensor) -> Tensor:
+    F.relu(y.chunk(3, 1)[0], inplace=True)
+    return y
+
+
+def _write_behind_a_view(y: Tensor) -> Tensor:
+    view = y.view(y.size(0), 3, -1)
+    nn.functional.relu_(y)
+    return view.view(y.shape)
+
+
+def _divide(y: Tensor) -> Tensor:
+    z = F.relu(y)
+    z /= 2
+    return z
+
+
+def _write_out(y: Tensor) -> Tensor:
+    z = F.relu(y)
+    torch.add(z, 1, out=z)
+    return z
+
+
+def _write_items(y: Tensor) -> Tensor:
+    z = F.relu(y)
+    z[:, 0] = 1
+    return z
+
+
+WRITES = [
+    _view_then_write, _slice_then_write, _chunk_then_write, _write_behind_a_view, _divide, _write_out,
+    _write_items,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("write", WRITES)
+@torch.no_grad()
+def test_writing_into_tensors_keeps_its_effect(write: Callable[[Tensor], Tensor]) -> None:
+    net = randomize_batch_norms(Written(write)).eval()
+    by_hand = copy.deepcopy(net)
+    by_hand.bn = pn_compiler.transform(net, proxy=False).get_submodule("bn")
+    for model in (pn_compiler.transform(net), pn_compiler.transform(net, proxy=False)):
+        assert_same_outputs(model(IMAGES), by_hand(IMAGES))
+        assert_same_outputs(pn_compiler.fold(model)(IMAGES), by_hand(IMAGES))
+
+
+def test_consumers_that_compute_their_weight_are_left_alone() -> None:
+    def weight_norm(conv: nn.Conv2d) -> None:
+        with pytest.warns(FutureWarning, match="weight_norm"):
+            nn.utils.weight_norm(conv)
+
+    def pruned(conv: nn.Conv2d) -> None:
+        prune.random_unstructured(conv, "weight", 0.5)
+
+    def hooked(conv: nn.Conv2d) -> None:
+        conv.register_forward_pre_hook(lambda module, inputs: (inputs[0] * 2,))
+
+    for change in (weight_norm, nn.utils.spectral_norm, pruned, hooked):
+        net = nn.Sequential(nn.BatchNorm2d(3), nn.ReLU(), nn.Conv2d(3, 4, 3))
+        change(net[2])
+        net = randomize_batch_norms(net).eval()
+        converted = pn_compiler.transform(net)
+        (site,) = pn_compiler.sites(converted)
+        assert site.code == "PN202"
+        assert "before it runs" in site.reason
+        assert_same_outputs(converted(IMAGES), pn_compiler.transform(net, proxy=False)(IMAGES))
+
+
+def test_a_model_that_cannot_be_copied_is_refused() -> None:
+    net = nn.Sequential(nn.BatchNorm2d(3))
+    net.stream = open(__file__)  # type: ignore[assignment]  # noqa: SIM115
+    with net.stream, pytest.raises(UnsupportedModelError, match="cannot be copied: cannot pickle"):
+        pn_compiler.transform(net)
+
+
+def test_hooks_stay_where_they_are() -> None:
+    net = randomize_batch_norms(nn.Sequential(nn.BatchNorm2d(3), nn.ReLU(), nn.Conv2d(3, 4, 3))).eval()
+    net[1].register_forward_hook(lambda module, inputs, output: output * 2)
+    net.register_forward_hook(lambda module, inputs, output: output + 1)
+    converted = pn_compiler.transform(net)
+    (site,) = pn_compiler.sites(converted)
+    assert (site.kind, site.code) == ("norm_only", "PN201")
+    by_hand = copy.deepcopy(net)
+    by_hand[0] = converted.get_submodule("0")
+    assert_same_outputs(converted(IMAGES), by_hand(IMAGES))
+
+
 class TwoReaders(nn.Module):
     """The activation and a convolution both read the BatchNorm."""
 
@@ -455,7 +565,8 @@ def test_every_refusal_is_reported_by_name() -> None:
             self.bn = nn.BatchNorm2d(3)
 
         def forward(self, x: Tensor) -> Tensor:
-            return self.bn(x) if x.sum() > 0 else x
+            y = F.batch_norm(x, self.bn.running_mean, self.bn.running_var)
+            return y if x.sum() > 0 else x
 
     class Net(nn.Module):
         def __init__(self) -> None:
@@ -560,6 +671,21 @@ def test_defaults_of_forward_keep_their_meaning() -> None:
 
     net = randomize_batch_norms(Net()).eval()
     assert_same_outputs(pn_compiler.transform(net)(IMAGES), pn_compiler.transform(net, proxy=False)(IMAGES))
+
+
+@pytest.mark.parametrize("activation", [nn.ReLU(), nn.ReLU6(), nn.SiLU()], ids=str)
+def test_networks_written_with_the_layer_fold(activation: nn.Module) -> None:
+    net = nn.Sequential(
+        nn.Conv2d(3, 8, 3),
+        pn_compiler.nn.ProxyNormAct(2, 8, activation),
+        nn.Conv2d(8, 8, 3),
+        pn_compiler.nn.ProxyNormAct(1, 8, activation),
+        nn.Conv2d(8, 4, 3, padding=1),
+    ).double()
+    randomize_proxies(net)
+    folded = pn_compiler.fold(net)
+    assert count_modules(folded, pn_compiler.nn.ProxyNormAct) == 0
+    assert_same_outputs(folded(IMAGES.double()), net(IMAGES.double()), tolerance=1e-9)
 
 
 @settings(max_examples=25, deadline=None)

@@ -1,5 +1,7 @@
 """Functional, ATen and fused layers become modules, under the names of their parameters."""
 
+import copy
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -9,7 +11,7 @@ from pn_compiler.passes.canonicalize_activations import CanonicalizeActivations
 from pn_compiler.passes.canonicalize_modules import CanonicalizeModules
 from pn_compiler.ranks import infer_ranks
 from pn_compiler.testing import assert_same_outputs, count_modules, randomize_batch_norms
-from pn_compiler.tracing import trace
+from pn_compiler.tracing import trace_module
 from tests import zoo
 
 IMAGES = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -34,7 +36,7 @@ class Functional(nn.Module):
 
 def test_functional_layers_become_modules_under_their_names() -> None:
     net = randomize_batch_norms(Functional()).eval()
-    graph, _ = trace(net)
+    graph, _, _ = trace_module(copy.deepcopy(net))
     infer_ranks(graph)
     result = CanonicalizeModules()(graph)
     assert result.rewritten == 4
@@ -80,7 +82,7 @@ def test_fused_norm_and_activation_of_timm() -> None:
         norm_act(4, apply_act=False),
     )  # fmt: skip
     net = randomize_batch_norms(net).eval()
-    graph, _ = trace(net)
+    graph, _, _ = trace_module(copy.deepcopy(net))
     CanonicalizeModules()(graph)
     assert count_modules(graph, norm_act) == 0
     assert_same_outputs(graph(IMAGES), net(IMAGES))
@@ -102,7 +104,7 @@ def test_identities_go_and_in_place_results_are_seen() -> None:
             z = y.relu_()
             return y * 2 + z
 
-    graph, _ = trace(Net())
+    graph, _, _ = trace_module(Net())
     assert CanonicalizeActivations()(graph).rewritten > 0
     assert count_modules(graph, nn.ReLU) == 1
     assert not any(node.op == "call_method" for node in graph.graph.nodes)

@@ -1,5 +1,6 @@
 """The pass contract: order, errors, a second run that changes nothing."""
 
+import copy
 from typing import ClassVar
 
 import pytest
@@ -14,7 +15,7 @@ from pn_compiler.passes.insert_proxy_norm import InsertProxyNorm
 from pn_compiler.passes.replace_batch_norm import ReplaceBatchNorm
 from pn_compiler.ranks import infer_ranks
 from pn_compiler.testing import assert_same_outputs, randomize_batch_norms
-from pn_compiler.tracing import trace
+from pn_compiler.tracing import trace_module
 
 
 def network() -> nn.Module:
@@ -23,7 +24,7 @@ def network() -> nn.Module:
 
 
 def traced(model: nn.Module) -> fx.GraphModule:
-    graph, _ = trace(model)
+    graph, _, _ = trace_module(copy.deepcopy(model))
     infer_ranks(graph)
     return graph
 

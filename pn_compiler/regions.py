@@ -1,0 +1,232 @@
+"""Reaching every BatchNorm: the parts of a model that torch.fx can trace, when it cannot trace the whole.
+
+A submodule whose forward cannot be traced stays as it is, but what it calls is traced on its own: each such
+part is a region, a graph that takes the place of the module that it was traced from.
+"""
+
+import ast
+import copy
+import dataclasses
+import functools
+import inspect
+import logging
+import textwrap
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from pn_compiler.diagnostics import Diagnostic
+from pn_compiler.errors import TraceError, UnsupportedModelError
+from pn_compiler.graph_module import ConvertedModule, is_converted
+from pn_compiler.tracing import (
+    holds_batch_norm,
+    is_batch_norm,
+    refuse_uninitialised,
+    trace_module,
+)
+
+logger = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Region:
+    """A traced part of a model.
+
+    Attributes:
+        prefix: what to put before its paths to have those of the whole model; "" or "a.b.".
+        graph: the trace.
+        owner: for a BatchNorm that untraceable code calls on its own, the module that holds it; the graph
+            then only exists during a conversion.
+    """
+
+    prefix: str
+    graph: ConvertedModule
+    owner: nn.Module | None = None
+
+    def finish(self) -> None:
+        """Gives a lone BatchNorm's successor to its owner."""
+        if self.owner is not None:
+            for name, module in self.graph.named_children():
+                setattr(self.owner, name, module)
+
+
+@dataclasses.dataclass(slots=True)
+class Trace:
+    """A copy of a model with its regions in place.
+
+    Attributes:
+        root: the copy; a graph if the forward of the model itself can be traced.
+        regions: all graphs in it, the outermost first.
+        opaque: paths of the modules that stayed whole, the outermost first; "" is the model itself.
+        notes: about branches that were fixed.
+    """
+
+    root: nn.Module
+    regions: list[Region] = dataclasses.field(default_factory=list)
+    opaque: list[str] = dataclasses.field(default_factory=list)
+    notes: list[Diagnostic] = dataclasses.field(default_factory=list)
+
+
+def trace(model: nn.Module, example_inputs: tuple[Any, ...] | None = None) -> Trace:
+    """Traces a copy of `model`, in regions where it cannot be traced as a whole.
+
+    Args:
+        model: left untouched.
+        example_inputs: arguments of a call; parameters of forward beyond them keep their defaults.
+
+    Raises:
+        TraceError: no part of a model without BatchNorm can be traced.
+        UnsupportedModelError: a lazy module is not initialised yet, or the model cannot be copied.
+    """
+    model = copy_model(model)
+    traced = Trace(model)
+    if isinstance(model, fx.GraphModule):
+        traced.root = ConvertedModule(model, model.graph)
+        parts = [(name, graph) for name, graph in _graphs(model) if name]
+        traced.regions = [Region("", traced.root), *(Region(f"{n}.", graph) for n, graph in parts)]
+    elif is_converted(model):  # an earlier result whose own forward could not be traced
+        traced.regions = [Region(f"{name}.", graph) for name, graph in _graphs(model)]
+    else:
+        try:
+            traced.root = _trace_into(model, "", example_inputs, traced)
+        except TraceError:
+            if not holds_batch_norm(model):
+                raise
+            _trace_children(model, "", traced)
+    return traced
+
+
+def copy_model(model: nn.Module) -> nn.Module:
+    """A deep copy of `model`.
+
+    Raises:
+        UnsupportedModelError: it has uninitialised lazy modules, or cannot be copied.
+    """
+    refuse_uninitialised(model)
+    computed = (  # by hooks that compute them anew before each call: weight_norm, spectral_norm, pruning
+        value
+        for module in model.modules()
+        for value in vars(module).values()
+        if isinstance(value, torch.Tensor) and not value.is_leaf
+    )
+    memo = {id(tensor): tensor.detach().clone() for tensor in computed}
+    try:
+        return copy.deepcopy(model, memo)
+    except Exception as error:
+        cause = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UnsupportedModelError(f"the model cannot be copied: {cause}") from error
+
+
+def _graphs(model: nn.Module) -> Iterator[tuple[str, ConvertedModule]]:
+    return ((name, m) for name, m in model.named_modules() if isinstance(m, ConvertedModule))
+
+
+def converted_graphs(model: nn.Module) -> list[ConvertedModule]:
+    """The graphs of a converted model: itself, if it is one, and those in submodules that stayed whole."""
+    return [graph for _, graph in _graphs(model)]
+
+
+def _trace_into(
+    module: nn.Module, path: str, example_inputs: tuple[Any, ...] | None, traced: Trace
+) -> ConvertedModule:
+    """The graph of `module`, with regions inside what had to stay whole. Raises TraceError."""
+    prefix = f"{path}." if path else ""
+    graph, leaves, notes = trace_module(module, example_inputs)
+    traced.regions.append(Region(prefix, graph))
+    traced.notes.extend(dataclasses.replace(note, site=prefix + note.site) for note in notes)
+    for leaf in leaves:
+        logger.info("%s cannot be traced and stays whole", prefix + leaf)
+        _trace_children(graph.get_submodule(leaf), prefix + leaf, traced)
+    return graph
+
+
+def _trace_children(owner: nn.Module, path: str, traced: Trace) -> None:
+    """Puts regions in the place of what `owner`, which stays as it is, calls."""
+    traced.opaque.append(path)
+    if _reads_statistics(owner):
+        return  # its code looks inside its BatchNorms: they are reported as not reached
+    for name, child in list(owner.named_children()):
+        inside = f"{path}.{name}" if path else name
+        if not holds_batch_norm(child):
+            continue
+        if is_batch_norm(child):
+            traced.regions.append(_lone_region(owner, name, path))
+        elif not _is_called_whole(owner, name, child):
+            _trace_children(child, inside, traced)
+        else:
+            try:
+                graph = _trace_into(child, inside, None, traced)
+            except TraceError:
+                _trace_children(child, inside, traced)
+            else:
+                setattr(owner, name, graph)
+
+
+def _lone_region(owner: nn.Module, name: str, path: str) -> Region:
+    """A BatchNorm that untraceable code calls: a graph over `owner` that calls nothing else."""
+    graph = fx.Graph()
+    graph.output(graph.call_module(name, (graph.placeholder("x"),)))
+    return Region(f"{path}." if path else "", ConvertedModule(owner, graph), owner)
+
+
+def _is_called_whole(owner: nn.Module, name: str, child: nn.Module) -> bool:
+    """Whether the code of `owner` calls ``self.name(...)`` and does nothing else with it.
+
+    What is iterated, indexed, or looked into must keep its own class.
+    """
+    if type(child).forward is nn.Module.forward:  # ModuleList, ModuleDict, and plain containers
+        return False
+    return name not in _used_otherwise(type(owner))  # type: ignore[arg-type]  # classes are hashable
+
+
+@functools.cache
+def _used_otherwise(cls: type) -> frozenset[str]:
+    """Attributes of self that the methods of `cls` use in another way than calling or testing them."""
+    names: set[str] = set()
+    for base in cls.__mro__:
+        if base is nn.Module:
+            break
+        for tree in _methods(base):
+            allowed = {id(node) for node in _calls_and_tests(tree)}
+            names |= {
+                node.attr
+                for node in ast.walk(tree)
+                if isinstance(node, ast.Attribute)
+                and isinstance(node.value, ast.Name)
+                and node.value.id == "self"
+                and id(node) not in allowed
+            }
+    return frozenset(names)
+
+
+def _methods(cls: type) -> Iterator[ast.FunctionDef]:
+    """Syntax trees of the methods that `cls` itself defines, less its constructor."""
+    try:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(cls)))
+    except (OSError, TypeError, SyntaxError):
+        return
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef) and node.name != "__init__":
+            yield node
+
+
+def _calls_and_tests(tree: ast.AST) -> Iterator[ast.expr]:
+    """Expressions that are called, compared with None, or tested."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call):
+            yield node.func
+        elif isinstance(node, ast.Compare) and any(
+            isinstance(c, ast.Constant) and c.value is None for c in node.comparators
+        ):
+            yield node.left
+        elif isinstance(node, ast.If | ast.IfExp):
+            yield node.test
+        elif isinstance(node, ast.Assign | ast.AnnAssign):
+            yield from node.targets if isinstance(node, ast.Assign) else [node.target]
+
+
+def _reads_statistics(owner: nn.Module) -> bool:
+    code = getattr(type(owner).forward, "__code__", None)
+    return code is not None and bool({"running_mean", "running_var"} & set(code.co_names))

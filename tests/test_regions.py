@@ -1,0 +1,123 @@
+"""Models that torch.fx cannot trace as a whole: every BatchNorm is reached all the same."""
+
+import copy
+import pickle
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+
+import pn_compiler
+from pn_compiler.testing import assert_same_outputs, count_modules, randomize_batch_norms
+
+IMAGES = torch.randn(2, 4, 6, 6, generator=torch.Generator().manual_seed(0))
+
+
+def block() -> nn.Sequential:
+    return nn.Sequential(nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 1))
+
+
+class Calls(nn.Module):
+    """Branches on values, and calls its parts whole."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.norm = block(), nn.BatchNorm2d(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.body(x) if x.sum() > -1e9 else x
+        return self.norm(x)
+
+
+class Iterates(nn.Module):
+    """Branches on values, and walks through a Sequential that must stay one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.steps = nn.Sequential(block(), block())
+        self.more = nn.ModuleList([block()])
+
+    def forward(self, x: Tensor) -> Tensor:
+        for step in [*self.steps, *self.more]:
+            if x.sum() > -1e9:
+                x = step(x)
+        return x
+
+
+class Reads(nn.Module):
+    """Branches on values, and looks into its BatchNorm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bn = nn.BatchNorm2d(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.sum() > -1e9:
+            return F.batch_norm(x, self.bn.running_mean, self.bn.running_var, self.bn.weight, self.bn.bias)
+        return x
+
+
+class Whole(nn.Module):
+    """A traceable model around an untraceable part."""
+
+    def __init__(self, part: nn.Module) -> None:
+        super().__init__()
+        self.stem = block()
+        self.part = part
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.part(self.stem(x)) + 1
+
+
+CASES: list[tuple[Callable[[], nn.Module], list[tuple[str, str, str | None]]]] = [
+    (Calls, [("body.1", "pn", None), ("norm", "norm_only", "PN201")]),
+    (Iterates, [("steps.0.1", "pn", None), ("steps.1.1", "pn", None), ("more.0.1", "pn", None)]),
+    (Reads, [("bn", "skipped", "PN101")]),
+]
+
+
+@pytest.mark.parametrize(("make", "expected"), CASES, ids=lambda c: getattr(c, "__name__", ""))
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_every_batch_norm_is_reached(
+    make: Callable[[], nn.Module], expected: list[tuple[str, str, str | None]], wrapped: bool
+) -> None:
+    torch.manual_seed(0)
+    net: nn.Module = Whole(make()) if wrapped else make()
+    net = randomize_batch_norms(net).eval()
+    before = copy.deepcopy(net.state_dict())
+    if wrapped:
+        expected = [("stem.1", "pn", None)] + [(f"part.{name}", kind, code) for name, kind, code in expected]
+    converted = pn_compiler.transform(net)
+    assert isinstance(converted, fx.GraphModule) is wrapped
+    assert [(s.name, s.kind, s.code) for s in pn_compiler.sites(converted)] == expected
+    assert_same_outputs(converted(IMAGES), pn_compiler.transform(net, proxy=False)(IMAGES))
+    assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
+    assert set(dict(converted.named_parameters())) >= set(dict(net.named_parameters()))
+
+    folded = pn_compiler.fold(converted)
+    assert count_modules(folded, pn_compiler.nn.ProxyNormAct) == 0
+    assert_same_outputs(folded(IMAGES), converted(IMAGES))
+    for again in (copy.deepcopy(converted), pickle.loads(pickle.dumps(converted))):
+        assert_same_outputs(again(IMAGES), converted(IMAGES))
+        assert pn_compiler.sites(again) == pn_compiler.sites(converted)
+        assert_same_outputs(pn_compiler.fold(again)(IMAGES), converted(IMAGES))
+
+
+def test_it_trains_and_follows_modes() -> None:
+    net = Whole(Calls()).train()
+    converted = pn_compiler.transform(net)
+    F.mse_loss(converted(IMAGES[:1]), IMAGES[:1]).backward()
+    for name, parameter in converted.named_parameters():
+        assert parameter.grad is not None, name
+        assert torch.isfinite(parameter.grad).all(), name
+    converted.eval()
+    assert not any(module.training for module in converted.modules())
+
+
+def test_notes_carry_whole_paths() -> None:
+    converted = pn_compiler.transform(randomize_batch_norms(Whole(Calls())), num_groups=3)
+    assert {n.site for n in pn_compiler.notes(converted) if n.code == "PN205"} == {
+        "stem.1", "part.body.1", "part.norm",
+    }  # fmt: skip
