@@ -181,7 +181,7 @@ def _check(proto: onnx.ModelProto) -> None:
         raise ExportError(f"{size / 1e9:.1f} GB of parameters: one ONNX file holds 2 GB at most")
     try:
         onnx.checker.check_model(proto, full_check=True)
-    except onnx.checker.ValidationError as error:
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
         raise ExportError(f"the ONNX checker refuses the model: {error}") from error
     domains = {node.domain for node in proto.graph.node} - {"", "ai.onnx"}
     if domains:

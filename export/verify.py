@@ -63,7 +63,12 @@ def verify_onnx(
     limit = max(tolerance, _FLOAT32_FACTOR * float32_error)
     checks = []
     for optimized in (False, True):
-        session = make_session(serialized, optimized=optimized)  # one at a time
+        try:
+            session = make_session(serialized, optimized=optimized)  # one at a time
+        except Exception as error:
+            raise VerificationError(
+                f"onnxruntime cannot load the model: {str(error).splitlines()[0]}"
+            ) from error
         for batch, x in inputs.items():
             feed = dict(zip(input_names, (value.numpy() for value in x), strict=True))
             try:

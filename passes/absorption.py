@@ -5,7 +5,7 @@ from collections import Counter
 
 from torch import fx, nn
 
-from pn_compiler.graph_utils import called_module, module_calls
+from pn_compiler.graph_utils import called_module, has_hooks, module_calls
 from pn_compiler.nn import INPUT_AFFINE
 from pn_compiler.ranks import flattens_module, rank
 from pn_compiler.spelling import flattens_channels, operands, operator_name, reduced_dims
@@ -64,6 +64,8 @@ class Router:
         self.calls = module_calls(graph)
         parameters = Counter(id(p) for m in graph.modules() for p in m._parameters.values())
         self.tied = {key for key, count in parameters.items() if count > 1}
+        paths = Counter(id(m) for _, m in graph.named_modules(remove_duplicate=False))
+        self.aliased = {key for key, count in paths.items() if count > 1}
         reads = (str(node.target) for node in graph.graph.nodes if node.op == "get_attr")
         self.read = {read.rpartition(".")[0] for read in reads}
 
@@ -98,11 +100,11 @@ class Router:
         absorbing = type(module) in INPUT_AFFINE or type(module) in INPUT_AFFINE.values()
         if not absorbing or user.args != (value,) or user.kwargs:
             return f"{where} reads it"
-        if len(self.calls[path]) > 1:
+        if len(self.calls[path]) > 1 or id(module) in self.aliased:
             return f"{where} is called from several places"
         computes = "weight" not in module._parameters or "forward" in vars(module)
-        if computes or module._forward_pre_hooks:
-            return f"{where} computes its weight or changes its input before it runs"
+        if computes or has_hooks(module):
+            return f"{where} has hooks, or computes its weight before it runs"
         if path in self.read or any(id(p) in self.tied for p in module.parameters()):
             return f"{where} shares its weight with another module"
         if isinstance(module, nn.Linear):

@@ -10,7 +10,7 @@ from pn_compiler.errors import PostconditionError
 from pn_compiler.graph_utils import has_hooks, module_calls, replace_module
 from pn_compiler.pass_base import GraphPass, PassResult
 from pn_compiler.passes.canonicalize_modules import CanonicalizeModules, norm_operands
-from pn_compiler.ranks import rank
+from pn_compiler.ranks import pixels, rank
 from pn_compiler.site_table import put_site, site_table, update_site
 from pn_compiler.spelling import operator_name
 from pn_compiler.tracing import is_batch_norm
@@ -90,14 +90,18 @@ class ReplaceBatchNorm(GraphPass):
                 "PN109", path, "its running statistics are not finite", "retrain or repair them"
             )
         if norm.num_features == 1 and self._may_be_flat(norm, calls):
-            return Diagnostic("PN107", path, "[N, 1] holds one value per instance")
+            return Diagnostic("PN107", path, "its input holds one value per instance")
         return None
 
     @staticmethod
     def _may_be_flat(norm: _BatchNorm, calls: list[fx.Node]) -> bool:
-        """Whether an input of `norm` is, or may be, [N, C]."""
+        """Whether a channel of an instance holds, or may hold, one value: [N, C] or a single pixel."""
         one_dimensional = isinstance(norm, nn.BatchNorm1d | nn.SyncBatchNorm)
-        return one_dimensional and any(rank(call.all_input_nodes[0]) in (2, None) for call in calls)
+        for source in (call.all_input_nodes[0] for call in calls):
+            known = pixels(source)
+            if known == 1 or (known is None and one_dimensional and rank(source) in (2, None)):
+                return True
+        return False
 
     def _groups(self, path: str, norm: _BatchNorm, calls: list[fx.Node]) -> tuple[int, Diagnostic | None]:
         channels = norm.num_features
@@ -106,7 +110,7 @@ class ReplaceBatchNorm(GraphPass):
             return 1, Diagnostic(
                 "PN206",
                 path,
-                f"{num_groups} groups of [N, {channels}] would hold one value each: LayerNorm over C",
+                f"{num_groups} groups of {channels} channels would hold one value each: LayerNorm over C",
                 "for [N, C, L] inputs, pass example_inputs",
             )
         asked = self.config.num_groups

@@ -17,8 +17,8 @@ from pn_compiler.input_shape import choose_inputs
 from pn_compiler.nn import ProxyNormAct
 from pn_compiler.pass_base import Progress, run_pipeline
 from pn_compiler.passes import fold_pipeline, transform_pipeline
-from pn_compiler.ranks import infer_ranks
-from pn_compiler.regions import Trace, copy_model, trace
+from pn_compiler.ranks import infer_ranks, record_pixels
+from pn_compiler.regions import Trace, copy_model, trace, unwrap
 from pn_compiler.site_table import take_sites
 from pn_compiler.tracing import as_inputs, batch_norms
 
@@ -85,6 +85,7 @@ def transform(
         warm_start=warm_start,
         norm_only_bias=norm_only_bias,
     )
+    model = unwrap(model)
     if is_converted(model):
         raise ConfigError("the model is already converted")
     inputs = as_inputs(example_inputs)
@@ -106,11 +107,15 @@ def convert(
     table: dict[str, Site] = {}
     all_notes = [*traced.notes]
     for region in traced.regions:
+        if inputs is not None and not region.prefix and region.owner is None:
+            record_pixels(region.graph, inputs)
         infer_ranks(region.graph, None if region.prefix else inputs)
         result = run_pipeline(transform_pipeline(config), region.graph, progress)
         region.finish()
         for name, site in take_sites(region.graph).items():
-            table[region.prefix + name] = dataclasses.replace(site, name=region.prefix + name)
+            alone = region.owner is not None and site.code == "PN201"
+            reason = "called by code that torch.fx cannot trace" if alone else site.reason
+            table[region.prefix + name] = dataclasses.replace(site, name=region.prefix + name, reason=reason)
         all_notes += [dataclasses.replace(note, site=region.prefix + note.site) for note in result.notes]
     found = _account(model, traced, table, all_notes)
     if not found:
@@ -145,8 +150,8 @@ def _lost(name: str, traced: Trace) -> Diagnostic:
     return Diagnostic(
         "PN101",
         name,
-        f"the forward of {inside} cannot be traced, and reads the statistics of its BatchNorm itself",
-        f"let {inside} call its BatchNorm as a module",
+        f"the forward of {inside} cannot be traced, and the BatchNorm is shared or looked into there",
+        f"let {inside} call it as a module of its own",
     )
 
 
@@ -167,6 +172,7 @@ def fold(model: nn.Module, *, progress: Progress | None = None) -> nn.Module:
     Raises:
         TraceError: torch.fx cannot follow the forward of `model`.
     """
+    model = unwrap(model)
     traced = trace(model)
     traced.root.eval()
     if is_converted(model):
@@ -213,7 +219,7 @@ def export_onnx(
     inputs = as_inputs(example_inputs) or ()
     report = Report(parameters_before=count_parameters(model))
     return _export(
-        copy_model(model).cpu().eval(), Path(path), inputs, report, progress,
+        copy_model(unwrap(model)).cpu().eval(), Path(path), inputs, report, progress,
         opset_version=opset_version, dynamic_batch=dynamic_batch, verify=verify,
     )  # fmt: skip
 
@@ -261,7 +267,9 @@ def compile(  # noqa: A001  # the name that users of torch.compile look for
         norm=norm, num_groups=num_groups, proxy=proxy,
         proxy_padding=proxy_padding, warm_start=warm_start,
     )  # fmt: skip
-    model = copy_model(model).cpu().eval()
+    model = copy_model(unwrap(model)).cpu().eval()
+    if is_converted(model) and config != TransformConfig():
+        raise ConfigError("the model is already converted: options of transform have no effect")
     report = Report(parameters_before=count_parameters(model))
     say = progress or (lambda stage: None)
     with timed(report, "transform", say):

@@ -12,7 +12,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-from pn_compiler.errors import PnCompilerError, RefusedError
+from pn_compiler.errors import ConfigError, PnCompilerError, RefusedError
 
 if TYPE_CHECKING:
     from pn_compiler.loading import LoadedModel
@@ -74,6 +74,7 @@ def _run(arguments: argparse.Namespace) -> int:
             from pn_compiler.export import check_writable
 
             check_writable(path)
+    _refuse_same_file(arguments.model, arguments.output, arguments.report)
     with _progress() as say:
         say("load")
         from pn_compiler.loading import load_model  # torch is only imported for work
@@ -89,6 +90,14 @@ def _run(arguments: argparse.Namespace) -> int:
     return DONE
 
 
+def _refuse_same_file(*paths: Path | None) -> None:
+    """The model, the ONNX file and the report must be three files."""
+    given = [path.resolve() for path in paths if path is not None]
+    double = next((path for path in given if given.count(path) > 1), None)
+    if double is not None:
+        raise ConfigError(f"{double} is named twice among the model, the output and the report")
+
+
 def _transform_options(arguments: argparse.Namespace) -> dict[str, Any]:
     names = ("norm", "num_groups", "proxy", "proxy_padding", "warm_start", "strict")
     return {name: getattr(arguments, name) for name in names}
@@ -100,8 +109,12 @@ def _inputs(loaded: "LoadedModel", arguments: argparse.Namespace) -> tuple[Any, 
         return loaded.example_inputs
     import torch
 
+    batch = arguments.input_shape[0][0]
+    if loaded.fixed_batch not in (None, batch):
+        raise ConfigError(f"the program was exported for a batch of {loaded.fixed_batch}, not of {batch}")
+    dtype = next((p.dtype for p in loaded.model.parameters() if p.is_floating_point()), torch.float32)
     generator = torch.Generator().manual_seed(0)
-    return tuple(torch.randn(shape, generator=generator) for shape in arguments.input_shape)
+    return tuple(torch.randn(shape, generator=generator).to(dtype) for shape in arguments.input_shape)
 
 
 def _compile(loaded: "LoadedModel", arguments: argparse.Namespace, say: Callable[[str], None]) -> str:

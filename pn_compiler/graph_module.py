@@ -6,6 +6,7 @@ from torch import fx, nn
 
 from pn_compiler.diagnostics import Diagnostic, Site
 from pn_compiler.errors import ConfigError
+from pn_compiler.graph_utils import HOOKS
 
 _SITES = "pn_compiler.sites"
 _NOTES = "pn_compiler.notes"
@@ -13,21 +14,37 @@ _ATTRIBUTE = "_pn_compiler"
 
 
 class ConvertedModule(fx.GraphModule):
-    """A torch.fx.GraphModule whose ``meta`` survives pickling, as it survives deepcopy."""
+    """A torch.fx.GraphModule whose sites survive pickling, and its hooks copying, too."""
+
+    def adopt_hooks(self, module: nn.Module) -> "ConvertedModule":
+        """Takes over the hooks of the module that this graph stands for."""
+        for hooks in HOOKS:
+            setattr(self, hooks, getattr(module, hooks))
+        return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "ConvertedModule":
+        copied = super().__deepcopy__(memo)
+        assert isinstance(copied, ConvertedModule)
+        return copied.adopt_hooks(self)
 
     def __reduce__(self) -> tuple[Any, ...]:
         rebuild, arguments = super().__reduce__()
         kept = {key: self.meta[key] for key in (_SITES, _NOTES) if key in self.meta}
-        return _rebuild, (rebuild, arguments, kept)
+        hooks = {name: hooks for name in HOOKS if (hooks := getattr(self, name))}
+        return _rebuild, (rebuild, arguments, kept, hooks)
 
 
-def _rebuild(rebuild: Any, arguments: tuple[Any, ...], kept: dict[str, Any]) -> ConvertedModule:
+def _rebuild(
+    rebuild: Any, arguments: tuple[Any, ...], kept: dict[str, Any], hooks: dict[str, Any]
+) -> ConvertedModule:
     plain: fx.GraphModule = rebuild(*arguments)
     converted = ConvertedModule(plain, plain.graph)
     converted.train(plain.training)
     for name, module in converted.named_modules(remove_duplicate=False):
         module.training = plain.get_submodule(name).training
     converted.meta.update(kept)
+    for name, value in hooks.items():
+        setattr(converted, name, value)
     return converted
 
 

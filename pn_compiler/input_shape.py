@@ -5,12 +5,14 @@ from typing import Any
 
 import torch
 from torch import fx, nn
+from torch.utils import _pytree as pytree
 
 from pn_compiler.activations import is_activation
-from pn_compiler.errors import ConfigError
+from pn_compiler.errors import ConfigError, TraceError
 from pn_compiler.graph_utils import called_module
 
 GUESSED_PIXELS = 224
+_SAME = 1e-2  # relative; the same operators in the same order
 _ASK = "pass the shape, for example --input-shape 1,3,224,224 (input_shape=(1, 3, 224, 224))"
 
 
@@ -24,7 +26,10 @@ def choose_inputs(
 
     Raises:
         ConfigError: no shape is given and none can be guessed, or the model does not run on it.
+        TraceError: the traced model computes something else.
     """
+    if example_inputs is not None and input_shape is not None:
+        raise ConfigError("give example_inputs or input_shape, not both")
     if example_inputs is not None:
         inputs, source = example_inputs, "given"
     else:
@@ -36,7 +41,7 @@ def choose_inputs(
         inputs = (torch.randn(shape, generator=generator).to(dtype),)
     try:
         with torch.no_grad():
-            traced(*inputs)
+            got, want = traced(*inputs), model(*inputs)
     except Exception as error:
         shapes = ", ".join(str(list(getattr(x, "shape", ()))) for x in inputs)
         cause = (str(error).strip().splitlines() or [""])[0]
@@ -44,7 +49,21 @@ def choose_inputs(
         raise ConfigError(
             f"the model does not run on an input of shape {shapes}{how}: {cause}; {_ASK}"
         ) from error
+    _compare(model, got, want)
     return inputs, source
+
+
+def _compare(model: nn.Module, got: Any, want: Any) -> None:
+    """Raises TraceError if the traced model, before its conversion, computes something else."""
+    pairs = zip(pytree.tree_leaves(got), pytree.tree_leaves(want), strict=True)
+    for g, w in ((g, w) for g, w in pairs if isinstance(w, torch.Tensor) and w.is_floating_point()):
+        difference, largest = (g.double() - w.double()).abs().max(), w.double().abs().max()
+        if difference > _SAME * largest:  # false for nan, which verification reports
+            raise TraceError(
+                f"torch.fx traces {type(model).__name__} to something else, off by "
+                f"{difference / largest:.1e}: in-place arithmetic on a tensor with two names is one cause "
+                "(y = x; y /= 2), randomness another"
+            )
 
 
 def guess_shape(model: nn.Module, traced: nn.Module) -> tuple[tuple[int, ...], str]:

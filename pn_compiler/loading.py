@@ -35,6 +35,7 @@ _HARMLESS: dict[str, object] = {
     "builtins.float": float,
     "builtins.bool": bool,
 }
+_SOURCE_TEXT = ("torch.fx.", "torch.jit.")  # modules whose pickles run source text
 _STATE_DICT_KEYS = ("state_dict", "model_state_dict", "model")
 _WRAPPER_PREFIXES = ("module.", "_orig_mod.")  # DataParallel, torch.compile
 
@@ -137,7 +138,7 @@ def _admit(name: str, allow: Sequence[str]) -> Any:
     """The object that a pickle names, if it is harmless or the user admits it; else None."""
     if name in _HARMLESS:
         return _HARMLESS[name]
-    if name in allow:
+    if name in allow and not name.startswith(_SOURCE_TEXT):
         _import_from_here()
         return _resolve(name)
     functions = {f"{f.__module__}.{f.__name__}": f for f in activation_functions()}
@@ -157,6 +158,11 @@ def _refusal(path: Path, names: list[str]) -> str:
         return (
             f"{path} uses {', '.join(strange)}, which a model does not need and which can run any code: it "
             "was not loaded (--unsafe-pickle would run it)"
+        )
+    if any(name.startswith(_SOURCE_TEXT) for name in names):
+        return (
+            f"{path} is a pickled torch.fx or TorchScript module, which holds source text that loading runs: "
+            "save its state_dict or the original module, or if you trust the file, --unsafe-pickle"
         )
     flags = " ".join(f"--allow {name}" for name in names)
     return (

@@ -25,7 +25,8 @@ _OPERATOR = re.compile(r"torch\.ops\.(aten|prims|prim|higher_order)\.(?!_*__)\w+
 _SYMBOL = re.compile(r"[a-z]{1,2}\d+")
 _SYMPY_NAMES = frozenset(
     [
-        "Integer", "Float", "Symbol", "Mod", "PythonMod", "FloorDiv", "CleanDiv", "CeilDiv", "Max", "Min",
+        "Add", "Mul", "Integer", "Float",
+        "Symbol", "Mod", "PythonMod", "FloorDiv", "CleanDiv", "CeilDiv", "Max", "Min",
         "ModularIndexing", "Where", "IntTrueDiv", "FloatTrueDiv", "TruncToInt", "FloorToInt", "CeilToInt",
         "ToFloat", "RoundToInt", "Pow", "PowByNatural", "Abs", "Eq", "Ne", "Lt", "Le", "Gt", "Ge", "And",
         "Or", "Not", "floor", "ceiling", "sqrt", "oo", "int_oo",

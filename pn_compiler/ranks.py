@@ -1,9 +1,11 @@
-"""How many dimensions each tensor of a graph has, as far as the operators tell.
+"""How many dimensions each tensor of a graph has, as far as the operators and example inputs tell.
 
 A Linear mixes channels only if its input is [N, C]; a normalizer erases its input if a group holds one
 value. Both questions need ranks, not shapes, so no example input is needed for most networks.
 """
 
+import logging
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,7 +17,10 @@ from pn_compiler.graph_utils import called_module
 from pn_compiler.nn import ProxyNormAct
 from pn_compiler.spelling import flattens_channels, operator_name, reduced_dims
 
+logger = logging.getLogger(__name__)
+
 _KEY = "pn_compiler.rank"  # of node.meta
+_PIXELS = "pn_compiler.pixels"
 
 _BY_DIMENSION = (
     "conv{}d",
@@ -65,6 +70,34 @@ def infer_ranks(graph: fx.GraphModule, inputs: Sequence[Any] | None = None) -> N
             value = remaining.pop(0)
         known = value.dim() if isinstance(value, torch.Tensor) else _rank_of(graph, node)
         set_rank(node, known)
+
+
+class _Shapes(fx.Interpreter):
+    def run_node(self, node: fx.Node) -> Any:
+        result = super().run_node(node)
+        if isinstance(result, torch.Tensor):
+            node.meta[_PIXELS] = math.prod(result.shape[2:])
+        return result
+
+
+def record_pixels(graph: fx.GraphModule, inputs: Sequence[Any]) -> None:
+    """Runs `graph` once, in eval mode, to note how many values a channel has at each node."""
+    modes = {module: module.training for module in graph.modules()}
+    graph.eval()
+    try:
+        with torch.no_grad():
+            _Shapes(graph).run(*inputs)
+    except Exception:  # the inputs are only examples: whoever runs the model on them will hear
+        logger.info("the example inputs cannot be run", exc_info=True)
+    finally:
+        for module, training in modes.items():
+            module.training = training
+
+
+def pixels(node: fx.Node) -> int | None:
+    """Number of values of one channel of one instance at `node`, or None if unknown."""
+    known: int | None = node.meta.get(_PIXELS)
+    return known
 
 
 def rank(node: fx.Node) -> int | None:

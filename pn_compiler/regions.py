@@ -61,12 +61,14 @@ class Trace:
         regions: all graphs in it, the outermost first.
         opaque: paths of the modules that stayed whole, the outermost first; "" is the model itself.
         notes: about branches that were fixed.
+        paths: id of each module -> every path that leads to it.
     """
 
     root: nn.Module
     regions: list[Region] = dataclasses.field(default_factory=list)
     opaque: list[str] = dataclasses.field(default_factory=list)
     notes: list[Diagnostic] = dataclasses.field(default_factory=list)
+    paths: dict[int, list[str]] = dataclasses.field(default_factory=dict)
 
 
 def trace(model: nn.Module, example_inputs: tuple[Any, ...] | None = None) -> Trace:
@@ -82,10 +84,12 @@ def trace(model: nn.Module, example_inputs: tuple[Any, ...] | None = None) -> Tr
     """
     model = copy_model(model)
     traced = Trace(model)
+    for name, module in model.named_modules(remove_duplicate=False):
+        traced.paths.setdefault(id(module), []).append(name)
     if isinstance(model, fx.GraphModule):
-        traced.root = ConvertedModule(model, model.graph)
+        traced.root = whole = ConvertedModule(model, model.graph).adopt_hooks(model)
         parts = [(name, graph) for name, graph in _graphs(model) if name]
-        traced.regions = [Region("", traced.root), *(Region(f"{n}.", graph) for n, graph in parts)]
+        traced.regions = [Region("", whole), *(Region(f"{n}.", graph) for n, graph in parts)]
     elif is_converted(model):  # an earlier result whose own forward could not be traced
         traced.regions = [Region(f"{name}.", graph) for name, graph in _graphs(model)]
     else:
@@ -98,6 +102,16 @@ def trace(model: nn.Module, example_inputs: tuple[Any, ...] | None = None) -> Tr
     return traced
 
 
+def unwrap(model: nn.Module) -> nn.Module:
+    """The network inside torch.compile, DataParallel and DistributedDataParallel."""
+    wrappers = (nn.DataParallel, nn.parallel.DistributedDataParallel)
+    while True:
+        inner = getattr(model, "_orig_mod", model.module if isinstance(model, wrappers) else None)
+        if not isinstance(inner, nn.Module):
+            return model
+        model = inner
+
+
 def copy_model(model: nn.Module) -> nn.Module:
     """A deep copy of `model`.
 
@@ -105,6 +119,8 @@ def copy_model(model: nn.Module) -> nn.Module:
         UnsupportedModelError: it has uninitialised lazy modules, or cannot be copied.
     """
     refuse_uninitialised(model)
+    if isinstance(model, torch.jit.ScriptModule):
+        raise UnsupportedModelError("TorchScript has no modules to convert: use the original nn.Module")
     computed = (  # by hooks that compute them anew before each call: weight_norm, spectral_norm, pruning
         value
         for module in model.modules()
@@ -145,11 +161,11 @@ def _trace_into(
 def _trace_children(owner: nn.Module, path: str, traced: Trace) -> None:
     """Puts regions in the place of what `owner`, which stays as it is, calls."""
     traced.opaque.append(path)
-    if _reads_statistics(owner):
+    if _reads_statistics(type(owner)):  # type: ignore[arg-type]  # classes are hashable
         return  # its code looks inside its BatchNorms: they are reported as not reached
     for name, child in list(owner.named_children()):
         inside = f"{path}.{name}" if path else name
-        if not holds_batch_norm(child):
+        if not holds_batch_norm(child) or _is_shared(child, inside, traced):
             continue
         if is_batch_norm(child):
             traced.regions.append(_lone_region(owner, name, path))
@@ -164,6 +180,15 @@ def _trace_children(owner: nn.Module, path: str, traced: Trace) -> None:
                 setattr(owner, name, graph)
 
 
+def _is_shared(child: nn.Module, path: str, traced: Trace) -> bool:
+    """Whether something outside `path` holds a part of `child` as well."""
+    return any(
+        other != path and not other.startswith(f"{path}.")
+        for module in child.modules()
+        for other in traced.paths[id(module)]
+    )
+
+
 def _lone_region(owner: nn.Module, name: str, path: str) -> Region:
     """A BatchNorm that untraceable code calls: a graph over `owner` that calls nothing else."""
     graph = fx.Graph()
@@ -174,31 +199,43 @@ def _lone_region(owner: nn.Module, name: str, path: str) -> Region:
 def _is_called_whole(owner: nn.Module, name: str, child: nn.Module) -> bool:
     """Whether the code of `owner` calls ``self.name(...)`` and does nothing else with it.
 
-    What is iterated, indexed, or looked into must keep its own class.
+    What is iterated, indexed or looked into must keep its own class, and so must what has optional
+    arguments: which of them the call gives cannot be told.
     """
-    if type(child).forward is nn.Module.forward:  # ModuleList, ModuleDict, and plain containers
+    parameters = inspect.signature(child.forward).parameters.values()
+    plain = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    if any(p.kind not in plain or p.default is not p.empty for p in parameters):
         return False
-    return name not in _used_otherwise(type(owner))  # type: ignore[arg-type]  # classes are hashable
+    called, otherwise = _uses(type(owner))  # type: ignore[arg-type]  # classes are hashable
+    return name in called and name not in otherwise
 
 
 @functools.cache
-def _used_otherwise(cls: type) -> frozenset[str]:
-    """Attributes of self that the methods of `cls` use in another way than calling or testing them."""
-    names: set[str] = set()
+def _uses(cls: type) -> tuple[frozenset[str], frozenset[str]]:
+    """Attributes of self that the methods of `cls` call, and those that they use in any other way.
+
+    Assigning to one and comparing it with None is no use.
+    """
+    called: set[str] = set()
+    otherwise: set[str] = set()
     for base in cls.__mro__:
         if base is nn.Module:
             break
         for tree in _methods(base):
-            allowed = {id(node) for node in _calls_and_tests(tree)}
-            names |= {
-                node.attr
-                for node in ast.walk(tree)
-                if isinstance(node, ast.Attribute)
-                and isinstance(node.value, ast.Name)
-                and node.value.id == "self"
-                and id(node) not in allowed
-            }
-    return frozenset(names)
+            calls = {id(node.func) for node in ast.walk(tree) if isinstance(node, ast.Call)}
+            tests = {id(node) for node in _tests(tree)}
+            for node in ast.walk(tree):
+                if not (
+                    isinstance(node, ast.Attribute)
+                    and isinstance(node.value, ast.Name)
+                    and node.value.id == "self"
+                ):
+                    continue
+                if id(node) in calls:
+                    called.add(node.attr)
+                elif id(node) not in tests:
+                    otherwise.add(node.attr)
+    return frozenset(called), frozenset(otherwise)
 
 
 def _methods(cls: type) -> Iterator[ast.FunctionDef]:
@@ -212,21 +249,22 @@ def _methods(cls: type) -> Iterator[ast.FunctionDef]:
             yield node
 
 
-def _calls_and_tests(tree: ast.AST) -> Iterator[ast.expr]:
-    """Expressions that are called, compared with None, or tested."""
+def _tests(tree: ast.AST) -> Iterator[ast.expr]:
+    """Expressions that are compared with None, tested, or assigned to."""
     for node in ast.walk(tree):
-        if isinstance(node, ast.Call):
-            yield node.func
-        elif isinstance(node, ast.Compare) and any(
+        if isinstance(node, ast.Compare) and any(
             isinstance(c, ast.Constant) and c.value is None for c in node.comparators
         ):
             yield node.left
         elif isinstance(node, ast.If | ast.IfExp):
             yield node.test
-        elif isinstance(node, ast.Assign | ast.AnnAssign):
-            yield from node.targets if isinstance(node, ast.Assign) else [node.target]
+        elif isinstance(node, ast.Assign):
+            yield from node.targets
 
 
-def _reads_statistics(owner: nn.Module) -> bool:
-    code = getattr(type(owner).forward, "__code__", None)
-    return code is not None and bool({"running_mean", "running_var"} & set(code.co_names))
+@functools.cache
+def _reads_statistics(cls: type) -> bool:
+    """Whether a method of `cls` reads running statistics, which only a BatchNorm has."""
+    names = {"running_mean", "running_var"}
+    codes = (getattr(value, "__code__", None) for base in cls.__mro__ for value in vars(base).values())
+    return any(code is not None and names & set(code.co_names) for code in codes)

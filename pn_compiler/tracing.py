@@ -11,7 +11,6 @@ from torch.nn.parameter import is_lazy
 from pn_compiler.diagnostics import Diagnostic
 from pn_compiler.errors import TraceError, UnsupportedModelError
 from pn_compiler.graph_module import ConvertedModule
-from pn_compiler.graph_utils import HOOKS
 from pn_compiler.nn import ReadTraining
 
 _FLAG = "training_flag"
@@ -106,8 +105,7 @@ def trace_module(
     _read_flags_in_graph(module, graph)
     traced = ConvertedModule(module, graph, type(module).__name__)
     traced.training = module.training
-    for hooks in HOOKS:
-        setattr(traced, hooks, getattr(module, hooks))
+    traced.adopt_hooks(module)
     for name, child in traced.named_modules():
         if name:
             child.training = _training_of(module, name)

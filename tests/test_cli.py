@@ -103,6 +103,8 @@ def test_strict_is_status_3(capsys: pytest.CaptureFixture[str]) -> None:
         (("state.pt", "-o", "m.onnx"), "state_dict, parameters without the network"),
         (("model.pt", "-o", "m.onnx", "--input-shape", "1,5,8,8"), "does not run on an input of shape"),
         (("model.pt", "-o", "m.onnx", "--input-shape", "3,8"), "does not run on an input of shape"),
+        (("model.pt", "-o", "model.pt", *SHAPE), "is named twice"),
+        (("model.pt", "-o", "m.onnx", "--report", "m.onnx", *SHAPE), "is named twice"),
         (("model.pt", "-o", "nowhere/m.onnx"), "cannot write nowhere/m.onnx: there is no folder nowhere"),
         (("model.pt", "-o", "m.onnx", "--report", "nowhere/r.json"), "cannot write nowhere/r.json"),
         (("model.pt", "-o", "m.onnx", "--opset", "9", *SHAPE), "opset 9: expected 18 to 24"),
@@ -160,6 +162,9 @@ def test_an_exported_program_keeps_its_fixed_batch(folder: Path, capsys: pytest.
     assert status == cli.DONE
     assert "fixed to 2, as the program was exported" in out
     assert "1     pn" in out
+    status, _, err = run(capsys, "fixed.pt2", "-o", "m.onnx", "--input-shape", "4,3,8,8")
+    assert status == cli.FAILED
+    assert "exported for a batch of 2, not of 4" in err
 
 
 def test_verbose_shows_the_traceback(

@@ -52,7 +52,7 @@ def test_readme_folder_map_names_what_is_there() -> None:
 
 
 def test_every_diagnostic_is_documented() -> None:
-    documented = (ROOT / "docs" / "diagnostics.md").read_text()
+    documented = (ROOT / "docs" / "conversion.md").read_text()
     for code, (severity, _) in CODES.items():
         assert f"| {code} | {severity} |" in documented
 

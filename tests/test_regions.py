@@ -59,6 +59,59 @@ class Reads(nn.Module):
         return x
 
 
+class Up(nn.Module):
+    """Has an optional argument and an attribute that its caller may ask for."""
+
+    use_skip = True
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.bn = nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4)
+
+    def forward(self, x: Tensor, skip: Tensor | None = None) -> Tensor:
+        y = torch.relu(self.bn(self.conv(x)))
+        return y if skip is None else y + skip
+
+
+class Asks(nn.Module):
+    """Branches on values, and gives its part the optional argument."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = Up()
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.sum() > 1e9:
+            x = -x
+        return self.up(x, skip=x)
+
+
+class Shares(nn.Module):
+    """Branches on values, and uses a part of its part again."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = block()
+        self.again = self.body[3]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.again(self.body(x)) if x.sum() > -1e9 else x
+
+
+class Helps(nn.Module):
+    """Branches on values, and looks into its BatchNorm in a method beside forward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bn = nn.BatchNorm2d(4)
+
+    def scale(self) -> Tensor:
+        return self.bn.running_var.view(-1, 1, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.bn(x) * self.scale() if x.sum() > -1e9 else x
+
+
 class Whole(nn.Module):
     """A traceable model around an untraceable part."""
 
@@ -73,7 +126,11 @@ class Whole(nn.Module):
 
 CASES: list[tuple[Callable[[], nn.Module], list[tuple[str, str, str | None]]]] = [
     (Calls, [("body.1", "pn", None), ("norm", "norm_only", "PN201")]),
-    (Iterates, [("steps.0.1", "pn", None), ("steps.1.1", "pn", None), ("more.0.1", "pn", None)]),
+    # what is walked through keeps its class, and its norms are converted one by one
+    (Iterates, [(f"{name}.1", "norm_only", "PN201") for name in ("steps.0", "steps.1", "more.0")]),
+    (Asks, [("up.bn", "norm_only", "PN201")]),
+    (Shares, [("body.1", "skipped", "PN101")]),
+    (Helps, [("bn", "skipped", "PN101")]),
     (Reads, [("bn", "skipped", "PN101")]),
 ]
 

@@ -331,14 +331,17 @@ def test_consumers_that_compute_their_weight_are_left_alone() -> None:
     def hooked(conv: nn.Conv2d) -> None:
         conv.register_forward_pre_hook(lambda module, inputs: (inputs[0] * 2,))
 
-    for change in (weight_norm, nn.utils.spectral_norm, pruned, hooked):
+    def adapted(conv: nn.Conv2d) -> None:
+        conv.register_forward_hook(lambda module, inputs, output: output + inputs[0][:, :1].mean())
+
+    for change in (adapted, weight_norm, nn.utils.spectral_norm, pruned, hooked):
         net = nn.Sequential(nn.BatchNorm2d(3), nn.ReLU(), nn.Conv2d(3, 4, 3))
         change(net[2])
         net = randomize_batch_norms(net).eval()
         converted = pn_compiler.transform(net)
         (site,) = pn_compiler.sites(converted)
         assert site.code == "PN202"
-        assert "before it runs" in site.reason
+        assert "has hooks, or computes its weight" in site.reason
         assert_same_outputs(converted(IMAGES), pn_compiler.transform(net, proxy=False)(IMAGES))
 
 
@@ -347,6 +350,65 @@ def test_a_model_that_cannot_be_copied_is_refused() -> None:
     net.stream = open(__file__)  # type: ignore[assignment]  # noqa: SIM115
     with net.stream, pytest.raises(UnsupportedModelError, match="cannot be copied: cannot pickle"):
         pn_compiler.transform(net)
+
+
+def test_one_module_under_two_names_is_no_absorber() -> None:
+    root = nn.Module()
+    root.a = root.b = nn.Conv2d(3, 3, 1)
+    root.bn, root.bn2, root.act = nn.BatchNorm2d(3), nn.BatchNorm2d(3), nn.SiLU()
+    randomize_batch_norms(root)
+    graph = fx.Graph()
+    node = graph.placeholder("x")
+    for target in ("bn", "act", "a", "bn2", "act", "b"):
+        node = graph.call_module(target, (node,))
+    graph.output(node)
+    net = fx.GraphModule(root, graph).eval()
+    converted = pn_compiler.transform(net)
+    assert_same_outputs(converted(IMAGES), pn_compiler.transform(net, proxy=False)(IMAGES))
+
+
+def test_an_argument_that_was_left_out_cannot_be_given_later() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.bn = nn.BatchNorm2d(3)
+
+        def forward(self, x: Tensor, skip: Tensor | None = None) -> Tensor:
+            y = F.relu(self.bn(x))
+            return y if skip is None else y + skip
+
+    converted = pn_compiler.transform(Net())
+    with pytest.raises(AssertionError, match="skip"):
+        converted(IMAGES, IMAGES)
+    both = pn_compiler.transform(Net(), (IMAGES, IMAGES))
+    assert both(IMAGES, IMAGES).shape == IMAGES.shape
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch.compile's own
+@pytest.mark.parametrize("wrap", [nn.DataParallel, torch.compile])
+def test_wrappers_are_taken_off(wrap: Callable[[nn.Module], nn.Module]) -> None:
+    converted = pn_compiler.transform(wrap(conv_net()))
+    assert [(s.name, s.kind) for s in pn_compiler.sites(converted)] == [("1", "pn"), ("5", "pn")]
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch.jit's own
+def test_torchscript_is_refused() -> None:
+    scripted = torch.jit.script(nn.Sequential(nn.BatchNorm2d(3)))
+    with pytest.raises(UnsupportedModelError, match="TorchScript"):
+        pn_compiler.transform(scripted)
+
+
+def test_one_pixel_holds_one_value_per_channel() -> None:
+    head = (nn.AdaptiveAvgPool2d(1), nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 2, 1))
+    net = randomize_batch_norms(nn.Sequential(*head)).train()
+    converted = pn_compiler.transform(net, IMAGES, norm="instance")
+    (site,) = pn_compiler.sites(converted)
+    assert (site.norm, site.code) == ("layer", "PN206")
+    assert converted(IMAGES).flatten(1).std(0).min() > 1e-3
+    assert net[2].num_batches_tracked == 0  # looking at shapes trains nothing
+    single = (nn.AdaptiveAvgPool2d(1), nn.Conv2d(3, 1, 1), nn.BatchNorm2d(1))
+    (site,) = pn_compiler.sites(pn_compiler.transform(nn.Sequential(*single), IMAGES))
+    assert (site.kind, site.code) == ("skipped", "PN107")
 
 
 def test_hooks_stay_where_they_are() -> None:
@@ -358,7 +420,8 @@ def test_hooks_stay_where_they_are() -> None:
     assert (site.kind, site.code) == ("norm_only", "PN201")
     by_hand = copy.deepcopy(net)
     by_hand[0] = converted.get_submodule("0")
-    assert_same_outputs(converted(IMAGES), by_hand(IMAGES))
+    for model in (converted, copy.deepcopy(converted), pn_compiler.fold(converted)):
+        assert_same_outputs(model(IMAGES), by_hand(IMAGES))
 
 
 class TwoReaders(nn.Module):

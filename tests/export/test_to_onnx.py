@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 import pn_compiler
-from pn_compiler.errors import ConfigError, ExportError, VerificationError
+from pn_compiler.errors import ConfigError, ExportError, TraceError, VerificationError
 from pn_compiler.export import make_session, relative_error, verify_onnx, write_atomically
 from pn_compiler.testing import randomize_batch_norms
 
@@ -174,6 +174,29 @@ def test_relative_error_cannot_be_fooled() -> None:
     assert relative_error(np.zeros(3), np.zeros(3)) == 0.0
 
 
+def test_a_trace_that_computes_something_else_is_refused(tmp_path: Path) -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.bn = nn.BatchNorm2d(3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = torch.relu(self.bn(x))
+            z = y
+            z /= 2  # torch.fx records this out of place
+            return y
+
+    with pytest.raises(TraceError, match="to something else, off by"):
+        pn_compiler.compile(randomize_batch_norms(Net()).eval(), tmp_path / "m.onnx", IMAGES)
+
+
+def test_what_onnxruntime_cannot_run_is_an_error_of_ours(tmp_path: Path) -> None:
+    net = network().bfloat16()
+    with pytest.raises(ExportError):
+        pn_compiler.compile(net, tmp_path / "m.onnx", IMAGES.bfloat16())
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_bad_arguments(tmp_path: Path) -> None:
     net = network()
     with pytest.raises(ExportError, match="opset 7: expected 18 to 24"):
@@ -184,6 +207,10 @@ def test_bad_arguments(tmp_path: Path) -> None:
         pn_compiler.compile(net, tmp_path, IMAGES)
     with pytest.raises(ConfigError, match=r"does not run on an input of shape \[1, 4, 8, 8\]"):
         pn_compiler.compile(net, tmp_path / "m.onnx", input_shape=(1, 4, 8, 8))
+    with pytest.raises(ConfigError, match="not both"):
+        pn_compiler.compile(net, tmp_path / "m.onnx", IMAGES, input_shape=(1, 3, 8, 8))
+    with pytest.raises(ConfigError, match="options of transform have no effect"):
+        pn_compiler.compile(pn_compiler.transform(net), tmp_path / "m.onnx", IMAGES, proxy=False)
     with pytest.raises(ExportError, match="expected a tensor"):
         pn_compiler.export_onnx(net, tmp_path / "m.onnx", ())
     assert list(tmp_path.iterdir()) == []
