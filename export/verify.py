@@ -15,7 +15,9 @@ from torch.utils import _pytree as pytree
 from pn_compiler.errors import VerificationError
 from pn_compiler.export.report import Check
 
-TOLERANCE = 1e-5  # relative to the largest magnitude of an output
+#: Relative to the largest magnitude of an output. onnxruntime's InstanceNormalization sums in float32: deep
+#: networks were seen to reach 1.1e-5 (fcn_resnet50, maxvit_t at 224 pixels).
+TOLERANCE = 1e-4
 _FLOAT32_FACTOR = 4.0
 
 

@@ -203,7 +203,8 @@ def export_onnx(
             onnxruntime 1.17 and later.
         dynamic_batch: whether the file takes any batch size, or only that of the example.
         verify: compare the file, in onnxruntime with optimizations off and on, at batch 1 and 3, with
-            `model` in float64. The relative error may be 1e-5, or four times that of PyTorch in float32.
+            `model` in float64. The error relative to the largest output may be 1e-4, or four times that of
+            PyTorch in float32 where this is more; the report states it.
         progress: called with the name of each stage.
 
     Returns:
