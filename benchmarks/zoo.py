@@ -60,9 +60,9 @@ def _make(library: str, name: str) -> nn.Module:
         return model
     models = zoo.torchvision().models
     try:
-        return models.get_model(name, weights=None, weights_backbone=None)  # type: ignore[no-any-return]
+        return models.get_model(name, weights=None, weights_backbone=None)
     except TypeError:
-        return models.get_model(name, weights=None)  # type: ignore[no-any-return]
+        return models.get_model(name, weights=None)
 
 
 def family(library: str, model: nn.Module) -> str:

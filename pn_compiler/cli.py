@@ -107,14 +107,12 @@ def _inputs(loaded: "LoadedModel", arguments: argparse.Namespace) -> tuple[Any, 
     """What the model is compiled with: the shapes that the user gave, else what the file brings."""
     if not arguments.input_shape:
         return loaded.example_inputs
-    import torch
+    from pn_compiler.input_shape import random_inputs
 
     batch = arguments.input_shape[0][0]
     if loaded.fixed_batch not in (None, batch):
         raise ConfigError(f"the program was exported for a batch of {loaded.fixed_batch}, not of {batch}")
-    dtype = next((p.dtype for p in loaded.model.parameters() if p.is_floating_point()), torch.float32)
-    generator = torch.Generator().manual_seed(0)
-    return tuple(torch.randn(shape, generator=generator).to(dtype) for shape in arguments.input_shape)
+    return random_inputs(loaded.model, arguments.input_shape)
 
 
 def _compile(loaded: "LoadedModel", arguments: argparse.Namespace, say: Callable[[str], None]) -> str:

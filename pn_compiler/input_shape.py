@@ -1,6 +1,6 @@
 """The inputs with which a model is compiled: given, stored in the file, or guessed from its first layer."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -36,9 +36,7 @@ def choose_inputs(
         shape, source = (input_shape, "given") if input_shape else guess_shape(model, traced)
         if not shape or any(size < 1 for size in shape):
             raise ConfigError(f"input shape {shape}: expected positive sizes")
-        dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
-        generator = torch.Generator().manual_seed(0)
-        inputs = (torch.randn(shape, generator=generator).to(dtype),)
+        inputs = random_inputs(model, [shape])
     try:
         with torch.no_grad():
             got, want = traced(*inputs), model(*inputs)
@@ -51,6 +49,13 @@ def choose_inputs(
         ) from error
     _compare(model, got, want)
     return inputs, source
+
+
+def random_inputs(model: nn.Module, shapes: Sequence[tuple[int, ...]]) -> tuple[torch.Tensor, ...]:
+    """A standard normal tensor for each of `shapes`, in the dtype of the model's parameters."""
+    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+    generator = torch.Generator().manual_seed(0)
+    return tuple(torch.randn(shape, generator=generator).to(dtype) for shape in shapes)
 
 
 def _compare(model: nn.Module, got: Any, want: Any) -> None:

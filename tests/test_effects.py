@@ -131,7 +131,7 @@ def test_consumers_that_compute_their_weight_are_left_alone() -> None:
 
 def test_a_model_that_cannot_be_copied_is_refused() -> None:
     net = nn.Sequential(nn.BatchNorm2d(3))
-    net.stream = open(__file__)  # type: ignore[assignment]  # noqa: SIM115
+    net.stream = open(__file__)  # noqa: SIM115  # closed by the with below
     with net.stream, pytest.raises(UnsupportedModelError, match="cannot be copied: cannot pickle"):
         pn_compiler.transform(net)
 
