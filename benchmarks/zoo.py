@@ -17,7 +17,9 @@ import tempfile
 import time
 import traceback
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +34,9 @@ from pn_compiler.tracing import batch_norms
 from tests import zoo
 
 Row = dict[str, Any]
+Name = tuple[str, str]  # library, model
+Task = Callable[[Name], Row | None]
+_TASKS_PER_PROCESS = 20  # torch.export does not give all memory back
 
 
 def model_names(library: str) -> list[str]:
@@ -60,9 +65,15 @@ def _make(library: str, name: str) -> nn.Module:
         return model
     models = zoo.torchvision().models
     try:
-        return models.get_model(name, weights=None, weights_backbone=None)
+        detector = models.get_model(name, weights=None, weights_backbone=None)
     except TypeError:
         return models.get_model(name, weights=None)
+    if name.startswith(("retinanet", "fcos")) or hasattr(detector, "rpn"):
+        detector.transform.min_size, detector.transform.max_size = (64,), 64  # large images only cost time
+    if hasattr(detector, "rpn"):  # and many proposals memory
+        detector.rpn._post_nms_top_n = {"training": 32, "testing": 32}
+        detector.roi_heads.fg_bg_sampler.batch_size_per_image = 16
+    return detector
 
 
 def family(library: str, model: nn.Module) -> str:
@@ -70,7 +81,7 @@ def family(library: str, model: nn.Module) -> str:
     return f"{library}.{type(model).__module__.rpartition('.')[2]}"
 
 
-def transform_one(task: tuple[str, str]) -> Row | None:
+def transform_one(task: Name) -> Row | None:
     """One row of the stage "transform"; None for a model without BatchNorm."""
     library, name = task
     row: Row = {"library": library, "model": name}
@@ -97,23 +108,47 @@ def transform_one(task: tuple[str, str]) -> Row | None:
     return row
 
 
-def input_size(model: nn.Module) -> tuple[int, ...]:
-    """The model's own input size, or 3x224x224; video models take eight small frames."""
+def example_inputs(model: nn.Module, batch: int) -> tuple[Any, ...]:
+    """Arguments of a call in eval mode, as small as the architecture admits."""
+    module = type(model).__module__
+    if ".detection" in module:
+        return ([torch.rand(3, 64, 64) for _ in range(batch)],)
+    if ".optical_flow" in module:
+        return (torch.randn(batch, 3, 128, 128), torch.randn(batch, 3, 128, 128))
+    if module.endswith(".s3d"):
+        return (torch.randn(batch, 3, 16, 224, 224),)
+    if ".video" in module:
+        return (torch.randn(batch, 3, 16, 112, 112),)
+    if type(model).__name__ == "Inception3":
+        return (torch.randn(batch, 3, 299, 299),)  # of the auxiliary head in train mode
     config = getattr(model, "pretrained_cfg", None) or {}
-    if "video" in type(model).__module__:
-        return (3, 16, 112, 112)
     fixed = tuple(config.get("input_size") or (3, 224, 224))
     smallest = config.get("min_input_size")
-    return tuple(smallest) if smallest and not config.get("fixed_input_size") else fixed
+    size = tuple(smallest) if smallest and not config.get("fixed_input_size") else fixed
+    return (torch.randn(batch, *size),)
 
 
-def onnx_one(task: tuple[str, str]) -> Row:
+def training_inputs(model: nn.Module) -> tuple[Any, ...]:
+    """Arguments of a call in train mode at batch 1; detectors need targets."""
+    inputs = example_inputs(model, 1)
+    if ".detection" not in type(model).__module__:
+        return inputs
+    target: dict[str, torch.Tensor] = {
+        "boxes": torch.tensor([[8.0, 8.0, 40.0, 56.0]]),
+        "labels": torch.tensor([1]),
+        "masks": torch.ones(1, 64, 64, dtype=torch.uint8),
+        "keypoints": torch.tensor([[[20.0, 20.0, 1.0]]]).repeat(1, 17, 1),
+    }
+    return (*inputs, [target])
+
+
+def onnx_one(task: Name) -> Row:
     """One row of the stage "onnx"."""
     library, name = task
     torch.manual_seed(0)
     model = randomize_batch_norms(build(library, name, meta=False)).eval()
     row: Row = {"library": library, "model": name, "family": family(library, model)}
-    inputs = (torch.randn(2, *input_size(model)),)
+    inputs = example_inputs(model, 2)
     start = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -124,25 +159,25 @@ def onnx_one(task: tuple[str, str]) -> Row:
         except Exception as error:
             row["failed"] = f"{type(error).__name__}: {error}".splitlines()[0][:300]
             row["unconverted_fails"] = _plain_export_fails(model, inputs, Path(folder) / "p.onnx")
-        row["training"] = _training_step(model, inputs)
+        row["training"] = _training_step(model)
     row["seconds"] = round(time.perf_counter() - start, 1)
     return row
 
 
-def _plain_export_fails(model: nn.Module, inputs: tuple[torch.Tensor, ...], path: Path) -> str | None:
-    """Why the unconverted model cannot be exported and verified either; None if it can."""
+def _plain_export_fails(model: nn.Module, inputs: tuple[Any, ...], path: Path) -> str | None:
+    """Why torch.onnx cannot export the unconverted model either, shapes fixed; None if it can."""
     try:
-        pn_compiler.export_onnx(model, path, inputs)
+        torch.onnx.export(model, inputs, path, dynamo=True, opset_version=20, verbose=False)
     except Exception as error:
         return f"{type(error).__name__}: {error}".splitlines()[0][:300]
     return None
 
 
-def _training_step(model: nn.Module, inputs: tuple[torch.Tensor, ...]) -> str:
+def _training_step(model: nn.Module) -> str:
     """ "ok", or what is wrong with a step of SGD in train mode at batch 1."""
     try:
         converted = pn_compiler.transform(model.train())
-        outputs = torch.utils._pytree.tree_leaves(converted(*(x[:1] for x in inputs)))
+        outputs = torch.utils._pytree.tree_leaves(converted(*training_inputs(model)))
         sum(o.float().square().mean() for o in outputs if isinstance(o, torch.Tensor)).backward()
         gradients = {name: p.grad for name, p in converted.named_parameters() if p.requires_grad}
         torch.optim.SGD(converted.parameters(), lr=1e-3).step()
@@ -155,9 +190,9 @@ def _training_step(model: nn.Module, inputs: tuple[torch.Tensor, ...]) -> str:
     return f"no gradient: {', '.join(missing[:3])}" if missing else "ok"
 
 
-def smallest_of_each_family(libraries: list[str]) -> list[tuple[str, str]]:
+def smallest_of_each_family(libraries: list[str]) -> list[Name]:
     """The model with the fewest parameters of each family that holds BatchNorm."""
-    best: dict[str, tuple[int, tuple[str, str]]] = {}
+    best: dict[str, tuple[int, Name]] = {}
     tasks = [(library, name) for library in libraries for name in model_names(library)]
     for library, name in tqdm(tasks, disable=None, desc="families", leave=False):
         model = build(library, name, meta=True)
@@ -213,12 +248,44 @@ def summarize_onnx(rows: list[Row]) -> int:
     return 1 if ours else 0
 
 
-def run(function: Any, tasks: list[tuple[str, str]], jobs: int) -> Iterator[Row]:
+def run(function: Task, tasks: list[Name], jobs: int) -> Iterator[Row]:
+    """The rows of all `tasks`, as they are ready. A process that dies costs only its own row."""
+    left = list(tasks)
+    with tqdm(total=len(tasks), disable=None, leave=False) as bar:
+        while left:
+            rows: list[tuple[Name, Row | None]] = []
+            try:
+                yield from _run(function, left[: _TASKS_PER_PROCESS * jobs], jobs, rows)
+            except BrokenProcessPool:  # by one of the first tasks without a row: each goes alone once
+                done = {task for task, _ in rows}
+                suspects = [task for task in left if task not in done][:jobs]
+                rows += [(task, _run_alone(function, task)) for task in suspects]
+                yield from (row for task, row in rows if task in suspects and row is not None)
+            left = [task for task in left if task not in {task for task, _ in rows}]
+            bar.update(len(rows))
+
+
+def _run(function: Task, tasks: list[Name], jobs: int, rows: list[tuple[Name, Row | None]]) -> Iterator[Row]:
     context = multiprocessing.get_context("spawn")
-    with context.Pool(jobs, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        for row in tqdm(pool.imap_unordered(function, tasks), total=len(tasks), disable=None, leave=False):
+    with ProcessPoolExecutor(jobs, context, torch.set_num_threads, (1,)) as pool:
+        futures = {pool.submit(function, task): task for task in tasks}
+        for future in as_completed(futures):
+            row = future.result()
+            rows.append((futures[future], row))
             if row is not None:
                 yield row
+
+
+def _run_alone(function: Task, task: Name) -> Row | None:
+    try:
+        return next(_run(function, [task], 1, []), None)
+    except BrokenProcessPool:
+        library, name = task
+        died = "the process died, perhaps out of memory"
+        return {
+            "library": library, "model": name, "family": library, "seconds": 0.0,
+            "error": died, "failed": died, "unconverted_fails": None, "training": died,
+        }  # fmt: skip
 
 
 def main() -> int:
@@ -237,12 +304,15 @@ def main() -> int:
     else:
         tasks = [(library, name) for library in libraries for name in model_names(library)]
     tasks = [task for task in tasks if arguments.match in task[1]]
+    function: Task
     function, summarize = (
         (transform_one, summarize_transform) if arguments.stage == "transform" else (onnx_one, summarize_onnx)
     )
-    rows = list(run(function, tasks, arguments.jobs))
-    if arguments.json is not None:
-        arguments.json.write_text(json.dumps(rows, indent=1))
+    rows = []
+    for row in run(function, tasks, arguments.jobs):
+        rows.append(row)
+        if arguments.json is not None:  # each time: a long run that is stopped leaves what it has
+            arguments.json.write_text(json.dumps(rows, indent=1))
     status = summarize(rows)
     print(f"{time.perf_counter() - start:.0f} s with {arguments.jobs} processes, torch {torch.__version__}")
     return status

@@ -44,6 +44,7 @@ class Report:
         tolerance: largest relative error that was accepted.
         float32_error: relative error of PyTorch's own float32 result, for comparison.
         reference: dtype of the PyTorch model that the file was compared with.
+        norms: how the normalizers were lowered, if not as torch.onnx does.
         file_bytes: size of the ONNX file.
         seconds: duration of each stage.
         versions: of the packages that took part.
@@ -65,6 +66,7 @@ class Report:
     tolerance: float | None = None
     float32_error: float | None = None
     reference: str | None = None
+    norms: str = ""
     file_bytes: int = 0
     seconds: dict[str, float] = dataclasses.field(default_factory=dict)
     versions: dict[str, str] = dataclasses.field(default_factory=dict)
@@ -91,6 +93,8 @@ class Report:
             lines += [f"{label:<11} {v['name']} {v['shape']} {v['dtype']}" for v in values]
         if self.input_shape_source != "given":
             lines.append(f"input shape {self.input_shape_source}")
+        if self.norms:
+            lines.append(f"norms       {self.norms}")
         lines.append(self._verdict())
         stages = ", ".join(f"{name} {seconds:.1f}" for name, seconds in self.seconds.items())
         lines.append(f"seconds     {stages}")

@@ -1,25 +1,31 @@
 """From a PyTorch model to a verified ONNX file."""
 
 import contextlib
+import functools
 import importlib.metadata
 import logging
+import re
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import onnx
 import torch
 from torch import nn
+from torch.utils import _pytree as pytree
 
-from pn_compiler.errors import ExportError
+from pn_compiler.errors import ExportError, VerificationError
 from pn_compiler.export.files import check_writable, write_atomically
 from pn_compiler.export.report import Report, count_onnx_operators, describe_values
 from pn_compiler.export.simplify import freeze_reshapes
-from pn_compiler.export.verify import TOLERANCE, imitate, verify_onnx
+from pn_compiler.export.two_stage_norm import with_two_stage_norms
+from pn_compiler.export.verify import TOLERANCE, Verification, imitate, verify_onnx
 from pn_compiler.graph_utils import count_parameters
+from pn_compiler.inputs import Inputs
 from pn_compiler.pass_base import Progress
+
+logger = logging.getLogger(__name__)
 
 #: The newest opset whose GroupNorm lowering has CPU kernels; with IR 9, onnxruntime 1.17 and later load it.
 DEFAULT_OPSET = 20
@@ -32,7 +38,7 @@ def write_onnx(
     folded: nn.Module,
     reference: nn.Module,
     path: Path,
-    example_inputs: tuple[Any, ...],
+    inputs: Inputs,
     *,
     opset_version: int = DEFAULT_OPSET,
     dynamic_batch: bool = True,
@@ -47,7 +53,7 @@ def write_onnx(
         folded: what is exported, in eval mode.
         reference: what it is compared with, in eval mode.
         path: written whole or not at all, at the very end.
-        example_inputs: tensors whose first axis is the batch.
+        inputs: arguments of a call; the first axis of each tensor is the batch.
         opset_version: ONNX operator set, 18 to 24.
         dynamic_batch: whether the file takes any batch size; else that of the example.
         verify: whether the result is compared, with onnxruntime, at batch 1 and 3.
@@ -59,19 +65,27 @@ def write_onnx(
         ExportError: bad arguments, the exporter fails, or the file cannot be written.
         VerificationError: the ONNX model computes something else.
     """
-    _check_arguments(path, example_inputs, opset_version)
+    _check_arguments(path, inputs, opset_version)
     report = Report() if report is None else report
     say = progress or (lambda stage: None)
-    with timed(report, "export", say):
-        proto = _export(folded, example_inputs, opset_version, dynamic_batch=dynamic_batch)
-    with timed(report, "check", say):
-        _check(proto)
+    compare = None
     if verify:
-        batches = VERIFIED_BATCHES if dynamic_batch else (example_inputs[0].shape[0],)
-        with timed(report, "verify", say):
-            result = verify_onnx(proto, reference, example_inputs, batches, tolerance=tolerance)
-        report.checks, report.tolerance = result.checks, result.tolerance
-        report.float32_error, report.reference = result.float32_error, result.reference
+        batches: tuple[int | None, ...] = VERIFIED_BATCHES if dynamic_batch else (None,)
+        compare = functools.partial(
+            verify_onnx, model=reference, example=inputs, batches=batches, tolerance=tolerance
+        )
+    export = functools.partial(
+        _export_and_verify, inputs, opset_version, dynamic_batch, compare, report=report, say=say
+    )
+    try:
+        proto = export(folded)
+    except VerificationError as error:
+        careful = with_two_stage_norms(folded)
+        if careful is None:
+            raise
+        logger.info("%s; trying again with two-stage sums in the normalizers", error)
+        proto = export(careful)
+        report.norms = "two-stage sums, for InstanceNormalization was too far off"
     with timed(report, "write", say):
         content = proto.SerializeToString()
         write_atomically(path, content)
@@ -88,38 +102,64 @@ def write_onnx(
     return report
 
 
+def _export_and_verify(
+    inputs: Inputs,
+    opset_version: int,
+    dynamic_batch: bool,
+    compare: Callable[[onnx.ModelProto], Verification] | None,
+    model: nn.Module,
+    *,
+    report: Report,
+    say: Progress,
+) -> onnx.ModelProto:
+    """The ONNX model of `model`, checked and, by `compare`, verified; the report notes the result."""
+    with timed(report, "export", say):
+        proto = _export(model, inputs, opset_version, dynamic_batch=dynamic_batch)
+    with timed(report, "check", say):
+        _check(proto)
+    if compare is not None:
+        with timed(report, "verify", say):
+            result = compare(proto)
+        report.checks, report.tolerance = result.checks, result.tolerance
+        report.float32_error, report.reference = result.float32_error, result.reference
+    return proto
+
+
 @contextlib.contextmanager
 def timed(report: Report, stage: str, say: Progress) -> Iterator[None]:
     """Announces a stage and notes its seconds in the report."""
     say(stage)
     start = time.perf_counter()
     yield
-    report.seconds[stage] = time.perf_counter() - start
+    report.seconds[stage] = report.seconds.get(stage, 0.0) + time.perf_counter() - start
 
 
-def _check_arguments(path: Path, example_inputs: tuple[Any, ...], opset_version: int) -> None:
+def _check_arguments(path: Path, inputs: Inputs, opset_version: int) -> None:
     check_writable(path)
     if opset_version not in OPSETS:
         raise ExportError(f"opset {opset_version}: expected {OPSETS.start} to {OPSETS.stop - 1}")
-    if not example_inputs or not all(isinstance(x, torch.Tensor) for x in example_inputs):
-        raise ExportError("example_inputs: expected a tensor or a tuple of tensors")
+    if not inputs.tensors():
+        raise ExportError("example_inputs: expected a tensor or a tuple with tensors")
 
 
-def _export(
-    model: nn.Module, example_inputs: tuple[Any, ...], opset_version: int, *, dynamic_batch: bool
-) -> onnx.ModelProto:
+def _export(model: nn.Module, inputs: Inputs, opset_version: int, *, dynamic_batch: bool) -> onnx.ModelProto:
     """The ONNX model that torch.onnx makes, with the IR version of its opset and no traces of source."""
     dynamic_shapes = None
-    inputs = example_inputs
+    # torch.export takes a batch of 1 for a constant, and one tensor in two places for one input
+    inputs = imitate(inputs, 2 if dynamic_batch else None)
+    if inputs.args and isinstance(inputs.args[-1], dict):  # torch.onnx would take it for the keywords
+        inputs = Inputs((), inputs.by_name(model))
     if dynamic_batch:
-        inputs = imitate(example_inputs, 2)  # torch.export takes a batch of 1 for a constant
         batch = torch.export.Dim("batch", min=1)
-        dynamic_shapes = tuple({0: batch} if x.dim() else None for x in inputs)
+        dynamic_shapes = pytree.tree_map(
+            lambda x: {0: batch} if isinstance(x, torch.Tensor) and x.dim() else None, inputs.by_name(model)
+        )
     try:
         with _quiet():
             program = torch.onnx.export(
                 model.eval(),
-                inputs,
+                inputs.args,
+                kwargs=dict(inputs.kwargs),
                 dynamo=True,
                 opset_version=opset_version,
                 dynamic_shapes=dynamic_shapes,
@@ -131,6 +171,8 @@ def _export(
     assert program is not None
     proto: onnx.ModelProto = program.model_proto
     _strip(proto)
+    if dynamic_batch:
+        _name_batch(proto)
     freeze_reshapes(proto)
     proto.ir_version = min(
         proto.ir_version, max(8, onnx.helper.OP_SET_ID_VERSION_MAP[("ai.onnx", opset_version)])
@@ -149,6 +191,19 @@ def _strip(proto: onnx.ModelProto) -> None:
     for value in (*proto.graph.input, *proto.graph.output):
         value.doc_string = ""
         del value.metadata_props[:]
+
+
+def _name_batch(proto: onnx.ModelProto) -> None:
+    """Calls the batch axis "batch"; torch.onnx names it s31 or the like when several inputs have it."""
+    shapes = [value.type.tensor_type.shape for value in proto.graph.input]
+    symbols = {shape.dim[0].dim_param for shape in shapes if len(shape.dim)} - {""}
+    if not symbols:
+        return
+    symbol = re.compile(rf"\b({'|'.join(map(re.escape, symbols))})\b")
+    for value in (*proto.graph.input, *proto.graph.output, *proto.graph.value_info):
+        for dim in value.type.tensor_type.shape.dim:
+            if dim.dim_param:
+                dim.dim_param = symbol.sub("batch", dim.dim_param)
 
 
 @contextlib.contextmanager

@@ -14,6 +14,7 @@ from torch.utils import _pytree as pytree
 
 from pn_compiler.errors import VerificationError
 from pn_compiler.export.report import Check
+from pn_compiler.inputs import Inputs
 
 #: Relative to the largest magnitude of an output. onnxruntime's InstanceNormalization sums in float32: deep
 #: networks were seen to reach 1.1e-5 (fcn_resnet50, maxvit_t at 224 pixels).
@@ -32,8 +33,8 @@ class Verification:
 def verify_onnx(
     proto: onnx.ModelProto,
     model: nn.Module,
-    example_inputs: tuple[Any, ...],
-    batches: Sequence[int],
+    example: Inputs,
+    batches: Sequence[int | None],
     *,
     tolerance: float = TOLERANCE,
 ) -> Verification:
@@ -45,21 +46,22 @@ def verify_onnx(
     Args:
         proto: the ONNX model.
         model: the PyTorch model, not folded, in eval mode.
-        example_inputs: their shapes and statistics are imitated.
-        batches: batch sizes to try.
+        example: arguments whose shapes and statistics are imitated.
+        batches: batch sizes to try; None is that of the example.
         tolerance: see above.
 
     Raises:
         VerificationError: an output differs by more than the limit, is not finite, or cannot be computed.
     """
-    wide, reference_dtype = _reference(model, example_inputs)
+    wide, reference_dtype = _reference(model, imitate(example, batches[0]))
     names = [value.name for value in proto.graph.output]
     input_names = [value.name for value in proto.graph.input]
     serialized = proto.SerializeToString()
-    inputs = {batch: imitate(example_inputs, batch) for batch in batches}
-    expected = {batch: _run(wide, _cast(x, reference_dtype)) for batch, x in inputs.items()}
-    narrow = {batch: _run(model, x) for batch, x in inputs.items()}
-    float32_error = max(_worst(narrow[b], expected[b], names)[1] for b in batches)
+    inputs = {_batch(x): x for x in (imitate(example, batch) for batch in batches)}
+    count = len(names)
+    expected = {batch: _run(wide, _cast(x, reference_dtype), count) for batch, x in inputs.items()}
+    narrow = {batch: _run(model, x, count) for batch, x in inputs.items()}
+    float32_error = max(_worst(narrow[b], expected[b], names)[1] for b in inputs)
     if not np.isfinite(float32_error):
         raise VerificationError("the PyTorch model's own output is not finite on random inputs")
     limit = max(tolerance, _FLOAT32_FACTOR * float32_error)
@@ -72,7 +74,7 @@ def verify_onnx(
                 f"onnxruntime cannot load the model: {str(error).splitlines()[0]}"
             ) from error
         for batch, x in inputs.items():
-            feed = dict(zip(input_names, (value.numpy() for value in x), strict=True))
+            feed = dict(zip(input_names, (value.numpy() for value in x.tensors()), strict=True))
             try:
                 outputs = [np.asarray(output) for output in session.run(names, feed)]
             except Exception as error:
@@ -103,53 +105,62 @@ def make_session(
     return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
 
 
-def imitate(example_inputs: tuple[Any, ...], batch: int) -> tuple[Tensor, ...]:
-    """Random inputs of batch size `batch` with the shapes, dtypes, means and deviations of the examples.
+def imitate(example: Inputs, batch: int | None) -> Inputs:
+    """Random inputs of batch size `batch` with the shapes, dtypes, means and deviations of the example.
 
-    Integers and booleans are drawn from the values of the example.
+    Integers and booleans are drawn from the values of the example. None keeps its batch size.
     """
-    generator = torch.Generator().manual_seed(batch)
-    results = []
-    for example in (value.detach().cpu() for value in example_inputs):
-        shape = (batch, *example.shape[1:]) if example.dim() else ()
-        if example.is_floating_point():
-            wide = example.double()
-            deviation = float(wide.std()) if example.numel() > 1 else 0.0
-            noise = torch.randn(shape, generator=generator)
-            value = (noise * (deviation or 1.0) + float(wide.mean())).to(example.dtype)
-        else:
-            picks = torch.randint(example.numel(), shape, generator=generator)
-            value = example.flatten()[picks]
-        results.append(value)
-    return tuple(results)
+    generator = torch.Generator().manual_seed(batch or 0)
+
+    def like(tensor: Tensor) -> Tensor:
+        tensor = tensor.detach().cpu()
+        shape = tensor.shape if batch is None or not tensor.dim() else (batch, *tensor.shape[1:])
+        if not tensor.is_floating_point():
+            return tensor.flatten()[torch.randint(tensor.numel(), shape, generator=generator)]
+        wide = tensor.double()
+        deviation = float(wide.std()) if tensor.numel() > 1 else 0.0
+        noise = torch.randn(shape, generator=generator)
+        return (noise * (deviation or 1.0) + float(wide.mean())).to(tensor.dtype)
+
+    return example.map(like)
 
 
-def _reference(model: nn.Module, example_inputs: tuple[Any, ...]) -> tuple[nn.Module, torch.dtype]:
+def _batch(inputs: Inputs) -> int:
+    first = inputs.tensors()[0]
+    return first.shape[0] if first.dim() else 1
+
+
+@torch.no_grad()
+def _reference(model: nn.Module, inputs: Inputs) -> tuple[nn.Module, torch.dtype]:
     """`model` in float64, or as it is if it cannot be run so, and the dtype that its inputs take."""
     wide = copy.deepcopy(model).double()
     try:
-        _run(wide, _cast(imitate(example_inputs, 1), torch.float64))
+        _cast(inputs, torch.float64).call(wide)
     except (RuntimeError, TypeError):  # a dtype is written into the forward
         return model, torch.float32
     return wide, torch.float64
 
 
-def _cast(inputs: tuple[Tensor, ...], dtype: torch.dtype) -> tuple[Tensor, ...]:
-    return tuple(x.to(dtype) if x.is_floating_point() else x for x in inputs)
+def _cast(inputs: Inputs, dtype: torch.dtype) -> Inputs:
+    return inputs.map(lambda x: x.to(dtype) if x.is_floating_point() else x)
 
 
-@torch.no_grad()
-def _run(model: nn.Module, inputs: tuple[Tensor, ...]) -> list[np.ndarray[Any, Any]]:
-    outputs = pytree.tree_leaves(model(*inputs))
-    return [output.numpy() for output in outputs if isinstance(output, Tensor)]
+def _run(model: nn.Module, inputs: Inputs, count: int) -> list[np.ndarray[Any, Any]]:
+    """The `count` outputs of `model` that the ONNX model has: its tensors, and sizes if they vary."""
+    with torch.no_grad():
+        outputs = pytree.tree_leaves(inputs.call(model))
+    tensors = [output for output in outputs if isinstance(output, Tensor)]
+    if len(tensors) != count:
+        tensors = [torch.as_tensor(output) for output in outputs if isinstance(output, Tensor | int)]
+    if len(tensors) != count:
+        raise VerificationError(f"the ONNX model has {count} outputs, PyTorch gives {len(tensors)}")
+    return [tensor.numpy() for tensor in tensors]
 
 
 def _worst(
     got: list[np.ndarray[Any, Any]], expected: list[np.ndarray[Any, Any]], names: list[str]
 ) -> tuple[str, float]:
     """(name, relative error) of the output that is furthest from what is expected."""
-    if len(got) != len(expected):
-        raise VerificationError(f"{len(got)} outputs instead of {len(expected)}")
     errors = [(relative_error(g, e), name) for g, e, name in zip(got, expected, names, strict=True)]
     error, name = max(errors)
     return name, error

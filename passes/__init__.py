@@ -5,7 +5,9 @@ from pn_compiler.pass_base import GraphPass
 from pn_compiler.passes.canonicalize_activations import CanonicalizeActivations
 from pn_compiler.passes.canonicalize_modules import CanonicalizeModules
 from pn_compiler.passes.fold_proxy_norm import FoldProxyNorm
+from pn_compiler.passes.hoist_activations import HoistActivations
 from pn_compiler.passes.insert_proxy_norm import InsertProxyNorm
+from pn_compiler.passes.recognize_activations import RecognizeActivations
 from pn_compiler.passes.remove_dead_modules import RemoveDeadModules
 from pn_compiler.passes.replace_batch_norm import ReplaceBatchNorm
 from pn_compiler.passes.route_affine import RouteAffine
@@ -16,6 +18,8 @@ def transform_pipeline(config: TransformConfig) -> tuple[GraphPass, ...]:
     return (
         CanonicalizeModules(),  # functional and fused layers become modules: the rest match modules only
         CanonicalizeActivations(),  # likewise, and in-place effects become edges that can be followed
+        RecognizeActivations(),  # needs those modules; finds x * sigmoid(x) and its like
+        HoistActivations(),  # last of the preparations: every activation now stands next to its BatchNorm
         ReplaceBatchNorm(config),  # changes outputs on purpose; the warm start is computed here
         InsertProxyNorm(config),  # reads the new normalizers' affine; consumers undo it in a warm start
         *(

@@ -8,7 +8,7 @@ from torch import fx, nn
 from pn_compiler.graph_utils import called_module, has_hooks, module_calls
 from pn_compiler.nn import INPUT_AFFINE
 from pn_compiler.ranks import flattens_module, rank
-from pn_compiler.spelling import flattens_channels, operands, operator_name, reduced_dims
+from pn_compiler.spelling import flattens_channels, operands, operator_name, reads_shape, reduced_dims
 
 # A scale r > 0 and a shift v per channel commute with an operator L if L(a r + v) = L(a) r + v. Max
 # pooling pads with -inf; dropout belongs here as padding does: what it drops is a, before the shift.
@@ -77,6 +77,8 @@ class Router:
         while values:
             value = values.pop()
             for user in value.users:
+                if reads_shape(user):
+                    continue
                 if _commutes(self.graph, user, value, through_padding=self.through_padding):
                     if user not in seen:
                         seen.add(user)

@@ -1,6 +1,5 @@
 """The pass that turns proxy statistics into constants and folds them away."""
 
-import copy
 import math
 
 import torch
@@ -72,7 +71,7 @@ def _fold_site(
     constants: dict[fx.Node, Tensor],
 ) -> None:
     """Normalizer -> activation -> what remains, in place of the site."""
-    scale, shift = copy.deepcopy(site).double().scale_and_shift()
+    scale, shift = site.scale_and_shift(torch.float64)
     whole = "output" in site.outputs
     clamp = _clamp(site, scale, shift) if whole and "affine" not in site.outputs else None
     weight, bias = site.weight.double(), site.bias.double()

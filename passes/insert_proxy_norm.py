@@ -9,7 +9,7 @@ from torch import fx, nn
 from pn_compiler.activations import activation_name, is_activation, same_activation
 from pn_compiler.config import TransformConfig
 from pn_compiler.diagnostics import Diagnostic, Site
-from pn_compiler.graph_utils import called_module, has_hooks, module_calls, replace_module
+from pn_compiler.graph_utils import called_module, has_hooks, has_values, module_calls, replace_module
 from pn_compiler.nn import ProxyNormAct, absorb_affine
 from pn_compiler.pass_base import GraphPass, PassResult
 from pn_compiler.passes.absorption import Blocked, Route, Router
@@ -184,9 +184,9 @@ def compensate(consumer: nn.Module, site: ProxyNormAct) -> None:
         consumer.bias = nn.Parameter(
             consumer.weight.new_zeros(consumer.weight.shape[0]), consumer.weight.requires_grad
         )
-    if consumer.weight.is_meta:
+    if not has_values(consumer.weight):
         return  # there are no values to change
-    scale, shift = copy.deepcopy(site).double().scale_and_shift()
+    scale, shift = site.scale_and_shift(torch.float64)
     groups = getattr(consumer, "groups", 1)
     repeats = consumer.weight.shape[1] * groups // scale.shape[0]  # above 1 behind a flatten
     weight, bias = absorb_affine(

@@ -7,13 +7,13 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from pn_compiler.config import TransformConfig, norm_name
 from pn_compiler.diagnostics import Diagnostic, Site, skipped
 from pn_compiler.errors import PostconditionError
-from pn_compiler.graph_utils import has_hooks, module_calls, replace_module
+from pn_compiler.graph_utils import has_hooks, has_values, module_calls, replace_module
 from pn_compiler.pass_base import GraphPass, PassResult
 from pn_compiler.passes.canonicalize_modules import CanonicalizeModules, norm_operands
 from pn_compiler.ranks import pixels, rank
 from pn_compiler.site_table import put_site, site_table, update_site
 from pn_compiler.spelling import operator_name
-from pn_compiler.tracing import is_batch_norm
+from pn_compiler.tracing import closed_diagnostic, closed_kind, is_batch_norm
 from pn_compiler.warm_start import affine_from_running_stats, is_warm, plain_affine
 
 
@@ -22,7 +22,8 @@ class ReplaceBatchNorm(GraphPass):
 
     Given:   bn(C)                    Result:  gn(G, C) at the same path; G = 1 is LayerNorm over [C, *]
     Leaves alone: PN103 frozen, PN104 no running statistics, PN105 unknown subclass, PN106 functional
-        with operands of mixed owners, PN107 one value per group, PN108 hooks, PN109 not finite.
+        with operands of mixed owners, PN107 one value per group, PN108 hooks, PN109 not finite,
+        PN111 TorchScript or quantized.
     Outputs: changed on purpose; kept where instance statistics equal the running statistics.
     Source: docs/method.md, "Warm start".
     """
@@ -65,6 +66,9 @@ class ReplaceBatchNorm(GraphPass):
                 raise PostconditionError(f"{path} is a BatchNorm that no record accounts for")
 
     def _refusal(self, path: str, norm: nn.Module, calls: list[fx.Node]) -> Diagnostic | None:
+        kind = closed_kind(norm)
+        if kind is not None:
+            return closed_diagnostic(path, kind)
         if not isinstance(norm, _BatchNorm):
             return Diagnostic("PN103", path, f"{type(norm).__name__} is a constant affine")
         if type(norm).forward not in (_BatchNorm.forward, nn.SyncBatchNorm.forward):
@@ -81,7 +85,7 @@ class ReplaceBatchNorm(GraphPass):
                 return Diagnostic(
                     "PN104", path, "it has no running statistics", "warm_start='none' converts it"
                 )
-        elif norm.running_mean.device.type != "meta" and not (
+        elif has_values(norm.running_mean) and not (
             torch.isfinite(norm.running_mean).all()
             and torch.isfinite(norm.running_var).all()
             and (norm.running_var >= 0).all()

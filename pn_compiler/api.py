@@ -3,6 +3,7 @@
 import dataclasses
 import logging
 import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,13 +15,14 @@ from pn_compiler.errors import ConfigError, RefusedError
 from pn_compiler.graph_module import is_converted, notes, record, sites
 from pn_compiler.graph_utils import count_operators, count_parameters
 from pn_compiler.input_shape import choose_inputs
+from pn_compiler.inputs import Inputs
 from pn_compiler.nn import ProxyNormAct
 from pn_compiler.pass_base import Progress, run_pipeline
 from pn_compiler.passes import fold_pipeline, transform_pipeline
 from pn_compiler.ranks import infer_ranks, record_pixels
-from pn_compiler.regions import Trace, copy_model, trace, unwrap
+from pn_compiler.regions import Trace, copy_model, fake_mode, trace, unwrap
 from pn_compiler.site_table import take_sites
-from pn_compiler.tracing import as_inputs, batch_norms
+from pn_compiler.tracing import batch_norms, closed_diagnostic, closed_kind
 
 if TYPE_CHECKING:
     from pn_compiler.export import Report
@@ -32,6 +34,7 @@ def transform(
     model: nn.Module,
     example_inputs: Any = None,
     *,
+    example_kwargs: Mapping[str, Any] | None = None,
     norm: Norm = "layer",
     num_groups: int | None = None,
     proxy: bool = True,
@@ -39,6 +42,7 @@ def transform(
     warm_start: WarmStart = "auto",
     strict: bool = False,
     norm_only_bias: bool = True,
+    leaves: Sequence[str | type[nn.Module]] = (),
 ) -> nn.Module:
     """Rewrites every BatchNorm of `model` into a normalizer that does not depend on the batch.
 
@@ -48,8 +52,11 @@ def transform(
 
     Args:
         model: left untouched; the result is a copy.
-        example_inputs: a tensor or a tuple of them. Only needed where the rank of a BatchNorm1d's input
-            cannot be told from the layers around it.
+        example_inputs: the positional arguments of a call: a tensor, or a tuple of tensors and nested
+            tuples, lists and dicts of them. Needed where the rank of a BatchNorm1d's input cannot be told
+            from the layers around it, and to convert the forward with optional arguments: those that are
+            not given keep their defaults, and the result takes no other value for them.
+        example_kwargs: the arguments of that call that are given by name.
         norm: "layer" normalizes over [C, *] (one group), "group" over groups of channels, "instance"
             over each channel alone. LayerNorm stays closest to a trained BatchNorm.
         num_groups: groups of norm="group", which it implies. Without it as many as leave 8 channels in
@@ -63,6 +70,8 @@ def transform(
         strict: raise if any BatchNorm is refused, or converted in another way than asked for.
         norm_only_bias: whether a normalizer without an activation behind it keeps its bias when it does
             not start warm; the reference implementation has none there.
+        leaves: paths or classes of modules whose forward must not be traced, for example because it
+            branches on values. They stay as they are; what they call is converted on its own.
 
     Returns:
         A trainable torch.fx.GraphModule in the train/eval mode of `model`. Parameters that the conversion
@@ -70,7 +79,7 @@ def transform(
         with graphs inside; so does the model itself if its own forward is one.
 
     Raises:
-        ConfigError: an option has an impossible value.
+        ConfigError: an option has an impossible value, or the inputs do not fit the forward.
         TraceError: nothing of a model without BatchNorm can be traced.
         UnsupportedModelError: `model` has uninitialised lazy modules.
         RefusedError: `strict` and something was refused.
@@ -88,16 +97,17 @@ def transform(
     model = unwrap(model)
     if is_converted(model):
         raise ConfigError("the model is already converted")
-    inputs = as_inputs(example_inputs)
-    traced = trace(model, inputs)
-    convert(traced, model, inputs, config, strict=strict)
+    inputs = Inputs.of(example_inputs, example_kwargs)
+    with fake_mode(model):
+        traced = trace(model, inputs, leaves)
+        convert(traced, model, inputs, config, strict=strict)
     return traced.root
 
 
 def convert(
     traced: Trace,
     model: nn.Module,
-    inputs: tuple[Any, ...] | None,
+    inputs: Inputs | None,
     config: TransformConfig,
     *,
     strict: bool = False,
@@ -135,14 +145,18 @@ def _account(
     found: dict[str, Site] = {}
     for name, _ in batch_norms(model):
         if name not in table:
-            notes.append(lost := _lost(name, traced))
+            notes.append(lost := _lost(name, model, traced))
             table[name] = skipped(lost)
         found[name] = table[name]
     return tuple((found | table).values())
 
 
-def _lost(name: str, traced: Trace) -> Diagnostic:
+def _lost(name: str, model: nn.Module, traced: Trace) -> Diagnostic:
     """Why no graph met the BatchNorm `name`."""
+    around = [module for path, module in model.named_modules() if not path or name.startswith(f"{path}.")]
+    kinds = [kind for module in around if (kind := closed_kind(module))]
+    if kinds:
+        return closed_diagnostic(name, kinds[0])
     whole = [path for path in traced.opaque if not path or name.startswith(f"{path}.")]
     if not whole:
         return Diagnostic("PN102", name, "the traced forward never calls it")
@@ -173,13 +187,14 @@ def fold(model: nn.Module, *, progress: Progress | None = None) -> nn.Module:
         TraceError: torch.fx cannot follow the forward of `model`.
     """
     model = unwrap(model)
-    traced = trace(model)
-    traced.root.eval()
+    with fake_mode(model):
+        traced = trace(model)
+        traced.root.eval()
+        for region in traced.regions:
+            infer_ranks(region.graph)
+            run_pipeline(fold_pipeline(), region.graph, progress)
     if is_converted(model):
         record(traced.root, sites(model), notes(model))
-    for region in traced.regions:
-        infer_ranks(region.graph)
-        run_pipeline(fold_pipeline(), region.graph, progress)
     return traced.root.requires_grad_(False)
 
 
@@ -188,6 +203,7 @@ def export_onnx(
     path: str | os.PathLike[str],
     example_inputs: Any,
     *,
+    example_kwargs: Mapping[str, Any] | None = None,
     opset_version: int = 20,
     dynamic_batch: bool = True,
     verify: bool = True,
@@ -198,7 +214,9 @@ def export_onnx(
     Args:
         model: a result of `transform` or `fold`, or any other module. It is left untouched.
         path: the ONNX file, written whole or not at all.
-        example_inputs: a tensor or a tuple of them; the first axis is the batch.
+        example_inputs: a tensor, or a tuple of tensors and nested tuples, lists and dicts of them; the
+            first axis is the batch.
+        example_kwargs: arguments that are given by name.
         opset_version: ONNX operator set, 18 to 24. The default, with its IR version 9, is loaded by
             onnxruntime 1.17 and later.
         dynamic_batch: whether the file takes any batch size, or only that of the example.
@@ -217,7 +235,7 @@ def export_onnx(
     from pn_compiler.export import Report, check_writable  # onnx is only imported when it is needed
 
     check_writable(Path(path))
-    inputs = as_inputs(example_inputs) or ()
+    inputs = Inputs.of(example_inputs, example_kwargs) or Inputs()
     report = Report(parameters_before=count_parameters(model))
     return _export(
         copy_model(unwrap(model)).cpu().eval(), Path(path), inputs, report, progress,
@@ -230,6 +248,7 @@ def compile(  # noqa: A001  # the name that users of torch.compile look for
     path: str | os.PathLike[str],
     example_inputs: Any = None,
     *,
+    example_kwargs: Mapping[str, Any] | None = None,
     input_shape: tuple[int, ...] | None = None,
     norm: Norm = "layer",
     num_groups: int | None = None,
@@ -237,6 +256,7 @@ def compile(  # noqa: A001  # the name that users of torch.compile look for
     proxy_padding: ProxyPadding = "activation",
     warm_start: WarmStart = "auto",
     strict: bool = False,
+    leaves: Sequence[str | type[nn.Module]] = (),
     opset_version: int = 20,
     dynamic_batch: bool = True,
     verify: bool = True,
@@ -250,7 +270,7 @@ def compile(  # noqa: A001  # the name that users of torch.compile look for
     Args:
         model: left untouched; compiled as in eval mode.
         path: the ONNX file.
-        example_inputs: a tensor or a tuple of them.
+        example_inputs, example_kwargs: arguments of a call, as for `transform`.
         input_shape: shape of a single float input, batch included, instead of `example_inputs`. Without
             either the shape is guessed from the first layer, and the report says so.
 
@@ -269,16 +289,15 @@ def compile(  # noqa: A001  # the name that users of torch.compile look for
         proxy_padding=proxy_padding, warm_start=warm_start,
     )  # fmt: skip
     model = copy_model(unwrap(model)).cpu().eval()
-    if is_converted(model) and config != TransformConfig():
+    if is_converted(model) and (leaves or config != TransformConfig()):
         raise ConfigError("the model is already converted: options of transform have no effect")
     report = Report(parameters_before=count_parameters(model))
     say = progress or (lambda stage: None)
+    given = Inputs.of(example_inputs, example_kwargs)
     with timed(report, "transform", say):
-        traced = trace(model, as_inputs(example_inputs))
+        traced = trace(model, given, leaves)
         report.operators_before = count_operators(region.graph for region in traced.regions)
-        inputs, report.input_shape_source = choose_inputs(
-            model, traced.root, as_inputs(example_inputs), input_shape
-        )
+        inputs, report.input_shape_source = choose_inputs(model, traced.root, given, input_shape)
         if not is_converted(model):
             convert(traced, model, inputs, config, strict=strict, progress=say)
         else:
@@ -293,7 +312,7 @@ def compile(  # noqa: A001  # the name that users of torch.compile look for
 def _export(
     model: nn.Module,
     path: Path,
-    inputs: tuple[Any, ...],
+    inputs: Inputs,
     report: "Report",
     progress: Progress | None,
     *,

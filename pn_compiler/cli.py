@@ -99,20 +99,20 @@ def _refuse_same_file(*paths: Path | None) -> None:
 
 
 def _transform_options(arguments: argparse.Namespace) -> dict[str, Any]:
-    names = ("norm", "num_groups", "proxy", "proxy_padding", "warm_start", "strict")
+    names = ("norm", "num_groups", "proxy", "proxy_padding", "warm_start", "strict", "leaves")
     return {name: getattr(arguments, name) for name in names}
 
 
-def _inputs(loaded: "LoadedModel", arguments: argparse.Namespace) -> tuple[Any, ...] | None:
+def _example_inputs(loaded: "LoadedModel", arguments: argparse.Namespace) -> tuple[Any, ...] | None:
     """What the model is compiled with: the shapes that the user gave, else what the file brings."""
     if not arguments.input_shape:
-        return loaded.example_inputs
+        return None if loaded.inputs is None else loaded.inputs.args
     from pn_compiler.input_shape import random_inputs
 
     batch = arguments.input_shape[0][0]
     if loaded.fixed_batch not in (None, batch):
         raise ConfigError(f"the program was exported for a batch of {loaded.fixed_batch}, not of {batch}")
-    return random_inputs(loaded.model, arguments.input_shape)
+    return random_inputs(loaded.model, arguments.input_shape).args
 
 
 def _compile(loaded: "LoadedModel", arguments: argparse.Namespace, say: Callable[[str], None]) -> str:
@@ -122,7 +122,7 @@ def _compile(loaded: "LoadedModel", arguments: argparse.Namespace, say: Callable
     report = pn_compiler.compile(
         loaded.model,
         arguments.output,
-        _inputs(loaded, arguments),
+        _example_inputs(loaded, arguments),
         opset_version=arguments.opset,
         dynamic_batch=not arguments.static_batch and loaded.fixed_batch is None,
         verify=arguments.verify,
@@ -141,7 +141,7 @@ def _dry_run(loaded: "LoadedModel", arguments: argparse.Namespace) -> str:
     from pn_compiler.diagnostics import format_sites
 
     converted = pn_compiler.transform(
-        loaded.model, _inputs(loaded, arguments), **_transform_options(arguments)
+        loaded.model, _example_inputs(loaded, arguments), **_transform_options(arguments)
     )
     notes = [str(note) for note in pn_compiler.notes(converted) if not note.site]
     return "\n".join([format_sites(pn_compiler.sites(converted)), *notes, "dry run: nothing was written"])
@@ -229,6 +229,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     conversion.add_argument("--proxy-padding", choices=("activation", "output"), default="activation")
     conversion.add_argument("--warm-start", choices=("auto", "running_stats", "none"), default="auto")
+    conversion.add_argument(
+        "--leaf", dest="leaves", metavar="PATH", action="append", default=[],
+        help="a module, such as backbone.neck, whose forward must not be traced",
+    )  # fmt: skip
     conversion.add_argument("--strict", action="store_true", help="exit with 3 if a BatchNorm is refused")
 
     export = parser.add_argument_group("ONNX")

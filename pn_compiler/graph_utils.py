@@ -3,7 +3,8 @@
 from collections import Counter, defaultdict
 from collections.abc import Iterable
 
-from torch import fx, nn
+from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 
 def called_module(graph: fx.GraphModule, node: fx.Node) -> nn.Module | None:
@@ -26,6 +27,11 @@ HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_p
 def has_hooks(module: nn.Module) -> bool:
     """Whether something is to be called before or after `module`."""
     return any(getattr(module, hooks) for hooks in HOOKS)
+
+
+def has_values(tensor: Tensor) -> bool:
+    """Whether `tensor` holds numbers: not on the meta device, and not fake."""
+    return not (tensor.is_meta or isinstance(tensor, FakeTensor))
 
 
 def add_module(graph: fx.GraphModule, path: str, module: nn.Module) -> str:

@@ -10,6 +10,7 @@ from torch.utils import _pytree as pytree
 from pn_compiler.activations import is_activation
 from pn_compiler.errors import ConfigError, TraceError
 from pn_compiler.graph_utils import called_module
+from pn_compiler.inputs import Inputs
 
 GUESSED_PIXELS = 224
 _SAME = 1e-2  # relative; the same operators in the same order
@@ -19,19 +20,19 @@ _ASK = "pass the shape, for example --input-shape 1,3,224,224 (input_shape=(1, 3
 def choose_inputs(
     model: nn.Module,
     traced: nn.Module,
-    example_inputs: tuple[Any, ...] | None,
+    given: Inputs | None,
     input_shape: tuple[int, ...] | None,
-) -> tuple[tuple[Any, ...], str]:
+) -> tuple[Inputs, str]:
     """(inputs, where their shape came from). The inputs are tried on `traced`.
 
     Raises:
         ConfigError: no shape is given and none can be guessed, or the model does not run on it.
         TraceError: the traced model computes something else.
     """
-    if example_inputs is not None and input_shape is not None:
+    if given is not None and input_shape is not None:
         raise ConfigError("give example_inputs or input_shape, not both")
-    if example_inputs is not None:
-        inputs, source = example_inputs, "given"
+    if given is not None:
+        inputs, source = given, "given"
     else:
         shape, source = (input_shape, "given") if input_shape else guess_shape(model, traced)
         if not shape or any(size < 1 for size in shape):
@@ -39,9 +40,9 @@ def choose_inputs(
         inputs = random_inputs(model, [shape])
     try:
         with torch.no_grad():
-            got, want = traced(*inputs), model(*inputs)
+            got, want = inputs.call(traced), inputs.call(model)
     except Exception as error:
-        shapes = ", ".join(str(list(getattr(x, "shape", ()))) for x in inputs)
+        shapes = ", ".join(str(list(x.shape)) for x in inputs.tensors())
         cause = (str(error).strip().splitlines() or [""])[0]
         how = "" if source == "given" else f" ({source})"
         raise ConfigError(
@@ -51,11 +52,11 @@ def choose_inputs(
     return inputs, source
 
 
-def random_inputs(model: nn.Module, shapes: Sequence[tuple[int, ...]]) -> tuple[torch.Tensor, ...]:
+def random_inputs(model: nn.Module, shapes: Sequence[tuple[int, ...]]) -> Inputs:
     """A standard normal tensor for each of `shapes`, in the dtype of the model's parameters."""
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
     generator = torch.Generator().manual_seed(0)
-    return tuple(torch.randn(shape, generator=generator).to(dtype) for shape in shapes)
+    return Inputs(tuple(torch.randn(shape, generator=generator).to(dtype) for shape in shapes))
 
 
 def _compare(model: nn.Module, got: Any, want: Any) -> None:

@@ -20,6 +20,7 @@ from torch import fx, nn
 
 from pn_compiler.activations import activation_functions
 from pn_compiler.errors import LoadError
+from pn_compiler.inputs import Inputs
 from pn_compiler.program_audit import audit_program
 
 _LIBRARIES = ("torch.nn", "torchvision.models", "torchvision.ops", "timm.models", "timm.layers")
@@ -46,12 +47,12 @@ class LoadedModel:
 
     Attributes:
         model: in the mode in which it was saved.
-        example_inputs: what an exported program was made with, or None.
+        inputs: what an exported program was made with, or None.
         fixed_batch: the batch size that an exported program was fixed to, or None.
     """
 
     model: nn.Module
-    example_inputs: tuple[Any, ...] | None = None
+    inputs: Inputs | None = None
     fixed_batch: int | None = None
 
 
@@ -279,7 +280,7 @@ def _load_program(path: Path, names: list[str], *, unsafe: bool) -> LoadedModel:
             )
     if program.example_inputs is None or program.example_inputs[1]:
         raise LoadError(f"{path} takes keyword arguments: export it with positional inputs only")
-    inputs = tuple(program.example_inputs[0])
+    inputs = Inputs(tuple(program.example_inputs[0]))
     plain = fx.GraphModule(module, module.graph)  # without the export's ban on train() and eval()
     return LoadedModel(plain.eval(), inputs, _fixed_batch(program))
 

@@ -86,12 +86,12 @@ class ProxyNormAct(nn.Module):
         for parameter in (self.bias, self.proxy_weight, self.proxy_bias):
             nn.init.zeros_(parameter)
 
-    def scale_and_shift(self) -> tuple[Tensor, Tensor]:
+    def scale_and_shift(self, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
         """(r, v) with z = activation * r + v: r = 1/sqrt(var + proxy_eps), v = -mean * r.
 
-        Each has shape [C] and is float32 or wider whatever the parameters are.
+        Each has shape [C], in `dtype`, or else float32 or wider whatever the parameters are.
         """
-        dtype = torch.promote_types(self.weight.dtype, torch.float32)
+        dtype = dtype or torch.promote_types(self.weight.dtype, torch.float32)
         weight, bias = self.weight.to(dtype), self.bias.to(dtype)
         # weight * p + bias is Normal(weight * proxy_bias + bias, (weight * (1 + proxy_weight))^2)
         mean, var = proxy_moments(

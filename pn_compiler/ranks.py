@@ -6,7 +6,6 @@ value. Both questions need ranks, not shapes, so no example input is needed for 
 
 import logging
 import math
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,6 +13,7 @@ from torch import fx, nn
 
 from pn_compiler.activations import activation_of, is_activation
 from pn_compiler.graph_utils import called_module
+from pn_compiler.inputs import Inputs
 from pn_compiler.nn import ProxyNormAct
 from pn_compiler.spelling import flattens_channels, operator_name, reduced_dims
 
@@ -55,7 +55,7 @@ _KEEPS_RANK_MODULES = (
 )
 
 
-def infer_ranks(graph: fx.GraphModule, inputs: Sequence[Any] | None = None) -> None:
+def infer_ranks(graph: fx.GraphModule, inputs: Inputs | None = None) -> None:
     """Notes the rank of every tensor in ``node.meta``; unknown ones are noted as None.
 
     Args:
@@ -63,7 +63,7 @@ def infer_ranks(graph: fx.GraphModule, inputs: Sequence[Any] | None = None) -> N
         inputs: example arguments; without them the ranks of the inputs are unknown, except that a
             BatchNorm1d right behind a Linear of as many features is taken to read [N, C].
     """
-    remaining = list(inputs or ())
+    remaining = list(inputs.of_graph(graph)) if inputs is not None else []
     for node in graph.graph.nodes:
         value = node.meta.get("val")  # an exported program knows its shapes
         if node.op == "placeholder" and remaining:
@@ -80,13 +80,13 @@ class _Shapes(fx.Interpreter):
         return result
 
 
-def record_pixels(graph: fx.GraphModule, inputs: Sequence[Any]) -> None:
+def record_pixels(graph: fx.GraphModule, inputs: Inputs) -> None:
     """Runs `graph` once, in eval mode, to note how many values a channel has at each node."""
     modes = {module: module.training for module in graph.modules()}
     graph.eval()
     try:
         with torch.no_grad():
-            _Shapes(graph).run(*inputs)
+            _Shapes(graph).run(*inputs.of_graph(graph), enable_io_processing=False)
     except Exception:  # the inputs are only examples: whoever runs the model on them will hear
         logger.info("the example inputs cannot be run", exc_info=True)
     finally:

@@ -5,25 +5,30 @@ part is a region, a graph that takes the place of the module that it was traced 
 """
 
 import ast
+import contextlib
 import copy
 import dataclasses
 import functools
 import inspect
 import logging
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import fx, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from pn_compiler.diagnostics import Diagnostic
-from pn_compiler.errors import TraceError, UnsupportedModelError
+from pn_compiler.errors import ConfigError, TraceError, UnsupportedModelError
 from pn_compiler.graph_module import ConvertedModule, is_converted
+from pn_compiler.inputs import Inputs
 from pn_compiler.tracing import (
+    closed_kind,
     holds_batch_norm,
     is_batch_norm,
     refuse_uninitialised,
+    resolve_leaves,
     trace_module,
 )
 
@@ -60,6 +65,7 @@ class Trace:
         root: the copy; a graph if the forward of the model itself can be traced.
         regions: all graphs in it, the outermost first.
         opaque: paths of the modules that stayed whole, the outermost first; "" is the model itself.
+        leaves: paths of modules that the user wants whole.
         notes: about branches that were fixed.
         paths: id of each module -> every path that leads to it.
     """
@@ -67,23 +73,29 @@ class Trace:
     root: nn.Module
     regions: list[Region] = dataclasses.field(default_factory=list)
     opaque: list[str] = dataclasses.field(default_factory=list)
+    leaves: frozenset[str] = frozenset()
     notes: list[Diagnostic] = dataclasses.field(default_factory=list)
     paths: dict[int, list[str]] = dataclasses.field(default_factory=dict)
 
 
-def trace(model: nn.Module, example_inputs: tuple[Any, ...] | None = None) -> Trace:
+def trace(
+    model: nn.Module, inputs: Inputs | None = None, leaves: Sequence[str | type[nn.Module]] = ()
+) -> Trace:
     """Traces a copy of `model`, in regions where it cannot be traced as a whole.
 
     Args:
         model: left untouched.
-        example_inputs: arguments of a call; parameters of forward beyond them keep their defaults.
+        inputs: arguments of a call; parameters of forward beyond them keep their defaults.
+        leaves: paths or classes of modules that stay whole, as if they could not be traced.
 
     Raises:
+        ConfigError: the inputs do not fit the forward, or `leaves` names nothing.
         TraceError: no part of a model without BatchNorm can be traced.
         UnsupportedModelError: a lazy module is not initialised yet, or the model cannot be copied.
     """
+    _check_fit(model, inputs)
     model = copy_model(model)
-    traced = Trace(model)
+    traced = Trace(model, leaves=resolve_leaves(model, leaves))
     for name, module in model.named_modules(remove_duplicate=False):
         traced.paths.setdefault(id(module), []).append(name)
     if isinstance(model, fx.GraphModule):
@@ -94,12 +106,20 @@ def trace(model: nn.Module, example_inputs: tuple[Any, ...] | None = None) -> Tr
         traced.regions = [Region(f"{name}.", graph) for name, graph in _graphs(model)]
     else:
         try:
-            traced.root = _trace_into(model, "", example_inputs, traced)
+            traced.root = _trace_into(model, "", inputs, traced)
         except TraceError:
             if not holds_batch_norm(model):
                 raise
             _trace_children(model, "", traced)
     return traced
+
+
+def _check_fit(model: nn.Module, inputs: Inputs | None) -> None:
+    if inputs is not None:
+        try:
+            inputs.by_name(model)
+        except TypeError as error:
+            raise ConfigError(f"the inputs do not fit {type(model).__name__}.forward: {error}") from error
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -119,20 +139,46 @@ def copy_model(model: nn.Module) -> nn.Module:
         UnsupportedModelError: it has uninitialised lazy modules, or cannot be copied.
     """
     refuse_uninitialised(model)
+    if is_batch_norm(model):
+        raise UnsupportedModelError("the model is a BatchNorm itself: wrap it, as in nn.Sequential(model)")
     if isinstance(model, torch.jit.ScriptModule):
         raise UnsupportedModelError("TorchScript has no modules to convert: use the original nn.Module")
-    computed = (  # by hooks that compute them anew before each call: weight_norm, spectral_norm, pruning
-        value
-        for module in model.modules()
-        for value in vars(module).values()
-        if isinstance(value, torch.Tensor) and not value.is_leaf
-    )
-    memo = {id(tensor): tensor.detach().clone() for tensor in computed}
+    memo: dict[int, Any] = {}
+    for module in model.modules():
+        for value in vars(module).values():  # by hooks that compute them anew before each call: weight_norm,
+            if isinstance(value, torch.Tensor) and not value.is_leaf:  # spectral_norm, pruning
+                memo[id(value)] = value.detach().clone()
+        if isinstance(module, torch.jit.ScriptModule):
+            memo[id(module)] = _copy_script(module)
+    for tensor in (*model.parameters(), *model.buffers()):
+        if isinstance(tensor, FakeTensor):  # their own deepcopy fails
+            memo[id(tensor)] = _copy_fake(tensor)
     try:
         return copy.deepcopy(model, memo)
     except Exception as error:
         cause = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UnsupportedModelError(f"the model cannot be copied: {cause}") from error
+
+
+def _copy_script(module: torch.jit.ScriptModule) -> torch.jit.ScriptModule:
+    """A deep copy whose parameters are leaves of autograd, as those of the original are."""
+    with torch.no_grad():
+        copied = copy.deepcopy(module)
+    for new, old in zip(copied.parameters(), module.parameters(), strict=True):
+        new.requires_grad_(old.requires_grad)
+    return copied
+
+
+def _copy_fake(tensor: torch.Tensor) -> torch.Tensor:
+    copied = tensor.detach().clone()
+    return nn.Parameter(copied, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else copied
+
+
+def fake_mode(model: nn.Module) -> contextlib.AbstractContextManager[Any]:
+    """The mode in which fake tensors of `model` live, so that new ones are fake, too; else nothing."""
+    fakes = (t for t in (*model.parameters(), *model.buffers()) if isinstance(t, FakeTensor))
+    first = next(fakes, None)
+    return contextlib.nullcontext() if first is None else first.fake_mode
 
 
 def _graphs(model: nn.Module) -> Iterator[tuple[str, ConvertedModule]]:
@@ -144,16 +190,17 @@ def converted_graphs(model: nn.Module) -> list[ConvertedModule]:
     return [graph for _, graph in _graphs(model)]
 
 
-def _trace_into(
-    module: nn.Module, path: str, example_inputs: tuple[Any, ...] | None, traced: Trace
-) -> ConvertedModule:
+def _trace_into(module: nn.Module, path: str, inputs: Inputs | None, traced: Trace) -> ConvertedModule:
     """The graph of `module`, with regions inside what had to stay whole. Raises TraceError."""
+    if path in traced.leaves:
+        raise TraceError(f"{path or type(module).__name__} is to stay whole")
     prefix = f"{path}." if path else ""
-    graph, leaves, notes = trace_module(module, example_inputs)
+    inside = frozenset(leaf.removeprefix(prefix) for leaf in traced.leaves if leaf.startswith(prefix))
+    graph, leaves, notes = trace_module(module, inputs, inside)
     traced.regions.append(Region(prefix, graph))
     traced.notes.extend(dataclasses.replace(note, site=prefix + note.site) for note in notes)
     for leaf in leaves:
-        logger.info("%s cannot be traced and stays whole", prefix + leaf)
+        logger.info("%s stays whole", prefix + leaf)
         _trace_children(graph.get_submodule(leaf), prefix + leaf, traced)
     return graph
 
@@ -165,7 +212,7 @@ def _trace_children(owner: nn.Module, path: str, traced: Trace) -> None:
         return  # its code looks inside its BatchNorms: they are reported as not reached
     for name, child in list(owner.named_children()):
         inside = f"{path}.{name}" if path else name
-        if not holds_batch_norm(child) or _is_shared(child, inside, traced):
+        if closed_kind(child) or not holds_batch_norm(child) or _is_shared(child, inside, traced):
             continue
         if is_batch_norm(child):
             traced.regions.append(_lone_region(owner, name, path))
@@ -222,13 +269,14 @@ def _uses(cls: type) -> tuple[frozenset[str], frozenset[str]]:
         if base is nn.Module:
             break
         for tree in _methods(base):
-            calls = {id(node.func) for node in ast.walk(tree) if isinstance(node, ast.Call)}
+            calls = {id(callee) for node in ast.walk(tree) if (callee := _callee(node)) is not None}
             tests = {id(node) for node in _tests(tree)}
+            owners = {"self", *(argument.arg for argument in tree.args.args[:1])}
             for node in ast.walk(tree):
                 if not (
                     isinstance(node, ast.Attribute)
                     and isinstance(node.value, ast.Name)
-                    and node.value.id == "self"
+                    and node.value.id in owners
                 ):
                     continue
                 if id(node) in calls:
@@ -236,6 +284,14 @@ def _uses(cls: type) -> tuple[frozenset[str], frozenset[str]]:
                 elif id(node) not in tests:
                     otherwise.add(node.attr)
     return frozenset(called), frozenset(otherwise)
+
+
+def _callee(node: ast.AST) -> ast.expr | None:
+    """What `node` calls, directly or through torch.utils.checkpoint."""
+    if not isinstance(node, ast.Call):
+        return None
+    through = getattr(node.func, "attr", getattr(node.func, "id", "")) == "checkpoint"
+    return node.args[0] if through and node.args else node.func
 
 
 def _methods(cls: type) -> Iterator[ast.FunctionDef]:

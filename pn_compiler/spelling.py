@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import fx
+from torch import fx, nn
 
 _NAMESPACES = (F, torch, torch._C._nn, torch.special, operator)
 
@@ -41,6 +41,29 @@ _ALIASING = frozenset(
         "unfold", "alias", "to", "slice",
     ]
 )  # fmt: skip
+
+
+_MOVING = frozenset(
+    [
+        "contiguous", "flatten", "movedim", "permute", "reshape", "reshape_as", "squeeze", "swapaxes",
+        "swapdims", "t", "transpose", "unflatten", "unsqueeze", "view", "view_as",
+    ]
+)  # fmt: skip
+
+
+def moves_values(node: fx.Node, module: nn.Module | None) -> bool:
+    """Whether `node`, a call of `module` if it calls one, rearranges its input and changes no value."""
+    if module is not None:
+        return isinstance(module, nn.Flatten | nn.Unflatten | nn.PixelShuffle | nn.ChannelShuffle)
+    return operator_name(node) in _MOVING and bool(node.all_input_nodes)
+
+
+def reads_shape(node: fx.Node) -> bool:
+    """Whether `node` reads the shape of its input, and no value: x.size(0), x.shape, len(x)."""
+    if node.target is getattr:
+        return node.args[1:] in (("shape",), ("ndim",))
+    names = ("size", "sym_size", "dim", "ndimension", "numel", "nelement")
+    return operator_name(node) in names or node.target is len
 
 
 def overwritten(node: fx.Node) -> fx.Node | None:

@@ -1,25 +1,51 @@
 """From a module to a torch.fx graph, with as little of the model as possible frozen in."""
 
+import contextlib
+import functools
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import torch
 from torch import fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import is_lazy
+from torch.utils import _pytree as pytree
 
 from pn_compiler.diagnostics import Diagnostic
-from pn_compiler.errors import TraceError, UnsupportedModelError
+from pn_compiler.errors import ConfigError, TraceError, UnsupportedModelError
 from pn_compiler.graph_module import ConvertedModule
+from pn_compiler.graph_utils import has_hooks
+from pn_compiler.inputs import Inputs
+from pn_compiler.module_state import ModuleState
 from pn_compiler.nn import ReadTraining
 
 _FLAG = "training_flag"
 FROZEN_BATCH_NORMS = ("FrozenBatchNorm2d", "FrozenBatchNormAct2d", "FrozenBatchNorm3d")
 
 
+_QUANTIZED = ("quantized", "qat", "intrinsic.qat", "intrinsic.quantized")
+
+
 def is_batch_norm(module: nn.Module) -> bool:
     """Whether `module` is a BatchNorm of any kind: each of them gets a line in the report."""
+    if isinstance(module, torch.jit.ScriptModule):
+        return "BatchNorm" in getattr(module, "original_name", "")
     return isinstance(module, _BatchNorm) or type(module).__name__ in FROZEN_BATCH_NORMS
+
+
+def closed_kind(module: nn.Module) -> str | None:
+    """ "TorchScript" or "quantized" for a module with nothing in it to convert, else None."""
+    if isinstance(module, torch.jit.ScriptModule):
+        return "TorchScript"
+    quantized = tuple(f"torch.ao.nn.{name}" for name in _QUANTIZED)
+    return "quantized" if type(module).__module__.startswith(quantized) else None
+
+
+def closed_diagnostic(name: str, kind: str) -> Diagnostic:
+    """The remark about a BatchNorm that is, or is inside, a module of `closed_kind` `kind`."""
+    hint = "convert the original float nn.Module first, then script or quantize the result"
+    return Diagnostic("PN111", name, f"it is {kind}", hint)
 
 
 def batch_norms(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -49,28 +75,174 @@ class TrainingFlag(int):
         return int(self) != 0
 
 
+class _BufferProxy(fx.proxy.ParameterProxy):
+    """A proxy whose shape is that of the buffer, as a ParameterProxy's is that of its parameter."""
+
+    def __init__(self, tracer: fx.Tracer, node: fx.Node, name: str, buffer: torch.Tensor) -> None:
+        fx.Proxy.__init__(self, node, tracer)
+        self.param = buffer  # type: ignore[assignment]  # only its shape is asked for
+        self.name = name
+
+
 class _Tracer(fx.Tracer):
     """Enters what may hold a site and its neighbours; leaves whole what needs no entering."""
 
-    def __init__(self, leaves: frozenset[str] = frozenset()) -> None:
+    def __init__(self, model: nn.Module, inputs: Inputs | None, leaves: frozenset[str]) -> None:
         super().__init__(param_shapes_constant=True)
+        self.inputs = inputs
         self.leaves = leaves
+        self.wrapping = {
+            path: module
+            for path, module in model.named_modules()
+            if path and path not in leaves and _wraps_batch_norm(module)
+        }
         self.stack = [""]  # paths of the modules being traced, outermost first
 
     def is_leaf_module(self, module: nn.Module, path: str) -> bool:
         return (
-            is_batch_norm(module)
-            or path in self.leaves
+            path in self.leaves
+            or closed_kind(module) is not None
+            or (is_batch_norm(module) and not hasattr(type(module), _RECORDS))
             or type(module).__module__ == ReadTraining.__module__  # all of pn_compiler.nn
             or super().is_leaf_module(module, path)
             or (not holds_batch_norm(module) and _reads_training(module))
         )
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, fx.Proxy]) -> Any:
+        """Buffers are read by the graph, as parameters are: what is computed of one must follow it."""
+        value = super().getattr(attr, attr_val, parameter_proxy_cache)
+        if not isinstance(value, torch.Tensor) or isinstance(value, nn.Parameter):
+            return value
+        name = next((name for name, buffer in self.root.named_buffers() if buffer is value), None)
+        if name is None:
+            return value
+        if name not in parameter_proxy_cache:
+            parameter_proxy_cache[name] = self.create_proxy(
+                "get_attr", name, (), {}, proxy_factory_fn=lambda node: _BufferProxy(self, node, name, value)
+            )
+        return parameter_proxy_cache[name]
+
+    def create_args_for_root(
+        self, root_fn: Callable[..., Any], is_module: bool, concrete_args: Any = None
+    ) -> tuple[Callable[..., Any], list[Any]]:
+        """Placeholders for what varies from call to call; the other arguments are fixed.
+
+        With example inputs, numbers and what holds a tensor vary. Without, the first parameter does, and
+        those that have no default.
+        """
+        forward = self.root.forward
+        given = None if self.inputs is None else self.inputs.by_name(self.root)
+        args: list[Any] = []
+        kwargs: dict[str, Any] = {}
+        for parameter in inspect.signature(forward).parameters.values():
+            name = parameter.name
+            if parameter.kind is parameter.VAR_KEYWORD:
+                extra = given.get(name, {}) if given else {}
+                kwargs.update((key, self._placeholder(key, value)) for key, value in extra.items())
+            elif parameter.kind is parameter.VAR_POSITIONAL:
+                if given is None:
+                    raise TypeError(f"how many arguments *{name} takes is unknown: pass example_inputs")
+                extra = given.get(name, ())
+                args += [self._placeholder(f"{name}_{i}", value) for i, value in enumerate(extra)]
+            elif given is None:
+                first = not (args or kwargs)
+                varies = first or parameter.default is parameter.empty
+                value = _VARIES if varies else parameter.default
+                kwargs[name] = self._placeholder(name, value, parameter.default)
+            else:
+                value = given.get(name, parameter.default)
+                kwargs[name] = self._placeholder(name, value, parameter.default)
+            if parameter.kind in (parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD):
+                args.append(kwargs.pop(name))
+        return functools.partial(forward, *args, **kwargs), []
+
+    def _placeholder(self, name: str, value: Any, default: Any = inspect.Parameter.empty) -> Any:
+        """A proxy for an argument that varies, else `value` itself, which every call must then give."""
+        try:
+            self.create_arg((value, default) if default is not inspect.Parameter.empty else value)
+        except NotImplementedError:  # nothing that a graph can hold: no argument of the traced forward
+            return value
+        defaults = () if default is inspect.Parameter.empty else (default,)
+        proxy = self.create_proxy("placeholder", name, defaults, {})
+        if value is _VARIES or _varies(value):
+            return proxy
+        check_fixed(proxy, value, name)
+        return value
 
     def call_module(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
         self.stack.append(self.path_of_module(m))
         result = super().call_module(m, forward, args, kwargs)
         self.stack.pop()  # not in a finally: after a failure the stack says where
         return result
+
+
+_RECORDS = "_pn_compiler_records"
+
+
+@contextlib.contextmanager
+def _recorded_super_calls(tracer: _Tracer) -> Iterator[None]:
+    """A subclass of BatchNorm that calls ``super().forward`` is traced, with that call as the BatchNorm.
+
+    Each such module gets, for the time of the trace, a class in which ``super().forward`` records a call of
+    the module itself.
+    """
+    changed = {}
+    for path, module in tracer.wrapping.items():
+        cls, base = type(module), plain_base(module)
+
+        def record(self: nn.Module, x: Any, path: str = path) -> Any:
+            return tracer.create_proxy("call_module", path, (x,), {})
+
+        recorder = type(base.__name__, (base,), {"forward": record})
+        changed[module] = cls
+        module.__class__ = type(cls.__name__, (cls, recorder), {_RECORDS: True})
+    try:
+        yield
+    finally:
+        for module, cls in changed.items():
+            module.__class__ = cls
+
+
+def plain_base(module: nn.Module) -> type[nn.Module]:
+    """The class of torch.nn that the class of `module` is, or derives from."""
+    return next(cls for cls in type(module).__mro__ if cls.__module__.startswith("torch.nn."))
+
+
+def _wraps_batch_norm(module: nn.Module) -> bool:
+    """Whether `module` is a BatchNorm with a forward of its own and no state beyond a BatchNorm's."""
+    plain = (_BatchNorm.forward, nn.SyncBatchNorm.forward)
+    return (
+        isinstance(module, _BatchNorm)
+        and type(module).forward not in plain
+        and "forward" not in vars(module)
+        and not (closed_kind(module) or has_hooks(module) or list(module.children()))
+        and set(module._parameters) <= {"weight", "bias"}
+        and set(module._buffers) <= {"running_mean", "running_var", "num_batches_tracked"}
+    )
+
+
+_VARIES = "<varies>"
+
+
+def _varies(value: Any) -> bool:
+    """Whether an argument like `value` may take other values in other calls: a number, or with tensors."""
+    return any(
+        isinstance(leaf, torch.Tensor | int | float) and not isinstance(leaf, bool)
+        for leaf in pytree.tree_leaves(value)
+    )
+
+
+@fx.node.has_side_effect
+def check_fixed(value: Any, expected: Any, name: str) -> None:
+    """Raises TypeError if an argument that tracing has fixed comes with another value."""
+    if isinstance(value, fx.Proxy):
+        value.tracer.create_proxy("call_function", check_fixed, (value, expected, name), {})
+    elif value is not expected and not (type(value) is type(expected) and value == expected):
+        told = f"of type {type(value).__name__}" if isinstance(value, torch.Tensor) else repr(value)
+        raise TypeError(
+            f"argument {name} is {told}, but the model was converted with {name}={expected!r}; for another "
+            "value, give transform example_inputs or example_kwargs that have it"
+        )
 
 
 def holds_batch_norm(module: nn.Module) -> bool:
@@ -83,7 +255,7 @@ def _reads_training(module: nn.Module) -> bool:
 
 
 def trace_module(
-    module: nn.Module, example_inputs: tuple[Any, ...] | None = None
+    module: nn.Module, inputs: Inputs | None = None, leaves: frozenset[str] = frozenset()
 ) -> tuple[ConvertedModule, frozenset[str], tuple[Diagnostic, ...]]:
     """Traces `module`, over its own submodules.
 
@@ -91,17 +263,18 @@ def trace_module(
 
     Args:
         module: the graph shares its parameters and submodules.
-        example_inputs: arguments of a call; parameters of forward beyond them keep their defaults.
+        inputs: arguments of a call; parameters of forward beyond them keep their defaults.
+        leaves: paths of submodules that stay whole in any case.
 
     Returns:
-        The graph, the paths of the leaves that could not be traced, and a note for each module whose
+        The graph, the paths of the submodules that stay whole, and a note for each module whose
         traced branch depends on ``self.training``.
 
     Raises:
         TraceError: the forward of `module` itself cannot be traced.
     """
-    branches: set[str] = set()
-    graph, leaves = _trace_with_leaves(module, example_inputs, branches)
+    notes: set[Diagnostic] = set()
+    graph, leaves = _trace_with_leaves(module, inputs, leaves, notes)
     _read_flags_in_graph(module, graph)
     traced = ConvertedModule(module, graph, type(module).__name__)
     traced.training = module.training
@@ -109,18 +282,24 @@ def trace_module(
     for name, child in traced.named_modules():
         if name:
             child.training = _training_of(module, name)
-    return (
-        traced,
-        leaves,
-        tuple(
-            Diagnostic(
-                "PN110",
-                path,
-                f"the forward branches on self.training, traced with training={module.training}",
-                "call transform in the mode that the result will be used in",
-            )
-            for path in sorted(branches)
-        ),
+    return traced, leaves, tuple(sorted(notes, key=str))
+
+
+def _branches_note(path: str, training: bool) -> Diagnostic:
+    return Diagnostic(
+        "PN110",
+        path,
+        f"the forward branches on self.training, traced with training={training}",
+        "call transform in the mode that the result will be used in",
+    )
+
+
+def _stored_note(path: str, name: str) -> Diagnostic:
+    return Diagnostic(
+        "PN112",
+        path,
+        f"the forward stores self.{name}; that of the converted network does not",
+        f"leaves=[{path!r}] keeps the module as it is" if path else "return the value instead",
     )
 
 
@@ -142,43 +321,56 @@ def refuse_uninitialised(model: nn.Module) -> None:
 
 
 def _trace_with_leaves(
-    model: nn.Module, example_inputs: tuple[Any, ...] | None, branches: set[str]
+    model: nn.Module, inputs: Inputs | None, leaves: frozenset[str], notes: set[Diagnostic]
 ) -> tuple[fx.Graph, frozenset[str]]:
     """Retries with the innermost failing module as a leaf until the rest can be traced."""
-    leaves: frozenset[str] = frozenset()
-    defaults = _unused_defaults(model, example_inputs)
     while True:
-        tracer = _Tracer(leaves)
+        tracer = _Tracer(model, inputs, leaves)
         tried: set[str] = set()
-        flags = {
-            module: module.training
-            for name, module in model.named_modules()
-            if not tracer.is_leaf_module(module, name)
-        }
-        names = {module: name for name, module in model.named_modules()}
+        before = ModuleState(model)
         try:
-            for module in flags:
-                object.__setattr__(module, "training", TrainingFlag.of(module, names[module], tried))
-            graph = tracer.trace(model, concrete_args=defaults)
+            with _recorded_super_calls(tracer), _training_flags(model, tracer, tried):
+                graph = tracer.trace(model)
         except Exception as error:
             innermost = tracer.stack[-1]
             if innermost == "" or innermost in leaves:
                 raise TraceError(f"torch.fx cannot trace {type(model).__name__}.forward: {error}") from error
             leaves = leaves | {innermost}
-        else:
-            branches |= tried
-            return graph, leaves
+            continue
         finally:
-            for module, training in flags.items():
-                object.__setattr__(module, "training", training)
+            stateful, stored = before.changes()
+            before.restore()
+        if "" in stateful:
+            raise TraceError(f"{type(model).__name__}.forward changes attributes of the module")
+        called = {str(node.target) for node in graph.nodes if node.op == "call_module"}
+        read = {str(node.target).rpartition(".")[0] for node in graph.nodes if node.op == "get_attr"}
+        other = tracer.wrapping.keys() - (called - read)  # never called, or with more to it than the norm
+        other |= stateful
+        if not other:
+            for module in tracer.wrapping.values():
+                module.__class__ = plain_base(module)  # what else it does is in the graph
+            notes |= {_branches_note(path, model.training) for path in tried}
+            notes |= {_stored_note(path, name) for path, name in stored}
+            graph._tracer_cls = None  # unpickling traces the generated code, with the tracer of torch.fx
+            return graph, leaves
+        leaves = leaves | other
 
 
-def _unused_defaults(model: nn.Module, example_inputs: tuple[Any, ...] | None) -> dict[str, Any] | None:
-    """Parameters of forward that a call with `example_inputs` leaves at their defaults."""
-    parameters = list(inspect.signature(model.forward).parameters.values())
-    given = len(example_inputs) if example_inputs is not None else 1
-    defaults = {p.name: p.default for p in parameters[given:] if p.default is not inspect.Parameter.empty}
-    return defaults or None
+@contextlib.contextmanager
+def _training_flags(model: nn.Module, tracer: _Tracer, branches: set[str]) -> Iterator[None]:
+    """Puts a TrainingFlag in the place of ``training`` in each module that is traced into."""
+    flags = {
+        module: (name, module.training)
+        for name, module in model.named_modules()
+        if not tracer.is_leaf_module(module, name)
+    }
+    try:
+        for module, (name, _) in flags.items():
+            object.__setattr__(module, "training", TrainingFlag.of(module, name, branches))
+        yield
+    finally:
+        for module, (_, training) in flags.items():
+            object.__setattr__(module, "training", training)
 
 
 def _read_flags_in_graph(model: nn.Module, graph: fx.Graph) -> None:
@@ -196,8 +388,21 @@ def _read_flags_in_graph(model: nn.Module, graph: fx.Graph) -> None:
         node.kwargs = {key: read if isinstance(a, TrainingFlag) else a for key, a in node.kwargs.items()}
 
 
-def as_inputs(example_inputs: Any) -> tuple[Any, ...] | None:
-    """`example_inputs` as the tuple of positional arguments that it stands for."""
-    if example_inputs is None or isinstance(example_inputs, tuple):
-        return example_inputs
-    return tuple(example_inputs) if isinstance(example_inputs, list) else (example_inputs,)
+def resolve_leaves(model: nn.Module, leaves: Sequence[str | type[nn.Module]]) -> frozenset[str]:
+    """Paths of the submodules of `model` that `leaves` names, by path or by class.
+
+    Raises:
+        ConfigError: an entry names nothing in `model`.
+    """
+    paths: set[str] = set()
+    for leaf in leaves:
+        found = {
+            name
+            for name, module in model.named_modules(remove_duplicate=False)
+            if (isinstance(module, leaf) if isinstance(leaf, type) else name == leaf)
+        }
+        if not found:
+            told = leaf.__name__ if isinstance(leaf, type) else repr(leaf)
+            raise ConfigError(f"leaves: the model has no module {told}")
+        paths |= found
+    return frozenset(paths)

@@ -5,13 +5,14 @@ from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from pn_compiler.config import WarmStart
+from pn_compiler.graph_utils import has_values
 
 
 def is_trained(norm: _BatchNorm) -> bool:
     """Whether the running statistics have moved from where they start, mean 0 and variance 1."""
     if norm.running_mean is None or norm.running_var is None:
         return False
-    if norm.running_mean.is_meta:
+    if not has_values(norm.running_mean):
         return True  # there are no values to look at: the structure of a trained network
     return bool((norm.running_mean != 0).any() or (norm.running_var != 1).any())
 
@@ -41,7 +42,7 @@ def affine_from_running_stats(norm: _BatchNorm, num_groups: int) -> tuple[Tensor
         weight_c = g_c sqrt(V) / sd_c        bias_c = b_c + g_c (M - mu_c) / sd_c
     """
     g, b = plain_affine(norm)
-    if g.is_meta:
+    if not has_values(g):
         return g, b  # there are no values to compute with
     assert norm.running_mean is not None
     assert norm.running_var is not None

@@ -80,7 +80,7 @@ def test_dry_run_writes_nothing(folder: Path, capsys: pytest.CaptureFixture[str]
 def test_list_passes_and_version(capsys: pytest.CaptureFixture[str]) -> None:
     status, out, _ = run(capsys, "--list-passes")
     assert status == cli.DONE
-    assert "3. ReplaceBatchNorm: Replaces each BatchNorm" in out
+    assert "5. ReplaceBatchNorm: Replaces each BatchNorm" in out
     with pytest.raises(SystemExit) as caught:
         cli.main(["--version"])
     assert caught.value.code == 0

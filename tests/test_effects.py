@@ -1,6 +1,7 @@
 """What a conversion must not lose: in-place effects, hooks, computed weights, aliases, arguments."""
 
 import copy
+import pickle
 from collections.abc import Callable
 
 import pytest
@@ -162,8 +163,10 @@ def test_an_argument_that_was_left_out_cannot_be_given_later() -> None:
             return y if skip is None else y + skip
 
     converted = pn_compiler.transform(Net())
-    with pytest.raises(AssertionError, match="skip"):
-        converted(IMAGES, IMAGES)
+    assert converted(IMAGES, None).shape == converted(IMAGES, skip=None).shape == IMAGES.shape
+    for model in (converted, copy.deepcopy(converted), pickle.loads(pickle.dumps(converted))):
+        with pytest.raises(TypeError, match="argument skip is of type Tensor, but the model was converted"):
+            model(IMAGES, skip=IMAGES)
     both = pn_compiler.transform(Net(), (IMAGES, IMAGES))
     assert both(IMAGES, IMAGES).shape == IMAGES.shape
 

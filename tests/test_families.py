@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 import pn_compiler
-from benchmarks.zoo import transform_one
+from benchmarks.zoo import build, example_inputs, training_inputs, transform_one
 from pn_compiler.testing import assert_same_outputs, randomize_batch_norms, relative_error
 from tests import zoo
 
@@ -46,40 +46,37 @@ def test_video(name: str) -> None:
     check(model, torch.randn(1, 3, 4, 32, 32))
 
 
-@pytest.mark.parametrize(
-    "name", ["retinanet_resnet50_fpn_v2", "fcos_resnet50_fpn", "ssdlite320_mobilenet_v3_large"]
-)
-def test_detection_losses_stay(name: str) -> None:
-    """In train mode, where no compiled operator of torchvision is needed."""
-    builder = getattr(zoo.torchvision().models.detection, name)
-    options = {"norm_layer": nn.BatchNorm2d} if name.startswith("fcos") else {}
+DETECTORS = [
+    "fasterrcnn_mobilenet_v3_large_320_fpn",
+    "fcos_resnet50_fpn",
+    "keypointrcnn_resnet50_fpn",
+    "maskrcnn_resnet50_fpn_v2",
+    "retinanet_resnet50_fpn_v2",
+    "ssdlite320_mobilenet_v3_large",
+]
+
+
+@pytest.mark.parametrize("name", DETECTORS)
+def test_detectors(name: str) -> None:
     torch.manual_seed(0)
-    net = builder(
-        weights=None, weights_backbone=None, num_classes=3, trainable_backbone_layers=None, **options
-    )
-    net = randomize_batch_norms(net).train()
-    images = [torch.rand(3, 64, 64), torch.rand(3, 64, 64)]
-    target = {"boxes": torch.tensor([[4.0, 4.0, 40.0, 40.0]]), "labels": torch.tensor([1])}
+    net = randomize_batch_norms(build("torchvision", name, meta=False))
+    converted, plain = (pn_compiler.transform(net, proxy=proxy) for proxy in (True, False))
+    assert not any(isinstance(m, _BatchNorm) for m in converted.modules())
+    images = example_inputs(net, 2)
+    with torch.no_grad():
+        for got, want in zip(converted(*images), plain(*images), strict=True):
+            assert got.keys() == want.keys()
+            assert got["scores"].isfinite().all()
+        got, want = (model.backbone(torch.stack(images[0])) for model in (converted, plain))
+        assert_same_outputs(got, want)
     losses = []
-    for proxy in (True, False):
-        converted = pn_compiler.transform(net, proxy=proxy)
-        assert not any(isinstance(m, _BatchNorm) for m in converted.modules())
-        torch.manual_seed(1)
-        losses.append(converted(images, [copy.deepcopy(target) for _ in images]))
+    for model in (converted.train(), plain.train()):
+        torch.manual_seed(1)  # they sample proposals
+        losses.append(model(*copy.deepcopy(training_inputs(net))))
     assert losses[0].keys() == losses[1].keys()
     for key in losses[0]:
         assert relative_error(losses[0][key], losses[1][key]) < 1e-3, key  # losses sum over anchors
     sum(losses[0].values()).backward()
-
-
-@pytest.mark.parametrize("name", ["fasterrcnn_resnet50_fpn_v2", "maskrcnn_resnet50_fpn_v2"])
-def test_rcnn_backbones(name: str) -> None:
-    builder = getattr(zoo.torchvision().models.detection, name)
-    net = randomize_batch_norms(builder(weights=None, weights_backbone=None)).eval()
-    converted = pn_compiler.transform(net)
-    assert not any(site.kind == "skipped" for site in pn_compiler.sites(converted))
-    want = pn_compiler.transform(net, proxy=False).backbone(IMAGES)
-    assert_same_outputs(converted.backbone(IMAGES), want)
 
 
 class PointNet(nn.Module):

@@ -221,8 +221,8 @@ def tampered(path: Path, change: Callable[[str, Any], Any], extra: dict[str, byt
 def test_programs_bring_their_inputs(tmp_path: Path) -> None:
     dynamic = load_model(exported(tmp_path / "d.pt2", plain().eval()))
     assert dynamic.fixed_batch is None
-    assert dynamic.example_inputs is not None
-    assert dynamic.example_inputs[0].shape == (2, 3, 8, 8)
+    assert dynamic.inputs is not None
+    assert dynamic.inputs.args[0].shape == (2, 3, 8, 8)
     assert load_model(exported(tmp_path / "s.pt2", plain().eval(), dynamic=False)).fixed_batch == 2
 
 

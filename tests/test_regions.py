@@ -8,8 +8,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
+from torch.utils.checkpoint import checkpoint
 
 import pn_compiler
+from pn_compiler.errors import ConfigError
 from pn_compiler.testing import assert_same_outputs, count_modules, randomize_batch_norms
 
 IMAGES = torch.randn(2, 4, 6, 6, generator=torch.Generator().manual_seed(0))
@@ -178,3 +180,112 @@ def test_notes_carry_whole_paths() -> None:
     assert {n.site for n in pn_compiler.notes(converted) if n.code == "PN205"} == {
         "stem.1", "part.body.1", "part.norm",
     }  # fmt: skip
+
+
+class Traceable(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = block()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.body(x)
+
+
+def test_leaves_of_the_users_own_stay_as_they_are() -> None:
+    net = randomize_batch_norms(nn.Sequential(block(), Traceable())).eval()
+    for leaves in (["1"], [Traceable]):
+        converted = pn_compiler.transform(net, leaves=leaves)  # type: ignore[arg-type]
+        assert isinstance(converted.get_submodule("1"), Traceable)
+        assert not any(isinstance(m, nn.BatchNorm2d) for m in converted.modules())
+        assert_same_outputs(converted(IMAGES), pn_compiler.transform(net, proxy=False)(IMAGES))
+    assert isinstance(pn_compiler.transform(Traceable(), leaves=[Traceable]), Traceable)
+    for unknown in (["2"], [nn.LSTM]):
+        with pytest.raises(ConfigError, match="leaves: the model has no module"):
+            pn_compiler.transform(net, leaves=unknown)  # type: ignore[arg-type]
+
+
+class Stateful(nn.Module):
+    """Counts its calls in four ways, and each of them matters."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.body, self.how, self.number = block(), how, 0
+        self.register_buffer("count", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.how == "number":
+            self.number += 1
+            return self.body(x) * self.number
+        if self.how == "new tensor":
+            self.count = self.count + 1
+        elif self.how == "in place":
+            self.count += 1
+        elif self.how == "add_":
+            self.count.add_(1)
+        return self.body(x) * self.count
+
+
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize("how", ["number", "new tensor", "in place", "add_"])
+def test_modules_that_change_their_state_still_do(how: str, nested: bool) -> None:
+    net = randomize_batch_norms(Stateful(how)).eval()
+    model = nn.Sequential(net, nn.Identity()) if nested else net
+    converted = pn_compiler.transform(model)
+    assert [site.kind for site in pn_compiler.sites(converted)] == ["pn"]
+    first, second = converted(IMAGES), converted(IMAGES)
+    assert_same_outputs(second, 2 * first)
+    assert net.number == 0
+    assert not net.count.any()
+
+
+def test_what_is_computed_from_a_buffer_follows_it() -> None:
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.bn = nn.BatchNorm2d(4)
+            self.register_buffer("square", torch.ones(()))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.square.sqrt() * F.relu(self.bn(x))
+
+    converted = pn_compiler.transform(Scaled())
+    before = converted(IMAGES)
+    converted.load_state_dict(converted.state_dict() | {"square": torch.tensor(9.0)})
+    assert_same_outputs(converted(IMAGES), 3 * before)
+
+
+def test_values_stored_on_a_module_are_reported() -> None:
+    class Stores(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = block()
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.features = self.body(x)
+            return self.features
+
+    converted = pn_compiler.transform(nn.Sequential(Stores()))
+    (note,) = (note for note in pn_compiler.notes(converted) if note.code == "PN112")
+    assert (note.site, note.message.split(";")[0]) == ("0", "the forward stores self.features")
+    kept = pn_compiler.transform(nn.Sequential(Stores()), leaves=["0"])
+    assert kept(IMAGES) is kept.get_submodule("0").features
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_gradient_checkpointing_keeps_the_function(use_reentrant: bool) -> None:
+    class Checkpointed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = block(), block()
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = checkpoint(self.first, x, use_reentrant=use_reentrant)
+            return checkpoint(self.second, x, use_reentrant=use_reentrant)
+
+    net = randomize_batch_norms(Checkpointed())
+    converted = pn_compiler.transform(net)
+    assert [site.kind for site in pn_compiler.sites(converted)] == ["pn", "pn"]
+    x = IMAGES.clone().requires_grad_()
+    assert_same_outputs(converted(x), pn_compiler.transform(net, proxy=False)(x))
+    converted(x).sum().backward()
+    assert all(p.grad is not None for p in converted.parameters())

@@ -447,6 +447,7 @@ def test_groups_that_do_not_divide_are_reported() -> None:
         pn_compiler.transform(conv_net(), num_groups=12, strict=True)
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
 def test_every_refusal_is_reported_by_name() -> None:
     class FrozenBatchNorm2d(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
@@ -454,7 +455,7 @@ def test_every_refusal_is_reported_by_name() -> None:
 
     class Custom(nn.BatchNorm2d):
         def forward(self, x: Tensor) -> Tensor:
-            return super().forward(x) + 1
+            return super().forward(x) + self.running_mean.sum()
 
     class Opaque(nn.Module):
         def __init__(self) -> None:
@@ -479,8 +480,11 @@ def test_every_refusal_is_reported_by_name() -> None:
             nn.init.constant_(self.broken.running_var, float("nan"))
             self.own = nn.Parameter(torch.ones(3))
             self.bn = nn.BatchNorm2d(3)
+            scripted = nn.Sequential(nn.BatchNorm2d(3)).eval()
+            self.scripted = torch.jit.trace(scripted, torch.ones(1, 3, 2, 2))
 
         def forward(self, x: Tensor) -> Tensor:
+            x = self.scripted(x)
             x = self.broken(self.hooked(self.custom(self.stateless(self.frozen(self.opaque(x))))))
             x = F.batch_norm(x, self.own, self.own, training=True)
             return self.bn(x)
@@ -493,6 +497,7 @@ def test_every_refusal_is_reported_by_name() -> None:
     assert codes == {
         "opaque.bn": "PN101", "unused": "PN102", "frozen": "PN103", "stateless": "PN104",
         "custom": "PN105", "hooked": "PN108", "broken": "PN109", "bn": "PN201",
+        "scripted.0": "PN111",
     }  # fmt: skip
     with pytest.raises(RefusedError) as caught:
         pn_compiler.transform(net, strict=True)

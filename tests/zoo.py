@@ -1,21 +1,43 @@
 """Real models for the tests: the one place that makes torchvision importable beside CPU torch."""
 
 import functools
+import importlib
 from types import ModuleType
 
 import torch
+from torch import Tensor
 
 
 @functools.cache
 def torchvision() -> ModuleType:
-    """torchvision, whose compiled operators have no CPU build here: their schemas are enough to import it."""
-    for name in ("nms", "qnms"):
-        torch.library.define(
-            f"torchvision::{name}", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
-        )
+    """torchvision, whose compiled operators have no CPU build here.
+
+    Their schemas are enough to import it; those that detectors call are given in PyTorch.
+    """
+    boxes = "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
+    torch.library.define("torchvision::nms", boxes)
+    torch.library.define("torchvision::qnms", boxes)
+    torch.library.impl("torchvision::nms", "CPU", _nms)
     import torchvision
 
+    box_operators = importlib.import_module("torchvision.ops.boxes")
+    box_operators._assert_has_ops = lambda: None  # type: ignore[attr-defined]
+    pooling = importlib.import_module("torchvision.ops.roi_align")
+    pooling._roi_align = pooling._roi_align.__wrapped__  # type: ignore[attr-defined]  # not compiled
     return torchvision
+
+
+def _nms(boxes: Tensor, scores: Tensor, iou_threshold: float) -> Tensor:
+    """Indices of the boxes [N, 4] that no better box overlaps by more than `iou_threshold`, best first."""
+    from torchvision.ops import box_iou
+
+    order = scores.argsort(descending=True, stable=True)
+    overlaps = box_iou(boxes[order], boxes[order]) > iou_threshold
+    kept = torch.ones(len(order), dtype=torch.bool)
+    for index in range(len(order)):
+        if kept[index]:
+            kept[index + 1 :] &= ~overlaps[index, index + 1 :]
+    return order[kept]
 
 
 @functools.cache

@@ -1,0 +1,55 @@
+"""The arguments with which a model is called, traced, exported and verified."""
+
+import dataclasses
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Inputs:
+    """Arguments of one call: tensors, and any nesting of tuples, lists and dicts of them.
+
+    Attributes:
+        args: the positional ones.
+        kwargs: those by name.
+    """
+
+    args: tuple[Any, ...] = ()
+    kwargs: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    @classmethod
+    def of(cls, example_inputs: Any, example_kwargs: Mapping[str, Any] | None = None) -> "Inputs | None":
+        """What a user gave: a tuple or list of arguments, or a single one; None if nothing."""
+        kwargs = dict(example_kwargs or {})
+        if example_inputs is None:
+            return cls((), kwargs) if kwargs else None
+        if isinstance(example_inputs, tuple | list):
+            return cls(tuple(example_inputs), kwargs)
+        return cls((example_inputs,), kwargs)
+
+    def call(self, model: nn.Module) -> Any:
+        return model(*self.args, **self.kwargs)
+
+    def by_name(self, model: nn.Module) -> dict[str, Any]:
+        """Parameter of the forward of `model` -> argument. Raises TypeError if they do not fit."""
+        return dict(inspect.signature(model.forward).bind(*self.args, **self.kwargs).arguments)
+
+    def of_graph(self, graph: fx.GraphModule) -> tuple[Any, ...]:
+        """The values of the placeholders of `graph`, in order. Raises TypeError if they do not fit."""
+        bound = inspect.signature(graph.forward).bind(*self.args, **self.kwargs)
+        bound.apply_defaults()
+        return tuple(graph.graph.process_inputs(*bound.args))
+
+    def tensors(self) -> list[Tensor]:
+        """All tensors in it, in the order in which torch.export takes them."""
+        leaves = pytree.tree_leaves((self.args, dict(self.kwargs)))
+        return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> "Inputs":
+        """`function` applied to each tensor."""
+        args, kwargs = pytree.tree_map_only(Tensor, function, (self.args, dict(self.kwargs)))
+        return Inputs(args, kwargs)
