@@ -28,6 +28,7 @@ from torch import nn
 from tqdm import tqdm
 
 import pn_compiler
+import pn_compiler.errors
 from pn_compiler.graph_utils import count_parameters
 from pn_compiler.testing import randomize_batch_norms
 from pn_compiler.tracing import batch_norms
@@ -153,7 +154,7 @@ def onnx_one(task: Name) -> Row:
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            report = pn_compiler.compile(model, Path(folder) / "m.onnx", inputs)
+            report = _compile(model, Path(folder) / "m.onnx", inputs)
             row["error"], row["bytes"] = report.max_error, report.file_bytes
             row["kinds"] = collections.Counter(site.kind for site in report.sites)
         except Exception as error:
@@ -162,6 +163,16 @@ def onnx_one(task: Name) -> Row:
         row["training"] = _training_step(model)
     row["seconds"] = round(time.perf_counter() - start, 1)
     return row
+
+
+def _compile(model: nn.Module, path: Path, inputs: tuple[Any, ...]) -> Any:
+    """With a dynamic batch axis if the network has one: pairs of images and lists of them fix it."""
+    try:
+        return pn_compiler.compile(model, path, inputs)
+    except pn_compiler.errors.PnCompilerError:
+        if len(inputs) == 1 and isinstance(inputs[0], torch.Tensor):
+            raise
+        return pn_compiler.compile(model, path, inputs, dynamic_batch=False)
 
 
 def _plain_export_fails(model: nn.Module, inputs: tuple[Any, ...], path: Path) -> str | None:

@@ -143,6 +143,40 @@ def _commutes(graph: fx.GraphModule, user: fx.Node, value: fx.Node, *, through_p
     return flattens_channels(user) or _averages_space(user, value)
 
 
+def gate_of(graph: fx.GraphModule, user: fx.Node, value: fx.Node) -> fx.Node | None:
+    """The other factor, if `user` multiplies `value` by a gate of one pixel (squeeze-and-excitation)."""
+    if operator_name(user) not in ("mul", "multiply") or len(user.args) != 2 or user.kwargs:
+        return None
+    other = user.args[1] if user.args[0] is value else user.args[0]
+    if not isinstance(other, fx.Node) or other is value:
+        return None
+    node = other
+    for _ in range(_LONGEST_GATE):
+        if _pools_globally(graph, node):
+            return other
+        inputs = node.all_input_nodes
+        if called_module(graph, node) is not None:
+            inputs = inputs[:1]  # an absorber also reads a scale and a shift
+        if len(inputs) != 1 or rank(node) not in (4, None):
+            return None
+        node = inputs[0]
+    return None
+
+
+_LONGEST_GATE = 12  # operators between the pool and the product
+
+
+def _pools_globally(graph: fx.GraphModule, node: fx.Node) -> bool:
+    module = called_module(graph, node)
+    if isinstance(module, nn.modules.pooling._AdaptiveAvgPoolNd):
+        size = module.output_size
+        return all(s == 1 for s in size) if isinstance(size, tuple) else size == 1
+    if operator_name(node) == "adaptive_avg_pool2d":
+        return operands(node, "output_size").get("output_size") in (1, (1, 1), [1, 1])
+    reduced = reduced_dims(node)
+    return reduced is not None and reduced[1] and set(reduced[0]) in ({2, 3}, {-1, -2})
+
+
 def _module_commutes(module: nn.Module, *, through_padding: bool) -> bool:
     if isinstance(module, nn.modules.pooling._AvgPoolNd):
         padded = any(module.padding) if isinstance(module.padding, tuple) else module.padding

@@ -133,7 +133,7 @@ def _fold_channel_affine(
     graph: fx.GraphModule, path: str, calls: list[fx.Node], constants: dict[fx.Node, Tensor]
 ) -> None:
     for call in calls:  # one each: every ChannelAffine is added for one place
-        scale, shift = (_constant(operand, constants) for operand in call.args[1:])
+        scale, shift = (_constant(operand, constants) for operand in call.args[1:3])
         dtype = next((p.dtype for p in graph.parameters()), torch.float32)
         replace_module(
             graph,
@@ -143,7 +143,7 @@ def _fold_channel_affine(
                 None if shift is None else shift.to(dtype),
             ),
         )
-        call.args = call.args[:1]
+        call.args = (call.args[0], *call.args[3:])
 
 
 def _fold_consumer(module: nn.Module, calls: list[fx.Node], constants: dict[fx.Node, Tensor]) -> None:

@@ -5,7 +5,7 @@ from torch import fx
 from pn_compiler.graph_utils import add_module, call_module_after, module_calls
 from pn_compiler.nn import INPUT_AFFINE, ChannelAffine, Output, ProxyNormAct
 from pn_compiler.pass_base import GraphPass, PassResult
-from pn_compiler.passes.absorption import Route, Router
+from pn_compiler.passes.absorption import Route, Router, gate_of
 from pn_compiler.passes.insert_proxy_norm import InsertProxyNorm
 from pn_compiler.passes.site_outputs import read_outputs, site_outputs
 
@@ -15,6 +15,7 @@ class RouteAffine(GraphPass):
 
     Given:   z = ProxyNormAct(x); conv(maxpool(z)); z + y
     Result:  a, r, v = ProxyNormAct(x); InputAffineConv(maxpool(a), r, v); ChannelAffine(a, r, v) + y
+    Given:   z * sigmoid(conv(mean(z)))              Result:  ChannelAffine(a, r, v, sigmoid(...))
     Leaves alone: sites without a consumer that could take it in.
     Outputs: preserved to rounding, but with ``through_padding`` a zero-padded operator pads a, not z.
     Source: docs/method.md, "Where the padding stands".
@@ -81,10 +82,18 @@ def _apply_where_blocked(
     applied: dict[fx.Node, fx.Node] = {}
     for blocked in route.blocked:
         value = values["activation"] if blocked.value is z else blocked.value
+        affine = (values.get("scale"), values["shift"])
+        gate = gate_of(graph, blocked.user, value)
+        if gate is not None:
+            at = add_module(graph, f"{path}_gated", ChannelAffine())
+            node = call_module_after(graph, blocked.user, at, (value, *affine, gate))
+            blocked.user.replace_all_uses_with(node)
+            graph.graph.erase_node(blocked.user)
+            continue
         if value not in applied:
             at = add_module(graph, f"{path}_affine", ChannelAffine())
             last = value if value is not values["activation"] else values["shift"]
-            node = call_module_after(graph, last, at, (value, values.get("scale"), values["shift"]))
+            node = call_module_after(graph, last, at, (value, *affine))
             node.meta = dict(value.meta)
             applied[value] = node
         blocked.user.replace_input_with(value, applied[value])

@@ -11,6 +11,7 @@ from scipy import integrate, stats
 from torch import nn
 
 import pn_compiler
+from pn_compiler.activations import is_smooth
 from pn_compiler.errors import ConfigError
 
 ACTIVATIONS = [
@@ -148,3 +149,41 @@ def test_half_precision_is_computed_in_float32() -> None:
 def test_refuses_an_unknown_method() -> None:
     with pytest.raises(ConfigError, match="'exact', 'quantile', 'quadrature'"):
         pn_compiler.proxy_moments(nn.ReLU(), torch.zeros(1), torch.ones(1), method="magic")  # type: ignore[arg-type]
+
+
+SMOOTH = [a for a in ACTIVATIONS if is_smooth(a)]
+
+
+@pytest.mark.parametrize("activation", SMOOTH, ids=str)
+@pytest.mark.parametrize("std", [0.0, 0.05, 0.7, 1.0, 2.0, 3.9, 4.1])
+def test_every_spread_has_enough_nodes(activation: nn.Module, std: float) -> None:
+    """Values and gradients against 20,000 nodes, each spread alone: the number of nodes follows it."""
+    m = torch.linspace(-8, 8, 23, dtype=torch.float64, requires_grad=True)
+    s = torch.full_like(m, std).requires_grad_()
+    mean, var = pn_compiler.proxy_moments(activation, m, s)
+    t = torch.linspace(-9, 9, 20_001, dtype=torch.float64)
+    w = torch.exp(-t * t / 2)
+    w = w / w.sum()
+    y = activation(m[:, None] + s[:, None] * t)
+    want_mean = y @ w
+    want_var = ((y - want_mean[:, None]) ** 2) @ w
+    assert (mean - want_mean).abs().max() < 1e-6
+    assert ((var - want_var).abs() / (want_var + 0.03)).max() < 1e-6
+    for got, want in ((mean, want_mean), (var, want_var)):
+        gradients = torch.autograd.grad(got.sum(), (m, s), retain_graph=True)
+        expected = torch.autograd.grad(want.sum(), (m, s), retain_graph=True)
+        for gradient, reference in zip(gradients, expected, strict=True):
+            assert (gradient - reference).abs().max() < 1e-6 * (1 + reference.abs().max())
+
+
+@pytest.mark.parametrize("activation", [nn.ReLU(), nn.Hardswish(), nn.SiLU(), nn.ELU()], ids=str)
+def test_second_derivatives_and_transforms(activation: nn.Module) -> None:
+    m = torch.tensor([-0.4, 0.2, 2.3], dtype=torch.float64, requires_grad=True)
+    s = torch.tensor([1.3, 0.7, 3.0], dtype=torch.float64, requires_grad=True)
+
+    def moments(m: torch.Tensor, s: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return pn_compiler.proxy_moments(activation, m, s)
+
+    assert torch.autograd.gradgradcheck(moments, (m, s), atol=1e-4, rtol=1e-3)
+    each = torch.func.vmap(torch.func.grad(lambda m, s: moments(m, s)[1]))(m, s)
+    torch.testing.assert_close(each, torch.autograd.grad(moments(m, s)[1].sum(), m)[0])

@@ -1,5 +1,6 @@
 """ProxyNormAct and the consumers of its affine, against formulas written out in float64."""
 
+import copy
 import math
 
 import pytest
@@ -10,6 +11,7 @@ from hypothesis import strategies as st
 from scipy import special
 from torch import Tensor, nn
 
+import pn_compiler
 from pn_compiler.errors import ConfigError
 from pn_compiler.nn import (
     InputAffineConv1d,
@@ -197,3 +199,44 @@ def test_linear_takes_the_affine_in_behind_a_flatten(repeats: int) -> None:
 def test_linear_refuses_inputs_that_it_was_not_converted_for() -> None:
     with pytest.raises(ConfigError, match=r"\[N, C\]"):
         InputAffineLinear(4, 5)(torch.randn(2, 3, 4), torch.ones(4), torch.ones(4))
+
+
+def test_statistics_in_evaluation_follow_every_change_of_a_parameter() -> None:
+    site = ProxyNormAct(1, 4, nn.SiLU()).eval()
+    x = torch.randn(2, 4, 3, 3)
+    with torch.no_grad():
+        for change in (
+            lambda: site.weight.mul_(2),
+            lambda: site.bias.data.add_(1),  # unseen by autograd's version counter
+            lambda: site.load_state_dict({k: v + 0.5 for k, v in site.state_dict().items()}),
+            site.double,
+        ):
+            before = site(x.to(site.weight.dtype))
+            assert torch.equal(site(x.to(site.weight.dtype)), before)
+            change()
+            x = x.to(site.weight.dtype)
+            fresh = copy.deepcopy(site).train()
+            assert torch.equal(site(x), fresh(x))
+    site(x).sum().backward()
+    assert site.proxy_weight.grad is not None
+
+
+def test_a_gate_takes_in_scale_and_shift() -> None:
+    class SqueezeExcitation(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.bn, self.down, self.up = nn.BatchNorm2d(4), nn.Conv2d(4, 2, 1), nn.Conv2d(2, 4, 1)
+            self.pool, self.conv = nn.AdaptiveAvgPool2d(1), nn.Conv2d(4, 3, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = F.silu(self.bn(x))
+            return self.conv(torch.sigmoid(self.up(F.relu(self.down(self.pool(y))))) * y)
+
+    net = SqueezeExcitation()
+    converted = pn_compiler.transform(net, warm_start="none")
+    assert "bn_gated" in dict(converted.named_modules())
+    x = torch.randn(2, 4, 5, 5)
+    z = ProxyNormAct(1, 4, nn.SiLU())(x)
+    expected = net.conv(torch.sigmoid(net.up(F.relu(net.down(net.pool(z))))) * z)
+    assert_same_outputs(converted(x), expected)
+    assert_same_outputs(pn_compiler.fold(converted)(x), expected)

@@ -1,0 +1,135 @@
+"""What proxy normalization costs in training, beside a plain replacement with the same groups.
+
+    python -m benchmarks.train_step --models resnet50,mobilenet_v2,efficientnet_b0 --json train_step.json
+
+Both networks come from the same untrained torchvision model (warm_start="none", so that every activation
+behind a normalizer gets proxy normalization). Steps (forward + backward) and evaluations of the two alternate
+in one process; each ratio is the median of the ratios of neighbours. Memory is the largest resident size of a
+process that takes two steps, less that of one that has only built the network.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+import pn_compiler
+from tests import zoo
+
+VARIANTS = {"norm": False, "norm + proxy": True}
+
+
+def make(name: str, *, proxy: bool, num_groups: int) -> nn.Module:
+    torch.manual_seed(0)
+    model = zoo.torchvision().models.get_model(name, weights=None)
+    return pn_compiler.transform(model.train(), warm_start="none", proxy=proxy, num_groups=num_groups)
+
+
+def step(model: nn.Module, x: Tensor) -> None:
+    model.zero_grad(set_to_none=True)
+    model(x).square().mean().backward()
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, x: Tensor) -> None:
+    model(x)
+
+
+def ratio(
+    function: Callable[[nn.Module, Tensor], None], models: list[nn.Module], x: Tensor, runs: int
+) -> float:
+    """Median of seconds of the second over seconds of the first, run in turn."""
+    ratios = []
+    for run in tqdm(range(runs + 1), disable=None, leave=False):
+        seconds = []
+        for model in models if run % 2 else models[::-1]:
+            start = time.perf_counter()
+            function(model, x)
+            seconds.append(time.perf_counter() - start)
+        first, second = seconds if run % 2 else seconds[::-1]
+        if run:  # the first warms up
+            ratios.append(second / first)
+    return statistics.median(ratios)
+
+
+def memory(name: str, arguments: argparse.Namespace, *, proxy: bool) -> int:
+    """Bytes that two steps take beyond the network, in a process of their own."""
+    sizes = []
+    for steps in (0, 2):
+        command = [
+            sys.executable, "-m", "benchmarks.train_step", "--measure-memory", f"{name},{int(proxy)},{steps}",
+            "--batch", str(arguments.batch), "--pixels", str(arguments.pixels),
+            "--num-groups", str(arguments.num_groups),
+        ]  # fmt: skip
+        sizes.append(int(subprocess.run(command, check=True, capture_output=True, text=True).stdout))
+    return sizes[1] - sizes[0]
+
+
+def measure_memory(name: str, proxy: bool, steps: int, arguments: argparse.Namespace) -> int:
+    """The largest resident size of this process, in bytes, after `steps` steps."""
+    model = make(name, proxy=proxy, num_groups=arguments.num_groups)
+    x = torch.randn(arguments.batch, 3, arguments.pixels, arguments.pixels)
+    for _ in range(steps):
+        step(model, x)
+    # of this program's own memory; getrusage would count the parent's as well
+    (peak,) = (line for line in Path("/proc/self/status").read_text().splitlines() if "VmHWM" in line)
+    return int(peak.split()[1]) * 1024
+
+
+def bench(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
+    models = [make(name, proxy=proxy, num_groups=arguments.num_groups) for proxy in VARIANTS.values()]
+    x = torch.randn(arguments.batch, 3, arguments.pixels, arguments.pixels)
+    row: dict[str, Any] = {"model": name}
+    row["sites"] = sum(site.kind == "pn" for site in pn_compiler.sites(models[1]))
+    row["train step"] = ratio(step, models, x, arguments.runs)
+    for model in models:
+        model.eval()
+    row["eval"] = ratio(evaluate, models, x, arguments.runs)
+    del models
+    plain, proxied = (memory(name, arguments, proxy=proxy) for proxy in VARIANTS.values())
+    row["memory"] = proxied / plain
+    return row
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--models", default="resnet50,mobilenet_v2,efficientnet_b0")
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--pixels", type=int, default=128)
+    parser.add_argument("--num-groups", type=int, default=1)
+    parser.add_argument("--runs", type=int, default=15)
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--measure-memory", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    warnings.simplefilter("ignore")
+    if arguments.measure_memory:
+        name, proxy, steps = arguments.measure_memory.split(",")
+        print(measure_memory(name, proxy == "1", int(steps), arguments))
+        return
+    print(f"{'model':<18}{'sites':>6}{'train step':>12}{'eval':>8}{'memory':>8}   with proxy / without")
+    rows = []
+    for name in arguments.models.split(","):
+        rows.append(row := bench(name, arguments))
+        print(
+            f"{name:<18}{row['sites']:>6}{row['train step']:>12.3f}{row['eval']:>8.3f}{row['memory']:>8.3f}"
+        )
+    print(
+        f"{arguments.batch} x 3 x {arguments.pixels} x {arguments.pixels}, {arguments.num_groups} groups, "
+        f"float32, {torch.get_num_threads()} threads, median of {arguments.runs}, torch {torch.__version__}"
+    )
+    if arguments.json is not None:
+        arguments.json.write_text(json.dumps(rows, indent=1))
+
+
+if __name__ == "__main__":
+    main()
