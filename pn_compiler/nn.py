@@ -5,13 +5,14 @@ are its consumers: linear operators that take in the site's scale and shift. All
 torch.fx, so that a converted graph holds modules only and pickles.
 """
 
+import math
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pn_compiler.activations import is_homogeneous
+from pn_compiler.activations import clip_bounds, is_homogeneous
 from pn_compiler.errors import ConfigError
 from pn_compiler.moments import is_transformed, proxy_moments
 
@@ -122,6 +123,15 @@ class ProxyNormAct(nn.Module):
         """Whether r is put into weight and bias: phi(r u) = r phi(u), and u itself is not wanted."""
         return is_homogeneous(self.activation) and "affine" not in self.outputs
 
+    def _activate(self, affine: Tensor) -> Tensor:
+        """The activation of `affine`; a clip in place, if nobody else reads it: new memory costs more."""
+        shared = "affine" in self.outputs or self.activation._forward_hooks
+        bounds = None if shared else clip_bounds(self.activation)
+        if bounds is None:
+            result: Tensor = self.activation(affine)
+            return result
+        return F.relu_(affine) if bounds == (0, math.inf) else F.hardtanh_(affine, *bounds)
+
     def forward(self, x: Tensor) -> Any:
         scale, shift = self._held_scale_and_shift()
         weight: Tensor = self.weight
@@ -131,7 +141,7 @@ class ProxyNormAct(nn.Module):
             weight, bias = (weight * scale).to(weight.dtype), (bias * scale).to(bias.dtype)
             remaining = None
         affine = F.group_norm(x, self.num_groups, weight, bias, self.eps)
-        activation = self.activation(affine)
+        activation = self._activate(affine)
         compute: dict[Output, Callable[[], Tensor | None]] = {
             "output": lambda: channel_affine(activation, remaining, shift),
             "activation": lambda: activation,
