@@ -10,6 +10,7 @@ process that takes two steps, less that of one that has only built the network.
 
 import argparse
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -24,15 +25,23 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import pn_compiler
+from pn_compiler.testing import count_modules
 from tests import zoo
 
 VARIANTS = {"norm": False, "norm + proxy": True}
 
 
-def make(name: str, *, proxy: bool, num_groups: int) -> nn.Module:
+def make(name: str, *, proxy: bool, num_groups: int, private: bool) -> nn.Module:
     torch.manual_seed(0)
     model = zoo.torchvision().models.get_model(name, weights=None)
-    return pn_compiler.transform(model.train(), warm_start="none", proxy=proxy, num_groups=num_groups)
+    model = pn_compiler.transform(model.train(), warm_start="none", proxy=proxy, num_groups=num_groups)
+    if not private:
+        return model
+    from opacus import GradSampleModule  # optional, as the module beside
+
+    from pn_compiler.integrations.opacus import prepare
+
+    return GradSampleModule(prepare(model))
 
 
 def step(model: nn.Module, x: Tensor) -> None:
@@ -65,19 +74,23 @@ def ratio(
 def memory(name: str, arguments: argparse.Namespace, *, proxy: bool) -> int:
     """Bytes that two steps take beyond the network, in a process of their own."""
     sizes = []
+    # glibc then gives freed tensors back to the system: what counts is what is in use, not how it lies
+    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}
     for steps in (0, 2):
         command = [
             sys.executable, "-m", "benchmarks.train_step", "--measure-memory", f"{name},{int(proxy)},{steps}",
             "--batch", str(arguments.batch), "--pixels", str(arguments.pixels),
             "--num-groups", str(arguments.num_groups),
+            *(("--private",) if arguments.private else ()),
         ]  # fmt: skip
-        sizes.append(int(subprocess.run(command, check=True, capture_output=True, text=True).stdout))
+        done = subprocess.run(command, env=environment, check=True, capture_output=True, text=True)
+        sizes.append(int(done.stdout))
     return sizes[1] - sizes[0]
 
 
 def measure_memory(name: str, proxy: bool, steps: int, arguments: argparse.Namespace) -> int:
     """The largest resident size of this process, in bytes, after `steps` steps."""
-    model = make(name, proxy=proxy, num_groups=arguments.num_groups)
+    model = make(name, proxy=proxy, num_groups=arguments.num_groups, private=arguments.private)
     x = torch.randn(arguments.batch, 3, arguments.pixels, arguments.pixels)
     for _ in range(steps):
         step(model, x)
@@ -87,10 +100,13 @@ def measure_memory(name: str, proxy: bool, steps: int, arguments: argparse.Names
 
 
 def bench(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
-    models = [make(name, proxy=proxy, num_groups=arguments.num_groups) for proxy in VARIANTS.values()]
+    models = [
+        make(name, proxy=proxy, num_groups=arguments.num_groups, private=arguments.private)
+        for proxy in VARIANTS.values()
+    ]
     x = torch.randn(arguments.batch, 3, arguments.pixels, arguments.pixels)
     row: dict[str, Any] = {"model": name}
-    row["sites"] = sum(site.kind == "pn" for site in pn_compiler.sites(models[1]))
+    row["sites"] = count_modules(models[1], pn_compiler.nn.ProxyNormAct)
     row["train step"] = ratio(step, models, x, arguments.runs)
     for model in models:
         model.eval()
@@ -107,6 +123,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--pixels", type=int, default=128)
     parser.add_argument("--num-groups", type=int, default=1)
+    parser.add_argument("--private", action="store_true", help="gradients of each sample, by opacus")
     parser.add_argument("--runs", type=int, default=15)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--measure-memory", help=argparse.SUPPRESS)

@@ -11,6 +11,8 @@ from pn_compiler.passes.recognize_activations import RecognizeActivations
 from pn_compiler.passes.remove_dead_modules import RemoveDeadModules
 from pn_compiler.passes.replace_batch_norm import ReplaceBatchNorm
 from pn_compiler.passes.route_affine import RouteAffine
+from pn_compiler.passes.share_statistics import ShareStatistics
+from pn_compiler.passes.unshare_statistics import UnshareStatistics
 
 
 def transform_pipeline(config: TransformConfig) -> tuple[GraphPass, ...]:
@@ -27,6 +29,7 @@ def transform_pipeline(config: TransformConfig) -> tuple[GraphPass, ...]:
             if config.proxy_padding == "activation"
             else ()
         ),
+        ShareStatistics(),  # sites are final now: nothing below looks at their inputs
         RemoveDeadModules(),  # last: drops what the rewrites orphaned
     )
 
@@ -34,6 +37,7 @@ def transform_pipeline(config: TransformConfig) -> tuple[GraphPass, ...]:
 def fold_pipeline() -> tuple[GraphPass, ...]:
     """The passes of `pn_compiler.fold`, in order: proxy statistics become constants. Eval only."""
     return (
+        UnshareStatistics(),  # a site is folded with its own constants
         RouteAffine(through_padding=False),  # what is still whole sinks as far as it exactly can
         FoldProxyNorm(),  # constants go into weights, biases and bounds
         RemoveDeadModules(),  # last: drops what the rewrites orphaned

@@ -6,6 +6,8 @@ import torch
 from torch import Tensor, fx, nn
 
 from pn_compiler.activations import clip_bounds
+from pn_compiler.affine import absorb_affine
+from pn_compiler.consumers import MEMO
 from pn_compiler.errors import PostconditionError
 from pn_compiler.graph_utils import add_module, call_module_after, module_calls, replace_module
 from pn_compiler.nn import (
@@ -16,7 +18,6 @@ from pn_compiler.nn import (
     InputAffineLinear,
     Output,
     ProxyNormAct,
-    absorb_affine,
 )
 from pn_compiler.pass_base import GraphPass, PassResult
 from pn_compiler.passes.route_affine import RouteAffine
@@ -162,5 +163,6 @@ def _fold_consumer(module: nn.Module, calls: list[fx.Node], constants: dict[fx.N
     module.weight.copy_(weight)
     if bias is not None:
         module.bias = nn.Parameter(bias.to(module.weight.dtype))
+    module.__dict__.pop(MEMO, None)
     module.__class__ = _PLAIN[type(module)]  # type: ignore[assignment]  # the class that it extends
     call.args = call.args[:1]

@@ -7,10 +7,11 @@ import torch
 from torch import fx, nn
 
 from pn_compiler.activations import activation_name, is_activation, same_activation
+from pn_compiler.affine import absorb_affine
 from pn_compiler.config import TransformConfig
 from pn_compiler.diagnostics import Diagnostic, Site
 from pn_compiler.graph_utils import called_module, has_hooks, has_values, module_calls, replace_module
-from pn_compiler.nn import ProxyNormAct, absorb_affine
+from pn_compiler.nn import ProxyNormAct
 from pn_compiler.pass_base import GraphPass, PassResult
 from pn_compiler.passes.absorption import Blocked, Route, Router
 from pn_compiler.passes.canonicalize_activations import CanonicalizeActivations

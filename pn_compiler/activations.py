@@ -1,7 +1,7 @@
 """The one table of activations: how each is spelled in a graph, and its shape as a function.
 
-Adding an activation is adding a row to `_BUILDERS`, and one to `_PIECES` if it is piecewise polynomial,
-else to `_KINKS`.
+Adding an activation is adding a row to `_BUILDERS`, and one to `_PIECES` if it is piecewise polynomial, to
+`_STRIPS` if it is analytic, else to `_KINKS`.
 """
 
 import copy
@@ -60,16 +60,22 @@ _PIECES: dict[type[nn.Module], Callable[[Any], Pieces]] = {
     ),
 }
 
-#: Smooth activations, with the points where their derivatives jump.
+#: Activations that are analytic on the real line -> half the width of the strip around it where they still
+#: are: the imaginary part of their nearest pole. GELU is entire, its tanh form has poles at 0.63 + 2.75i and
+#: so on; the 2 also bounds how erf grows.
+_STRIPS: dict[type[nn.Module], float] = {
+    nn.SiLU: math.pi,
+    nn.GELU: 2.0,
+    nn.Mish: 3 * math.pi / 4,
+    nn.Softplus: math.pi,
+    nn.Sigmoid: math.pi,
+    nn.LogSigmoid: math.pi,
+    nn.Tanh: math.pi / 2,
+    nn.Tanhshrink: math.pi / 2,
+}
+
+#: The others, with the points where their derivatives jump.
 _KINKS: dict[type[nn.Module], tuple[float, ...]] = {
-    nn.SiLU: (),
-    nn.GELU: (),
-    nn.Mish: (),
-    nn.Softplus: (),
-    nn.Sigmoid: (),
-    nn.LogSigmoid: (),
-    nn.Tanh: (),
-    nn.Tanhshrink: (),
     nn.Softsign: (0.0,),
     nn.ELU: (0.0,),
     nn.SELU: (0.0,),
@@ -81,7 +87,7 @@ _HOMOGENEOUS = (nn.Identity, nn.ReLU, nn.LeakyReLU, nn.PReLU)
 
 def is_activation(module: nn.Module) -> bool:
     """Whether `module` is an elementwise activation that the table knows; Identity is none."""
-    return type(module) is not nn.Identity and (type(module) in _PIECES or type(module) in _KINKS)
+    return type(module) is not nn.Identity and any(type(module) in t for t in (_PIECES, _STRIPS, _KINKS))
 
 
 def activation_name(module: nn.Module) -> str:
@@ -100,12 +106,17 @@ def kinks_of(activation: object) -> tuple[float, ...]:
     pieces = pieces_of(activation)
     if pieces is not None:
         return tuple(start for start, _ in pieces[1:])
+    if strip_of(activation) is not None:
+        return ()
     return _KINKS.get(type(activation), (0.0,))  # type: ignore[arg-type]  # as above
 
 
-def is_smooth(activation: object) -> bool:
-    """Whether the activation is in the table and analytic on the real line."""
-    return _KINKS.get(type(activation)) == ()  # type: ignore[arg-type]  # any object may be asked
+def strip_of(activation: object) -> float | None:
+    """d if the activation is in the table and analytic where |Im u| < d, else None."""
+    strip = _STRIPS.get(type(activation))  # type: ignore[arg-type]  # any object may be asked
+    if strip is not None and isinstance(activation, nn.Softplus):
+        return strip / max(abs(float(activation.beta)), 1e-6)
+    return strip
 
 
 def is_homogeneous(activation: nn.Module) -> bool:
@@ -120,6 +131,31 @@ def clip_bounds(activation: nn.Module) -> tuple[float, float] | None:
     if isinstance(activation, nn.Hardtanh):  # ReLU6 is a subclass
         return float(activation.min_val), float(activation.max_val)
     return None
+
+
+_IN_PLACE: dict[type[nn.Module], Callable[[Any, Tensor], Tensor]] = {
+    nn.SiLU: lambda m, x: F.silu(x, inplace=True),
+    nn.Mish: lambda m, x: F.mish(x, inplace=True),
+    nn.Hardswish: lambda m, x: F.hardswish(x, inplace=True),
+    nn.Hardsigmoid: lambda m, x: F.hardsigmoid(x, inplace=True),
+    nn.LeakyReLU: lambda m, x: F.leaky_relu(x, m.negative_slope, inplace=True),
+    nn.ELU: lambda m, x: F.elu(x, m.alpha, inplace=True),
+    nn.Sigmoid: lambda m, x: x.sigmoid_(),
+    nn.Tanh: lambda m, x: x.tanh_(),
+}
+
+
+def run_in_place(activation: nn.Module, x: Tensor) -> Tensor:
+    """The activation of `x`, which is given up: new memory would cost more than the activation.
+
+    A clip needs no memory for its gradient either; the others overwrite `x` where no gradient is recorded.
+    """
+    bounds = clip_bounds(activation)
+    if bounds is not None:
+        return F.relu_(x) if bounds == (0, math.inf) else F.hardtanh_(x, *bounds)
+    run = None if torch.is_grad_enabled() else _IN_PLACE.get(type(activation))
+    result: Tensor = activation(x) if run is None else run(activation, x)
+    return result
 
 
 def same_activation(one: nn.Module, other: nn.Module) -> bool:

@@ -65,16 +65,13 @@ def _fail(message: str, status: int, error: Exception | None = None) -> int:
 def _run(arguments: argparse.Namespace) -> int:
     if arguments.list_passes:
         return _list_passes()
-    if arguments.model is None:
-        _parser().error("the following arguments are required: model")
-    if arguments.output is None and not arguments.dry_run:
-        _parser().error("-o/--output is required (or --dry-run)")
+    _check_usage(arguments)
     for path in (arguments.output, arguments.report):
         if path is not None and not arguments.dry_run:
             from pn_compiler.export import check_writable
 
             check_writable(path)
-    _refuse_same_file(arguments.model, arguments.output, arguments.report)
+    _refuse_same_file(arguments.model, arguments.output, arguments.report, arguments.diagnose)
     with _progress() as say:
         say("load")
         from pn_compiler.loading import load_model  # torch is only imported for work
@@ -85,17 +82,32 @@ def _run(arguments: argparse.Namespace) -> int:
             allow=arguments.allow,
             unsafe_pickle=arguments.unsafe_pickle,
         )
-        text = _dry_run(loaded, arguments) if arguments.dry_run else _compile(loaded, arguments, say)
+        if arguments.diagnose is not None:
+            text = _diagnose(loaded, arguments, say)
+        else:
+            text = _dry_run(loaded, arguments) if arguments.dry_run else _compile(loaded, arguments, say)
     sys.stdout.write(text + "\n")
     return DONE
 
 
+def _check_usage(arguments: argparse.Namespace) -> None:
+    if arguments.model is None:
+        _parser().error("the following arguments are required: model")
+    if arguments.diagnose is None and arguments.output is None and not arguments.dry_run:
+        _parser().error("-o/--output is required (or --dry-run, or --diagnose)")
+    clashes = ("output", "dry_run", "input_shape")
+    for name in (name for name in clashes if arguments.diagnose is not None and getattr(arguments, name)):
+        _parser().error(
+            f"--diagnose writes no model and takes shapes from its data: leave out --{name.replace('_', '-')}"
+        )
+
+
 def _refuse_same_file(*paths: Path | None) -> None:
-    """The model, the ONNX file and the report must be three files."""
+    """The model, the data, the ONNX file and the report must be different files."""
     given = [path.resolve() for path in paths if path is not None]
     double = next((path for path in given if given.count(path) > 1), None)
     if double is not None:
-        raise ConfigError(f"{double} is named twice among the model, the output and the report")
+        raise ConfigError(f"{double} is named twice among the model, the data, the output and the report")
 
 
 def _transform_options(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -145,6 +157,36 @@ def _dry_run(loaded: "LoadedModel", arguments: argparse.Namespace) -> str:
     )
     notes = [str(note) for note in pn_compiler.notes(converted) if not note.site]
     return "\n".join([format_sites(pn_compiler.sites(converted)), *notes, "dry run: nothing was written"])
+
+
+def _diagnose(loaded: "LoadedModel", arguments: argparse.Namespace, say: Callable[[str], None]) -> str:
+    import json
+
+    import pn_compiler
+    from pn_compiler.data import BATCH_SIZE, load_batches
+    from pn_compiler.export import write_atomically
+    from pn_compiler.graph_module import is_converted
+
+    batches = load_batches(
+        arguments.diagnose,
+        loaded.model,
+        batch_size=loaded.fixed_batch or BATCH_SIZE,
+        whole=loaded.fixed_batch is not None,
+    )
+    say("diagnose")
+    found = {"as given": pn_compiler.diagnose(loaded.model, batches, affine=True)}
+    if not is_converted(loaded.model):
+        first = next(iter(batches))
+        converted = pn_compiler.transform(
+            loaded.model, first.args, example_kwargs=first.kwargs, **_transform_options(arguments)
+        )
+        say("diagnose")
+        found["converted"] = pn_compiler.diagnose(converted, batches, affine=True)
+    if arguments.report is not None:
+        content = {title: json.loads(diagnosis.to_json()) for title, diagnosis in found.items()}
+        write_atomically(arguments.report, (json.dumps(content, indent=2) + "\n").encode())
+    what = "power of the normalizers' outputs"  # weight and bias included: a warm start keeps those
+    return "\n\n".join(f"{what}, {title}\n{diagnosis}" for title, diagnosis in found.items())
 
 
 def _list_passes() -> int:
@@ -203,6 +245,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("-o", "--output", type=Path, metavar="FILE", help="the ONNX file to write")
     parser.add_argument("--report", type=Path, metavar="FILE", help="write the report as JSON, too")
     parser.add_argument("--dry-run", action="store_true", help="print the table of sites, write nothing")
+    parser.add_argument(
+        "--diagnose", type=Path, metavar="FILE",
+        help="print the power decomposition of each normalizer, before and after conversion, on the samples "
+        "of a .npy or .npz file, preprocessed as for training",
+    )  # fmt: skip
     parser.add_argument("--list-passes", action="store_true", help="print the pipeline and exit")
     version = importlib.metadata.version("pn-compiler")
     parser.add_argument("--version", action="version", version=f"pn-compile {version}")

@@ -1,12 +1,13 @@
 """The GraphModule that `transform` and `fold` return: one that remembers its sites."""
 
+import copy
 from typing import Any
 
 from torch import fx, nn
 
 from pn_compiler.diagnostics import Diagnostic, Site
 from pn_compiler.errors import ConfigError
-from pn_compiler.graph_utils import HOOKS
+from pn_compiler.graph_utils import HOOKS_AND_OPTIONS
 
 _SITES = "pn_compiler.sites"
 _NOTES = "pn_compiler.notes"
@@ -17,9 +18,9 @@ class ConvertedModule(fx.GraphModule):
     """A torch.fx.GraphModule whose sites survive pickling, and its hooks copying, too."""
 
     def adopt_hooks(self, module: nn.Module) -> "ConvertedModule":
-        """Takes over the hooks of the module that this graph stands for."""
-        for hooks in HOOKS:
-            setattr(self, hooks, getattr(module, hooks))
+        """Takes over the hooks of the module that this graph stands for; later ones are its own."""
+        for hooks in HOOKS_AND_OPTIONS:
+            setattr(self, hooks, copy.copy(getattr(module, hooks)))
         return self
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "ConvertedModule":
@@ -30,7 +31,7 @@ class ConvertedModule(fx.GraphModule):
     def __reduce__(self) -> tuple[Any, ...]:
         rebuild, arguments = super().__reduce__()
         kept = {key: self.meta[key] for key in (_SITES, _NOTES) if key in self.meta}
-        hooks = {name: hooks for name in HOOKS if (hooks := getattr(self, name))}
+        hooks = {name: hooks for name in HOOKS_AND_OPTIONS if (hooks := getattr(self, name))}
         return _rebuild, (rebuild, arguments, kept, hooks)
 
 

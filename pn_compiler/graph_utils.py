@@ -22,6 +22,12 @@ def module_calls(graph: fx.GraphModule) -> dict[str, list[fx.Node]]:
 
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+HOOKS_AND_OPTIONS = (
+    *HOOKS,
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_forward_pre_hooks_with_kwargs",
+)
 
 
 def has_hooks(module: nn.Module) -> bool:

@@ -1,39 +1,36 @@
 """Mean and variance of an activation under a Gaussian: the proxy statistics.
 
-u ~ Normal(mean, std^2). Everything is computed in float64 where the device has it, around f(mean), so
-that the variance is a difference of small numbers.
-
-The moments come with their slopes in mean and std, E f', E t f' and the like with t = (u - mean) / std. A
-training step then differentiates nothing of this: the backward of `_Moments` is four products.
+u ~ Normal(mean, std^2). Everything is computed in float64 where the device has it: the variance is a
+difference.
 """
 
 import functools
 import itertools
 import math
-from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Literal, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from pn_compiler.activations import Coefficient, Pieces, is_smooth, kinks_of, pieces_of
+from pn_compiler.activations import Coefficient, Pieces, pieces_of
 from pn_compiler.errors import ConfigError
+from pn_compiler.quadrature import WIDEST_TO_SHARE, is_transformed, may_share_nodes, nodes, quantiles
 
 Method = Literal["exact", "quantile", "quadrature"]
 
 _TINY = 1e-20  # std below it counts as this: the moments and their gradients stay finite at 0
-_REACH = 40.0  # standard deviations; the normal density underflows to 0 beyond 39
-_QUANTILES = 200  # nodes of the reference implementation
-_SQRT_TAU = math.sqrt(2 * math.pi)
+_TINY_BESIDE_NODES = 1e-6  # the same where slopes are quotients; f bends too little within it to matter
+_PEAK = 1 / math.sqrt(2 * math.pi)  # of the normal density
 
 
 class Moments(NamedTuple):
-    """Mean and variance of f(u); d mean/d m, d mean/d s, d var/d m and d var/d s for u ~ Normal(m, s^2)."""
+    """Mean and variance of f(u), and if asked for their slopes in m and s for u ~ Normal(m, s^2): [2, *]."""
 
     mean: Tensor
     var: Tensor
-    slopes: tuple[Tensor, Tensor, Tensor, Tensor] | None
+    mean_by: Tensor | None = None
+    var_by: Tensor | None = None
 
 
 def proxy_moments(
@@ -67,233 +64,215 @@ def proxy_moments(
     if method not in ("exact", "quantile", "quadrature"):
         raise ConfigError(f"method={method!r}: expected one of 'exact', 'quantile', 'quadrature'")
     dtype = torch.promote_types(torch.promote_types(mean.dtype, std.dtype), torch.float32)
-    wide = torch.float32 if mean.device.type == "mps" else torch.float64
+    wide = widest_dtype(mean)
     m, s = torch.broadcast_tensors(mean.to(wide), std.to(wide))  # type: ignore[no-untyped-call]  # torch's
+    result = moments(activation, m, s, method)
+    return result.mean.to(dtype), result.var.to(dtype)
+
+
+def widest_dtype(tensor: Tensor) -> torch.dtype:
+    """float64, on devices that have it."""
+    return torch.float32 if tensor.device.type == "mps" else torch.float64
+
+
+def moments(
+    f: Callable[[Tensor], Tensor], m: Tensor, s: Tensor, method: Method = "exact", *, slopes: bool = False
+) -> Moments:
+    """`proxy_moments` without checks and casts; with slopes autograd cannot differentiate it."""
     s = s.clamp_min(_TINY)
-    if _slopes_help(activation):
-        result = _Moments.apply(m, s, activation, method)  # type: ignore[no-untyped-call]  # torch's
-    else:
-        result = _moments(activation, m, s, method, slopes=False)[:2]
-    return result[0].to(dtype), result[1].to(dtype)
-
-
-def _moments(f: Callable[[Tensor], Tensor], m: Tensor, s: Tensor, method: Method, *, slopes: bool) -> Moments:
     pieces = pieces_of(f) if method == "exact" else None
     if pieces is not None:
-        return _by_pieces(pieces, m, s)
-    nodes = _quantiles(m) if method == "quantile" else _nodes(f, m, s)
-    return _by_nodes(f, m, s, nodes, slopes=slopes)
-
-
-def _slopes_help(f: Callable[[Tensor], Tensor]) -> bool:
-    """Whether to differentiate by `_Moments`: not inside a compiler or a transform of torch.func, which
-    differentiate in their own way, nor if the activation itself learns, or jumps."""
-    if is_transformed():
-        return False
-    if isinstance(f, torch.nn.Module) and next(f.parameters(), None) is not None:
-        return False
-    pieces = pieces_of(f)
-    return pieces is None or not _jumps(pieces)
-
-
-def is_transformed() -> bool:
-    """Whether a compiler or a transform of torch.func looks on, so that no value may be asked for."""
-    return torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None
-
-
-class _Moments(torch.autograd.Function):
-    """`_moments`, whose gradient comes from the slopes."""
-
-    @staticmethod
-    def forward(ctx: Any, m: Tensor, s: Tensor, f: Callable[[Tensor], Tensor], method: Method) -> Any:
-        mean, var, slopes = _moments(f, m, s, method, slopes=True)
-        assert slopes is not None
-        ctx.save_for_backward(m, s, *slopes)
-        ctx.function, ctx.method = f, method
-        return mean, var
-
-    @staticmethod
-    def backward(ctx: Any, by_mean: Tensor, by_var: Tensor) -> Any:
-        m, s, *slopes = ctx.saved_tensors
-        if torch.is_grad_enabled():  # create_graph=True: a second derivative, which slopes do not have
-            moments = _moments(ctx.function, m, s, ctx.method, slopes=False)
-            grads = torch.autograd.grad(moments[:2], (m, s), (by_mean, by_var), create_graph=True)
-            return *grads, None, None
-        mean_by_m, mean_by_s, var_by_m, var_by_s = slopes
-        return by_mean * mean_by_m + by_var * var_by_m, by_mean * mean_by_s + by_var * var_by_s, None, None
+        return _by_pieces(pieces, m, s, slopes=slopes)
+    s = s.clamp_min(_TINY_BESIDE_NODES)
+    if method == "quantile":
+        return _by_nodes(f, m, s, *quantiles(m), slopes=slopes)
+    return _by_quadrature(f, m, s, slopes=slopes)
 
 
 # Closed form ---------------------------------------------------------------------------------------
-
-_EdgeTerms = tuple[Tensor, Tensor, Tensor, Tensor]  # t, Phi(t), Phi(-t), phi(t)
-
-
-def _by_pieces(pieces: Pieces, m: Tensor, s: Tensor) -> Moments:
-    """On each piece, with u = m + s t: f(u) - center = a0 + a1 t + a2 t^2 and f'(u) = b0 + b1 t."""
-    center = _values_of(pieces, m).detach()  # the moments do not depend on it
-    bounds = [_edge_terms(start, m, s) for start in (*(start for start, _ in pieces), math.inf)]
-    sums: list[Any] = [0.0] * 6
-    for (_, coefficients), lower, upper in zip(pieces, bounds[:-1], bounds[1:], strict=True):
-        for index, term in enumerate(_terms_of_piece(coefficients, center, m, s, lower, upper)):
-            sums[index] = sums[index] + term
-    return _assemble(center, *sums)
+#
+# A piecewise polynomial f is its first piece, a line, plus at each edge e a polynomial in (u - e)+: the
+# difference of the pieces that meet there. So is f^2. With a = m - e, z = a / s and the normal density phi,
+#
+#     H_n = E (u - e)+^n:   H_0 = Phi(z),   H_1 = a Phi(z) + s phi(z),   H_n = a H_(n-1) + (n - 1) s^2 H_(n-2)
+#     dH_n/dm = n H_(n-1),   dH_n/ds = n (n - 1) s H_(n-2);   dH_1/ds = phi(z),   dH_0/dm = phi(z) / s, ...
+#
+# so that E f, E f^2 and their slopes are one matrix, which depends on f alone, times a column of such terms.
 
 
-def _values_of(pieces: Pieces, u: Tensor) -> Tensor:
-    """f(u)"""
-    (_, (c0, c1, c2)), *others = pieces
-    values = c0 + c1 * u + c2 * u * u
-    for start, (c0, c1, c2) in others:
-        values = torch.where(u >= start, c0 + c1 * u + c2 * u * u, values)
-    return values
+def _by_pieces(pieces: Pieces, m: Tensor, s: Tensor, *, slopes: bool) -> Moments:
+    if any(isinstance(c, Tensor) for _, coefficients in pieces for c in coefficients):  # they may learn
+        layout = _layout(pieces)
+        rows = [[torch.as_tensor(c).to(m).expand_as(m) for c in row] for row in _coefficients(pieces, layout)]
+        sums = (torch.stack([torch.stack(row) for row in rows]) * _terms(layout, m, s)).sum(1)
+    else:
+        plan = _plan.__wrapped__ if is_transformed() else _plan  # compilers warn of a cache
+        layout, coefficients = plan(pieces)
+        matrix = m.new_tensor(coefficients)
+        sums = (matrix @ _terms(layout, m, s).reshape(matrix.shape[1], -1)).view(-1, *m.shape)
+    mean, square = sums[0], sums[3]
+    var = torch.addcmul(square, mean, mean, value=-1).clamp_min(0)
+    if not slopes:
+        return Moments(mean, var)
+    mean_by = sums[1:3]
+    return Moments(mean, var, mean_by, torch.addcmul(sums[4:], mean, mean_by, value=-2))
 
 
-def _terms_of_piece(
-    coefficients: tuple[Coefficient, Coefficient, Coefficient],
-    center: Tensor,
-    m: Tensor,
-    s: Tensor,
-    lower: _EdgeTerms,
-    upper: _EdgeTerms,
-) -> tuple[Tensor, ...]:
-    """What the piece adds to E g, E g^2, E f', E t f', E g f' and E t g f', with g = f - center."""
+class _Layout(NamedTuple):
+    """Which terms there are: those of a line if `line`, then for each edge its H_0 to H_degree and so on."""
+
+    edges: tuple[float, ...]
+    degree: int
+    line: bool  # whether the first piece is not 0
+    jumps: bool  # whether f jumps at an edge
+
+
+def _layout(pieces: Pieces) -> _Layout:
+    (_, (c0, c1, _)), *others = pieces
+    return _Layout(
+        edges=tuple(edge for edge, _ in others),
+        degree=2 if all(_is_zero(c2) for _, (_, _, c2) in pieces) else 4,
+        line=not (_is_zero(c0) and _is_zero(c1)),
+        jumps=any(not _is_zero(j[0]) for j in _jumps(pieces)),
+    )
+
+
+@functools.lru_cache(maxsize=256)
+def _plan(pieces: Pieces) -> tuple[_Layout, list[list[Coefficient]]]:
+    layout = _layout(pieces)
+    return layout, _coefficients(pieces, layout)
+
+
+def _terms(layout: _Layout, m: Tensor, s: Tensor) -> Tensor:
+    """[terms, *m.shape], in the order of `_coefficients`."""
+    rows = []
+    if layout.line:
+        rows += [torch.stack([torch.ones_like(m), m, m * m, s * s, s])]
+    if not layout.edges:
+        return rows[0]
+    a = torch.stack([m - edge if edge else m for edge in layout.edges])
+    z = a / s
+    density = torch.exp(-0.5 * z * z)  # times sqrt(2 pi)
+    powers = [torch.special.ndtr(z)]
+    powers.append(torch.add(a * powers[0], s * density, alpha=_PEAK))
+    scaled = []
+    for n in range(2, layout.degree + 1):
+        scaled.append(s * powers[n - 2])
+        powers.append(torch.addcmul(a * powers[n - 1], s, scaled[n - 2], value=n - 1))
+    rows += [*powers, *scaled, density]
+    if layout.jumps:
+        rows += [density / s, z * density / s]
+    return torch.cat(rows)
+
+
+def _coefficients(pieces: Pieces, layout: _Layout) -> list[list[Coefficient]]:
+    """Six rows, of E f, dE f/dm, dE f/ds, and the same of E f^2, over the columns of `_terms`."""
+    count, degree = len(layout.edges), layout.degree
+    rows: list[list[Coefficient]] = [[] for _ in range(6)]
+    if layout.line:
+        _, (c0, c1, _) = pieces[0]
+        constant, slope, square = c0 * c0, 2 * c0 * c1, c1 * c1
+        rows[0] += [c0, c1, 0.0, 0.0, 0.0]
+        rows[1] += [c1, 0.0, 0.0, 0.0, 0.0]
+        rows[2] += [0.0] * 5
+        rows[3] += [constant, slope, square, square, 0.0]
+        rows[4] += [slope, 2 * square, 0.0, 0.0, 0.0]
+        rows[5] += [0.0, 0.0, 0.0, 0.0, 2 * square]
+    start = len(rows[0])
+    density = start + 2 * degree * count  # behind degree + 1 powers and degree - 1 scaled ones
+    width = density + count * (3 if layout.jumps else 1)
+    rows = [row + [0.0] * (width - start) for row in rows]
+    for first, jumps in ((0, _jumps(pieces)), (3, _jumps(pieces, squared=True))):
+        value, by_m, by_s = rows[first : first + 3]
+        for k, jump in enumerate(jumps):
+            for n, j in enumerate(jump):
+                if _is_zero(j):
+                    continue
+                value[start + n * count + k] = j
+                if n == 0:
+                    by_m[density + count + k] = j * _PEAK
+                    by_s[density + 2 * count + k] = -j * _PEAK
+                else:
+                    by_m[start + (n - 1) * count + k] = n * j
+                if n == 1:
+                    by_s[density + k] = j * _PEAK
+                elif n > 1:
+                    by_s[start + (degree + 1 + n - 2) * count + k] = n * (n - 1) * j
+    return rows
+
+
+def _jumps(pieces: Pieces, *, squared: bool = False) -> list[list[Coefficient]]:
+    """For each edge e the coefficients, in powers of (u - e)+, of what f gains there; or f^2."""
+    result = []
+    for (_, before), (edge, after) in itertools.pairwise(pieces):
+        p, q = (_around(edge, coefficients) for coefficients in (before, after))
+        if squared:
+            p, q = _square(p), _square(q)
+        result.append([new - old for old, new in zip(p, q, strict=True)])
+    return result
+
+
+def _around(edge: float, coefficients: tuple[Coefficient, Coefficient, Coefficient]) -> list[Coefficient]:
+    """Coefficients in powers of u - edge."""
     c0, c1, c2 = coefficients
-    t0, t1, t2, *higher = _truncated_moments(lower, upper, most=2 if _is_zero(c2) else 4)
-    if not higher:
-        a0, a1 = c0 + c1 * m - center, c1 * s
-        g, gt = a0 * t0 + a1 * t1, a0 * t1 + a1 * t2  # E g, E t g
-        return g, a0 * g + a1 * gt, c1 * t0, c1 * t1, c1 * g, c1 * gt
-    t3, t4 = higher
-    a0, a1, a2 = c0 + c1 * m + c2 * m * m - center, (c1 + 2 * c2 * m) * s, c2 * s * s
-    b0, b1 = c1 + 2 * c2 * m, 2 * c2 * s
-    g, gt, gtt = (a0 * p + a1 * q + a2 * r for p, q, r in ((t0, t1, t2), (t1, t2, t3), (t2, t3, t4)))
-    squared = a0 * g + a1 * gt + a2 * gtt
-    return g, squared, b0 * t0 + b1 * t1, b0 * t1 + b1 * t2, b0 * g + b1 * gt, b0 * gt + b1 * gtt
+    return [c0 + c1 * edge + c2 * edge * edge, c1 + 2 * c2 * edge, c2]
+
+
+def _square(p: list[Coefficient]) -> list[Coefficient]:
+    p0, p1, p2 = p
+    return [p0 * p0, 2 * p0 * p1, p1 * p1 + 2 * p0 * p2, 2 * p1 * p2, p2 * p2]
 
 
 def _is_zero(coefficient: Coefficient) -> bool:
-    return not isinstance(coefficient, Tensor) and coefficient == 0
-
-
-def _assemble(center: Tensor, g: Tensor, squared: Tensor, *slopes: Tensor) -> Moments:
-    """The moments from E g, E g^2 and, if given, E f', E t f', E g f' and E t g f', with g = f - center.
-
-    As u = m + s t: d/dm E h(u) = E h'(u) and d/ds E h(u) = E t h'(u).
-    """
-    mean, var = center + g, (squared - g * g).clamp_min(0)
-    if not slopes:
-        return Moments(mean, var, None)
-    by_m, by_s, g_by_m, g_by_s = slopes
-    return Moments(mean, var, (by_m, by_s, 2 * (g_by_m - g * by_m), 2 * (g_by_s - g * by_s)))
-
-
-def _jumps(pieces: Pieces) -> bool:
-    """Whether f jumps somewhere: E f' then misses a part of the slope."""
-    for (_, before), (start, after) in itertools.pairwise(pieces):
-        left, right = (c0 + c1 * start + c2 * start * start for c0, c1, c2 in (before, after))
-        if abs(float(left) - float(right)) > 1e-9:
-            return True
-    return False
-
-
-def _edge_terms(edge: float, m: Tensor, s: Tensor) -> _EdgeTerms:
-    if math.isinf(edge):  # constants: differentiating (inf - m) / s would give nan
-        zero, one = torch.zeros_like(m), torch.ones_like(m)
-        far = torch.full_like(m, math.copysign(_REACH, edge))
-        return (far, one, zero, zero) if edge > 0 else (far, zero, one, zero)
-    t = ((edge - m) / s).clamp(-_REACH, _REACH)
-    return t, torch.special.ndtr(t), torch.special.ndtr(-t), torch.exp(-0.5 * t * t) * (1 / _SQRT_TAU)
-
-
-def _truncated_moments(lower: _EdgeTerms, upper: _EdgeTerms, *, most: int) -> tuple[Tensor, ...]:
-    """Integrals of t^k phi(t) between two edges, k = 0 to `most` (2 or 4), by parts."""
-    (a, a_below, a_above, a_pdf), (b, b_below, b_above, b_pdf) = lower, upper
-    # Phi(b) - Phi(a), from the tails on the side where they are small
-    t0 = torch.where(a > 0, a_above - b_above, b_below - a_below)
-    t1 = a_pdf - b_pdf
-    a_term, b_term = a * a_pdf, b * b_pdf
-    t2 = t0 + a_term - b_term
-    if most == 2:
-        return t0, t1, t2
-    t3 = 2 * t1 + a * a_term - b * b_term
-    t4 = 3 * t2 + a * a * a_term - b * b * b_term
-    return t0, t1, t2, t3, t4
+    return not isinstance(coefficient, Tensor) and abs(coefficient) < 1e-12
 
 
 # Quadrature ----------------------------------------------------------------------------------------
 
-_NODES_PER_PANEL = 8
-_PANELS_IN_T = tuple(np.linspace(-9.0, 9.0, 13))  # phi(9) = 1e-18
-_PANELS_IN_U = (-40.0, -20.0, -10.0, -5.0, -2.5, -1.0, 0.0, 1.0, 2.5, 5.0, 10.0, 20.0, 40.0)
 
-# The trapezoidal rule converges geometrically for functions that are analytic in a strip of half-width d:
-# its relative error with step h in u is about exp(-2 pi d / h) (Trefethen & Weideman, SIAM Review 2014).
-# The smooth activations of the table have d >= pi / 2 (tanh), so h = 0.45 gives 3e-10.
-_STEP_IN_U = 0.45
-_LARGEST_STEP_IN_T = 0.6  # exp(-2 pi^2 / h^2) = 2e-24 for the normal density
-_SPREAD = 8.6  # standard deviations; 2 Phi(-8.6) = 8e-18
-_WIDEST = 4.0  # std above it: panels take fewer nodes
+def _by_quadrature(f: Callable[[Tensor], Tensor], m: Tensor, s: Tensor, *, slopes: bool) -> Moments:
+    if m.dim() == 1 and not torch.is_grad_enabled() and may_share_nodes(f, s):
+        far = s > WIDEST_TO_SHARE
+        if far.any() and not far.all():  # or one wild channel would make the nodes of all many
+            parts = [(mask, _by_quadrature(f, m[mask], s[mask], slopes=slopes)) for mask in (~far, far)]
+            return _merged(parts, len(m))
+    return _by_nodes(f, m, s, *nodes(f, m, s), slopes=slopes)
 
 
-def _nodes(f: Callable[[Tensor], Tensor], m: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
-    """Nodes t and weights w with E f(u) = sum of w f(m + s t), over a new last axis."""
-    if is_smooth(f) and s.device.type == "cpu" and type(s) is Tensor and not is_transformed():
-        widest = float(s.detach().max()) if s.numel() else 0.0
-        if widest <= _WIDEST:  # false for nan
-            step = _LARGEST_STEP_IN_T if widest <= 0 else min(_LARGEST_STEP_IN_T, _STEP_IN_U / widest)
-            return _trapezoid(math.ceil(_SPREAD / step), m)
-    return _panels(f, m, s)
-
-
-def _trapezoid(steps: int, like: Tensor) -> tuple[Tensor, Tensor]:
-    """2 `steps` + 1 equidistant nodes over +-8.6."""
-    t = torch.linspace(-_SPREAD, _SPREAD, 2 * steps + 1, dtype=like.dtype, device=like.device)
-    w = torch.exp(-0.5 * t * t)
-    return t, w / w.sum()
-
-
-@functools.cache
-def _legendre() -> tuple[list[float], list[float]]:
-    nodes, weights = np.polynomial.legendre.leggauss(_NODES_PER_PANEL)
-    return nodes.tolist(), weights.tolist()
-
-
-@torch.no_grad()  # the integral does not depend on where the panels meet
-def _panels(f: Callable[[Tensor], Tensor], m: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
-    """Gauss-Legendre nodes on panels that resolve both the density (in t) and the activation (in u)."""
-    edges_in_u = m.new_tensor(sorted({*_PANELS_IN_U, *kinks_of(f)}))
-    in_t = m.new_tensor(_PANELS_IN_T).expand(*m.shape, -1)
-    in_u = ((edges_in_u - m[..., None]) / s[..., None]).clamp(in_t[..., :1], in_t[..., -1:])
-    edges = torch.cat([in_t, in_u], dim=-1).sort(dim=-1).values
-    half = (edges[..., 1:] - edges[..., :-1])[..., None] / 2
-    nodes, weights = (m.new_tensor(values) for values in _legendre())
-    t = (edges[..., :-1, None] + half * (1 + nodes)).flatten(-2)
-    w = (half * weights).flatten(-2) * torch.exp(-0.5 * t * t)
-    return t, w / w.sum(-1, keepdim=True)
-
-
-def _quantiles(like: Tensor) -> tuple[Tensor, Tensor]:
-    """Equal weights at t = Phi^-1((i + 1/2) / 200)."""
-    grid = (torch.arange(_QUANTILES, dtype=like.dtype, device=like.device) + 0.5) / _QUANTILES
-    t = torch.special.ndtri(grid)
-    return t, torch.full_like(t, 1 / _QUANTILES)
+def _merged(parts: list[tuple[Tensor, Moments]], size: int) -> Moments:
+    """The moments of all, from those of parts of the last axis."""
+    (_, first), *_ = parts
+    merged = [None if field is None else field.new_empty(*field.shape[:-1], size) for field in first]
+    for mask, part in parts:
+        for whole, field in zip(merged, part, strict=True):
+            if whole is not None and field is not None:
+                whole[..., mask] = field
+    mean, var, mean_by, var_by = merged
+    assert mean is not None
+    assert var is not None
+    return Moments(mean, var, mean_by, var_by)
 
 
 def _by_nodes(
-    f: Callable[[Tensor], Tensor], m: Tensor, s: Tensor, nodes: tuple[Tensor, Tensor], *, slopes: bool
+    f: Callable[[Tensor], Tensor], m: Tensor, s: Tensor, t: Tensor, w: Tensor, *, slopes: bool
 ) -> Moments:
-    t, w = nodes
-    center = f(m).detach()
-    u = m[..., None] + s[..., None] * t
+    """Sums over the last axis. Slopes need no f': d/dm E f = E f t / s and d/ds E f = E f (t^2 - 1) / s."""
+    center = f(m).detach()  # E f - center and the variance are the same whatever it is
+    g = f(m[..., None] + s[..., None] * t) - center[..., None]
+    weights = [w, w * t, w * (t * t - 1)] if slopes else [w]
+    mean, *mean_by = _weighted(g, weights)
+    square, *square_by = _weighted(g * g, weights)
+    var = torch.addcmul(square, mean, mean, value=-1).clamp_min(0)
     if not slopes:
-        g = f(u) - center[..., None]
-        wg = w * g
-        return _assemble(center, wg.sum(-1), (wg * g).sum(-1))
-    with torch.enable_grad():
-        u = u.detach().requires_grad_()
-        value = f(u)
-        (slope,) = torch.autograd.grad(value.sum(), u)
-    g = value.detach() - center[..., None]
-    wg, ws = w * g, w * slope
-    sums = (wg, wg * g, ws, ws * t, wg * slope, wg * slope * t)
-    return _assemble(center, *(values.sum(-1) for values in sums))
+        return Moments(center + mean, var)
+    of_mean = torch.stack(mean_by) / s
+    return Moments(
+        center + mean, var, of_mean, torch.addcmul(torch.stack(square_by) / s, mean, of_mean, value=-2)
+    )
+
+
+def _weighted(values: Tensor, weights: list[Tensor]) -> Sequence[Tensor]:
+    """Sums of each of the weights * values over the last axis."""
+    if weights[0].dim() == 1:
+        return (values @ torch.stack(weights, dim=1)).unbind(-1)
+    return [(w * values).sum(-1) for w in weights]

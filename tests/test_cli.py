@@ -5,10 +5,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
+import pn_compiler
 from pn_compiler import cli
 from pn_compiler.testing import randomize_batch_norms
 
@@ -77,6 +79,47 @@ def test_dry_run_writes_nothing(folder: Path, capsys: pytest.CaptureFixture[str]
     assert [p.name for p in folder.iterdir()] == ["model.pt"]
 
 
+def test_diagnose_before_and_after_conversion(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    np.save(folder / "data.npy", np.random.default_rng(0).normal(size=(40, 3, 8, 8)))
+    status, out, err = run(
+        capsys, "model.pt", "--diagnose", "data.npy", "--report", "r.json", "--num-groups", "2"
+    )
+    assert (status, err) == (cli.DONE, "")
+    given, converted = out.split("\n\n")
+    assert given.splitlines()[0] == "power of the normalizers' outputs, as given"
+    assert given.splitlines()[2].split()[:3] == ["1", "BN", "4"]
+    assert converted.splitlines()[2].split()[:3] == ["1", "GN+PN", "4"]
+    report = json.loads((folder / "r.json").read_text())
+    assert [(name, r["sites"][0]["samples"]) for name, r in report.items()] == [
+        ("as given", 40),
+        ("converted", 40),
+    ]
+    x = torch.from_numpy(np.load(folder / "data.npy")).float()
+    model = torch.load(folder / "model.pt", weights_only=False).eval()
+    with torch.no_grad():
+        power = model[1](model[0](x)).square().mean().item()
+    assert report["as given"]["sites"][0]["power"] == pytest.approx(power, rel=1e-5)
+    assert sorted(p.name for p in folder.iterdir()) == ["data.npy", "model.pt", "r.json"]
+
+
+def test_diagnose_a_converted_model_and_a_program(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    np.savez(folder / "data.npz", pixels=np.random.default_rng(0).normal(size=(5, 3, 8, 8)))
+    model = torch.load(folder / "model.pt", weights_only=False).eval()
+    torch.save(pn_compiler.transform(model), folder / "converted.pt")
+    status, out, _ = run(capsys, "converted.pt", "--diagnose", "data.npz", "--unsafe-pickle")
+    assert status == cli.DONE
+    assert "as given" in out
+    assert "converted" not in out
+    assert out.splitlines()[2].split()[:3] == ["1", "LN+PN", "4"]
+    torch.export.save(torch.export.export(model, (torch.randn(2, 3, 8, 8),)), folder / "fixed.pt2")
+    status, out, _ = run(capsys, "fixed.pt2", "--diagnose", "data.npz", "--report", "r.json")
+    assert status == cli.DONE
+    given, converted = out.split("\n\n")
+    assert "no normalizer is called as a module" in given
+    assert converted.splitlines()[2].split()[:3] == ["1", "LN+PN", "4"]
+    assert json.loads((folder / "r.json").read_text())["converted"]["sites"][0]["samples"] == 4  # two by two
+
+
 def test_list_passes_and_version(capsys: pytest.CaptureFixture[str]) -> None:
     status, out, _ = run(capsys, "--list-passes")
     assert status == cli.DONE
@@ -111,6 +154,10 @@ def test_strict_is_status_3(capsys: pytest.CaptureFixture[str]) -> None:
         (("sequence.pt", "-o", "m.onnx", "--allow", "tests.test_cli.Mine"), "cannot be guessed"),
         (("sequence.pt", "-o", "m.onnx"), "--allow tests.test_cli.Mine"),
         (("model.pt", "-o", "m.onnx", "--norm", "instance", "--num-groups", "2"), "num_groups goes with"),
+        (("model.pt", "--diagnose", "missing.npy"), "cannot read missing.npy: No such file"),
+        (("model.pt", "--diagnose", "gray.npy"), "does not run on batch 1 ([2, 1, 8, 8] float32): "),
+        (("model.pt", "--diagnose", "gray.npy", "--report", "gray.npy"), "is named twice"),
+        (("model.pt", "--diagnose", "gray.npy", "--report", "nowhere/r.json"), "cannot write nowhere/r.json"),
     ],
 )  # fmt: skip
 def test_bad_input_is_one_line_and_status_1(
@@ -121,6 +168,7 @@ def test_bad_input_is_one_line_and_status_1(
     (folder / "text.pt").write_text("weights, I promise")
     torch.save(nn.Linear(2, 2).state_dict(), folder / "state.pt")
     torch.save(randomize_batch_norms(Mine()), folder / "sequence.pt")
+    np.save(folder / "gray.npy", np.zeros((2, 1, 8, 8)))
     before = {p.name for p in folder.iterdir()}
     status, out, err = run(capsys, *arguments)
     assert (status, out) == (cli.FAILED, "")
@@ -145,6 +193,9 @@ def test_a_target_in_a_read_only_file_system(folder: Path, capsys: pytest.Captur
         ("model.pt", "-o", "m.onnx", "--norm", "batch"),
         ("model.pt", "-o", "m.onnx", "--num-groups", "0"),
         ("model.pt", "-o", "m.onnx", "--no-such-flag"),
+        ("model.pt", "-o", "m.onnx", "--diagnose", "data.npy"),
+        ("model.pt", "--dry-run", "--diagnose", "data.npy"),
+        ("model.pt", *SHAPE, "--diagnose", "data.npy"),
     ],
 )
 def test_wrong_usage_is_status_2(capsys: pytest.CaptureFixture[str], arguments: tuple[str, ...]) -> None:

@@ -26,6 +26,7 @@ def test_every_folder_with_code_is_listed() -> None:
         for top in ("passes", "export")
         for p in (ROOT / top).rglob("__init__.py")
     }
+    on_disk |= {f"pn_compiler.{p.parent.name}" for p in (ROOT / "pn_compiler").glob("*/__init__.py")}
     assert set(PROJECT["tool"]["setuptools"]["packages"]) == on_disk
 
 

@@ -1,0 +1,118 @@
+"""ShareStatistics and its inverse."""
+
+import pytest
+import torch
+from torch import fx, nn
+
+import pn_compiler
+from pn_compiler.nn import ProxyNormAct, ProxyStatistics
+from pn_compiler.passes.share_statistics import ShareStatistics
+from pn_compiler.passes.unshare_statistics import UnshareStatistics
+from pn_compiler.testing import assert_same_outputs, count_modules, randomize_batch_norms
+
+
+def network(*activations: nn.Module) -> nn.Module:
+    layers: list[nn.Module] = []
+    for width, activation in enumerate(activations, start=4):
+        layers += [nn.Conv2d(width - 1, width, 3, padding=1), nn.BatchNorm2d(width), activation]
+    layers += [nn.Conv2d(len(activations) + 3, 2, 1)]
+    return randomize_batch_norms(nn.Sequential(*layers)).double().eval()
+
+
+X = torch.randn(2, 3, 5, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+
+
+def converted(*activations: nn.Module) -> fx.GraphModule:
+    """Converted, with proxy parameters as after some training."""
+    graph = pn_compiler.transform(network(*activations))
+    assert isinstance(graph, fx.GraphModule)
+    torch.manual_seed(1)
+    for name, parameter in graph.named_parameters():
+        if "proxy" in name:
+            nn.init.normal_(parameter, 0, 0.3)
+    return graph
+
+
+def unshared(graph: fx.GraphModule) -> int:
+    return UnshareStatistics()(graph).rewritten
+
+
+QUADRATURE = 1e-6  # that of `proxy_moments`: alone, a site with SiLU takes other nodes
+
+
+def gradients(graph: fx.GraphModule) -> dict[str, torch.Tensor]:
+    graph.zero_grad()
+    graph(X).square().sum().backward()
+    return {name: p.grad.clone() for name, p in graph.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize(
+    ("activations", "shared"),
+    [
+        ((nn.ReLU(), nn.ReLU(), nn.ReLU()), 3),
+        ((nn.ReLU(), nn.SiLU(), nn.ReLU(), nn.SiLU()), 4),
+        ((nn.LeakyReLU(0.1), nn.LeakyReLU(0.2)), 0),  # not the same function
+        ((nn.ReLU(), nn.SiLU()), 0),  # none has a like
+        ((nn.PReLU(), nn.PReLU(), nn.ReLU(), nn.ReLU()), 2),  # PReLU learns
+    ],
+    ids=str,
+)
+def test_shared_and_alone_compute_the_same(activations: tuple[nn.Module, ...], shared: int) -> None:
+    graph = converted(*activations)
+    assert count_modules(graph, ProxyStatistics) == (shared > 0)
+    together, with_gradients = graph(X), gradients(graph)
+    with torch.no_grad():
+        assert_same_outputs(graph(X), together)
+    names = list(graph.state_dict())
+    assert unshared(graph) == shared
+    assert_same_outputs(graph(X), together, tolerance=QUADRATURE)
+    alone = gradients(graph)
+    assert alone.keys() == with_gradients.keys()
+    for name, gradient in alone.items():
+        torch.testing.assert_close(gradient, with_gradients[name], rtol=QUADRATURE, atol=QUADRATURE)
+    assert list(graph.state_dict()) == names
+    assert unshared(graph) == 0
+    assert ShareStatistics()(graph).rewritten == shared
+    assert ShareStatistics()(graph).rewritten == 0
+    assert_same_outputs(graph(X), together)
+
+
+def test_switched_off_the_sites_compute_for_themselves() -> None:
+    graph = converted(nn.ReLU(), nn.ReLU())
+    (statistics,) = (m for m in graph.modules() if isinstance(m, ProxyStatistics))
+    with torch.no_grad():
+        before = graph(X)
+        statistics.enabled = False
+        assert_same_outputs(graph(X), before)
+
+
+def test_a_site_called_twice_is_computed_once() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 1)
+            self.bn, self.other = nn.BatchNorm2d(4), nn.BatchNorm2d(4)
+            self.relu = nn.ReLU()
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = self.relu(self.bn(self.first(x)))
+            x = self.relu(self.bn(self.second(x)))
+            return self.relu(self.other(x))
+
+    graph = pn_compiler.transform(Twice(), warm_start="none")
+    assert isinstance(graph, fx.GraphModule)
+    sites = [n for n in graph.graph.nodes if n.op == "call_module" and n.target in ("bn", "other")]
+    assert len({node.args[1] for node in sites}) == 2
+    assert len(sites) == 3
+
+
+def test_parameters_are_read_when_it_runs() -> None:
+    graph = converted(nn.ReLU(), nn.ReLU())
+    site = next(m for m in graph.modules() if isinstance(m, ProxyNormAct))
+    with torch.no_grad():
+        before = graph(X)
+        site.proxy_bias.data += 1
+        after = graph(X)
+        assert (after - before).abs().max() > 1e-3
+        unshared(graph)
+        assert_same_outputs(graph(X), after)
