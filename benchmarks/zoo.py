@@ -5,7 +5,7 @@
 
 "transform" converts each on the meta device, without memory for parameters, and accounts for every BatchNorm.
 "onnx" compiles models with random weights and running statistics, verifies them in onnxruntime at batch 1 and
-2, takes a training step at batch 1, and sees whether torch.onnx exports the unconverted model.
+3, takes a training step at batch 1, and sees whether torch.onnx exports the unconverted model.
 """
 
 import argparse
@@ -28,7 +28,6 @@ from torch import nn
 from tqdm import tqdm
 
 import pn_compiler
-import pn_compiler.errors
 from pn_compiler.graph_utils import count_parameters
 from pn_compiler.testing import randomize_batch_norms
 from pn_compiler.tracing import batch_norms
@@ -169,7 +168,7 @@ def _compile(model: nn.Module, path: Path, inputs: tuple[Any, ...]) -> Any:
     """With a dynamic batch axis if the network has one: pairs of images and lists of them fix it."""
     try:
         return pn_compiler.compile(model, path, inputs)
-    except pn_compiler.errors.PnCompilerError:
+    except pn_compiler.PnCompilerError:
         if len(inputs) == 1 and isinstance(inputs[0], torch.Tensor):
             raise
         return pn_compiler.compile(model, path, inputs, dynamic_batch=False)

@@ -13,7 +13,7 @@ from pn_compiler.passes.canonicalize_modules import CanonicalizeModules, norm_op
 from pn_compiler.ranks import pixels, rank
 from pn_compiler.site_table import put_site, site_table, update_site
 from pn_compiler.spelling import operator_name
-from pn_compiler.tracing import closed_diagnostic, closed_kind, is_batch_norm
+from pn_compiler.tracing import closed_diagnostic, closed_kind, has_plain_forward, is_batch_norm
 from pn_compiler.warm_start import affine_from_running_stats, is_warm, plain_affine
 
 
@@ -71,7 +71,7 @@ class ReplaceBatchNorm(GraphPass):
             return closed_diagnostic(path, kind)
         if not isinstance(norm, _BatchNorm):
             return Diagnostic("PN103", path, f"{type(norm).__name__} is a constant affine")
-        if type(norm).forward not in (_BatchNorm.forward, nn.SyncBatchNorm.forward):
+        if not has_plain_forward(norm):
             return Diagnostic(
                 "PN105",
                 path,

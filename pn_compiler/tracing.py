@@ -208,12 +208,16 @@ def plain_base(module: nn.Module) -> type[nn.Module]:
     return next(cls for cls in type(module).__mro__ if cls.__module__.startswith("torch.nn."))
 
 
+def has_plain_forward(module: nn.Module) -> bool:
+    """Whether the class of `module` computes what a BatchNorm of torch.nn computes."""
+    return type(module).forward in (_BatchNorm.forward, nn.SyncBatchNorm.forward)
+
+
 def _wraps_batch_norm(module: nn.Module) -> bool:
     """Whether `module` is a BatchNorm with a forward of its own and no state beyond a BatchNorm's."""
-    plain = (_BatchNorm.forward, nn.SyncBatchNorm.forward)
     return (
         isinstance(module, _BatchNorm)
-        and type(module).forward not in plain
+        and not has_plain_forward(module)
         and "forward" not in vars(module)
         and not (closed_kind(module) or has_hooks(module) or list(module.children()))
         and set(module._parameters) <= {"weight", "bias"}
