@@ -69,6 +69,9 @@ def absorb_affine(
 
 def _times(weight: Tensor, inputs: Tensor, groups: int) -> Tensor:
     """Sums of weight[o, i, *] * inputs[i], [O]: few operators, since it runs between those that matter."""
+    if weight.shape[1] == 1:  # depthwise
+        outputs = inputs if len(weight) == groups else inputs.repeat_interleave(len(weight) // groups)
+        return weight.flatten(1).sum(1) * outputs
     if groups > 1:
         shape = (groups, len(weight) // groups, weight.shape[1])
         return (weight.reshape(*shape, -1) * inputs.view(groups, 1, -1, 1)).sum((2, 3)).view(-1)

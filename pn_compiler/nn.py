@@ -148,8 +148,9 @@ class ProxyNormAct(nn.Module):
 
     def forward(self, x: Tensor, given: tuple["Recipe", SiteAffine] | None = None) -> Any:
         """`given` is what `ProxyStatistics` computed for this site, and by which recipe."""
-        fits = given is not None and given[0] == self.recipe  # unless the site was changed since
-        weight, bias, scale, shift = given[1] if given is not None and fits else self._compute_affine()
+        if given is not None and not self._fits(*given):
+            given = None
+        weight, bias, scale, shift = self._compute_affine() if given is None else given[1]
         weight, bias = (self.weight, self.bias) if weight is None else (weight, bias)
         affine = F.group_norm(x, self.num_groups, weight, bias, self.eps)
         shared = "affine" in self.outputs or has_hooks(self.activation)
@@ -159,6 +160,10 @@ class ProxyNormAct(nn.Module):
             values["output"] = channel_affine(activation, scale, shift)
         results = tuple(values[name] for name in self.outputs)
         return results[0] if len(results) == 1 else results
+
+    def _fits(self, recipe: "Recipe", affine: SiteAffine) -> bool:
+        """False if the site was changed since, or its parameters were brought in after the statistics."""
+        return recipe == self.recipe and affine.shift.device == self.weight.device
 
     def extra_repr(self) -> str:
         text = f"{self.num_groups}, {self.num_channels}, eps={self.eps}, proxy_eps={self.proxy_eps}"
@@ -204,7 +209,7 @@ class ProxyStatistics(nn.Module):
         self._memo = Memo()
 
     def forward(self, *parameters: Tensor) -> tuple[tuple[Recipe, SiteAffine] | None, ...]:
-        if not self.enabled:
+        if not (self.enabled and _in_one_place(parameters)):
             return (None,) * sum(map(len, self.sizes))
         rest = iter(parameters)
         stacks = [torch.cat(list(itertools.islice(rest, 4 * len(sizes)))).view(4, -1) for sizes in self.sizes]
@@ -219,6 +224,12 @@ class ProxyStatistics(nn.Module):
             parts = zip(*(_split(field, sizes) for field in affine), strict=True)
             results += [(recipe, SiteAffine(*fields)) for fields in parts]
         return tuple(results)
+
+
+def _in_one_place(parameters: Sequence[Tensor]) -> bool:
+    """Whether they can be put together: not sharded, not on several devices, and not brought in later."""
+    plain = all(type(p) in (Tensor, nn.Parameter) for p in parameters)
+    return plain and len({p.device for p in parameters}) == 1
 
 
 def _split(field: Tensor | None, sizes: tuple[int, ...]) -> Sequence[Tensor | None]:

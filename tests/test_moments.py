@@ -119,6 +119,17 @@ def test_slope_per_channel_learns() -> None:
     assert (activation.weight.grad != 0).all()
 
 
+def test_a_learned_slope_is_integrated_like_a_fixed_one() -> None:
+    m = torch.tensor(MEANS, dtype=torch.float64)[:, None].requires_grad_()
+    s = torch.tensor([0.0, *STDS], dtype=torch.float64).requires_grad_()
+    learned = pn_compiler.proxy_moments(nn.PReLU(init=0.25), m, s)
+    fixed = pn_compiler.proxy_moments(nn.LeakyReLU(0.25), m, s)
+    for got, want in zip(learned, fixed, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-9)
+        gradients = (torch.autograd.grad(t.sum(), (m, s), retain_graph=True) for t in (got, want))
+        torch.testing.assert_close(*gradients, rtol=1e-9, atol=1e-9)
+
+
 def test_any_elementwise_callable() -> None:
     mean, std = torch.tensor([0.3]), torch.tensor([0.8])
     got = pn_compiler.proxy_moments(torch.sin, mean, std)

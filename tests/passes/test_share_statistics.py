@@ -122,6 +122,30 @@ def test_parameters_are_read_when_it_runs() -> None:
         assert_same_outputs(graph(X), after)
 
 
+def test_offloaded_parameters_are_left_to_the_sites() -> None:
+    """As accelerate does it: a module's parameters are on the meta device, but while it runs."""
+    graph = converted(nn.ReLU(), nn.ReLU(), nn.SiLU(), nn.SiLU())
+    with torch.no_grad():
+        before = graph(X)
+        for module in graph.modules():
+            values = dict(module._parameters)
+            if not values or isinstance(module, ProxyStatistics):
+                continue
+
+            def bring(module: nn.Module, _: Any, values: dict[str, Any] = values) -> None:
+                module._parameters.update(values)
+
+            def take(module: nn.Module, _: Any, out: Any) -> None:
+                for name, value in module._parameters.items():
+                    if value is not None:
+                        module._parameters[name] = nn.Parameter(value.to("meta"))
+
+            module.register_forward_pre_hook(bring)
+            module.register_forward_hook(take)
+            take(module, None, None)
+        assert_same_outputs(graph(X), before, tolerance=QUADRATURE)
+
+
 class Operators(TorchDispatchMode):
     """Counts the operators that run."""
 
