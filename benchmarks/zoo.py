@@ -28,9 +28,9 @@ from torch import nn
 from tqdm import tqdm
 
 import pn_compiler
+from pn_compiler.batch_norms import batch_norms
 from pn_compiler.graph_utils import count_parameters
 from pn_compiler.testing import randomize_batch_norms
-from pn_compiler.tracing import batch_norms
 from tests import zoo
 
 Row = dict[str, Any]

@@ -5,11 +5,11 @@ from collections.abc import Iterator
 from torch import fx, nn
 
 from pn_compiler.activations import is_activation, known_by_values
+from pn_compiler.batch_norms import is_batch_norm
 from pn_compiler.graph_utils import add_module, call_module_after, called_module, has_hooks
 from pn_compiler.pass_base import GraphPass, PassResult
 from pn_compiler.passes.canonicalize_activations import CanonicalizeActivations
 from pn_compiler.spelling import moves_values, operator_name, reads_shape
-from pn_compiler.tracing import is_batch_norm
 
 _ELEMENTWISE = frozenset(
     [

@@ -4,6 +4,7 @@ import torch
 from torch import fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from pn_compiler.batch_norms import closed_diagnostic, closed_kind, has_plain_forward, is_batch_norm
 from pn_compiler.config import TransformConfig, norm_name
 from pn_compiler.diagnostics import Diagnostic, Site, skipped
 from pn_compiler.errors import PostconditionError
@@ -13,7 +14,6 @@ from pn_compiler.passes.canonicalize_modules import CanonicalizeModules, norm_op
 from pn_compiler.ranks import pixels, rank
 from pn_compiler.site_table import put_site, site_table, update_site
 from pn_compiler.spelling import operator_name
-from pn_compiler.tracing import closed_diagnostic, closed_kind, has_plain_forward, is_batch_norm
 from pn_compiler.warm_start import affine_from_running_stats, is_warm, plain_affine
 
 

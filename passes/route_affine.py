@@ -63,7 +63,7 @@ def _open(
                 absorber.args = (absorber.args[0], scale, shift)
                 module = graph.get_submodule(str(absorber.target))
                 # a subclass that adds no state: names, hooks and options of the module stay
-                module.__class__ = INPUT_AFFINE[type(module)]
+                module.__class__ = INPUT_AFFINE.get(type(module), type(module))
             _apply_where_blocked(graph, path, route, z, values)
         for affine in old.get("affine", ()):
             _redirect(affine, values["affine"], keep=set())

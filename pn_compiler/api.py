@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from pn_compiler.batch_norms import batch_norms, closed_diagnostic, closed_kind
 from pn_compiler.config import Norm, ProxyPadding, TransformConfig, WarmStart
 from pn_compiler.diagnostics import Diagnostic, Site, skipped
 from pn_compiler.errors import ConfigError, RefusedError
@@ -22,7 +23,6 @@ from pn_compiler.passes import fold_pipeline, transform_pipeline
 from pn_compiler.ranks import infer_ranks, record_pixels
 from pn_compiler.regions import Trace, copy_model, fake_mode, trace, unwrap
 from pn_compiler.site_table import take_sites
-from pn_compiler.tracing import batch_norms, closed_diagnostic, closed_kind
 
 if TYPE_CHECKING:
     from pn_compiler.export import Report

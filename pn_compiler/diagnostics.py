@@ -22,6 +22,7 @@ CODES: dict[str, tuple[Severity, str]] = {
     "PN110": ("note", "the forward branches on self.training; the traced branch is fixed"),
     "PN111": ("warning", "inside TorchScript or a quantized module: there is nothing to convert"),
     "PN112": ("note", "the forward stores a value on its module; the converted one does not"),
+    "PN113": ("note", "activation checkpointing in the forward is traced away"),
     "PN201": ("note", "no activation follows the BatchNorm"),
     "PN202": ("note", "left without proxy normalization: a consumer cannot absorb its shift"),
     "PN203": ("note", "proxy normalization was switched off"),

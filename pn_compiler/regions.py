@@ -19,18 +19,12 @@ import torch
 from torch import fx, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
+from pn_compiler.batch_norms import closed_kind, holds_batch_norm, is_batch_norm
 from pn_compiler.diagnostics import Diagnostic
 from pn_compiler.errors import ConfigError, TraceError, UnsupportedModelError
 from pn_compiler.graph_module import ConvertedModule, is_converted
 from pn_compiler.inputs import Inputs
-from pn_compiler.tracing import (
-    closed_kind,
-    holds_batch_norm,
-    is_batch_norm,
-    refuse_uninitialised,
-    resolve_leaves,
-    trace_module,
-)
+from pn_compiler.tracing import refuse_uninitialised, resolve_leaves, trace_module
 
 logger = logging.getLogger(__name__)
 

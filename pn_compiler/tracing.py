@@ -8,71 +8,25 @@ from typing import Any
 
 import torch
 from torch import fx, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import is_lazy
 from torch.utils import _pytree as pytree
 
+from pn_compiler.batch_norms import (
+    closed_kind,
+    holds_batch_norm,
+    is_batch_norm,
+    plain_base,
+    wraps_batch_norm,
+)
 from pn_compiler.diagnostics import Diagnostic
 from pn_compiler.errors import ConfigError, TraceError, UnsupportedModelError
 from pn_compiler.graph_module import ConvertedModule
-from pn_compiler.graph_utils import has_hooks
 from pn_compiler.inputs import Inputs
-from pn_compiler.module_state import ModuleState
-from pn_compiler.nn import ReadTraining
+from pn_compiler.module_state import ModuleState, inside_checkpoint
+from pn_compiler.nn import ProxyNormAct, ReadTraining
+from pn_compiler.training_flag import branches_note, read_flags_in_graph, training_flags
 
-_FLAG = "training_flag"
-FROZEN_BATCH_NORMS = ("FrozenBatchNorm2d", "FrozenBatchNormAct2d", "FrozenBatchNorm3d")
-
-
-_QUANTIZED = ("quantized", "qat", "intrinsic.qat", "intrinsic.quantized")
-
-
-def is_batch_norm(module: nn.Module) -> bool:
-    """Whether `module` is a BatchNorm of any kind: each of them gets a line in the report."""
-    if isinstance(module, torch.jit.ScriptModule):
-        return "BatchNorm" in getattr(module, "original_name", "")
-    return isinstance(module, _BatchNorm) or type(module).__name__ in FROZEN_BATCH_NORMS
-
-
-def closed_kind(module: nn.Module) -> str | None:
-    """ "TorchScript" or "quantized" for a module with nothing in it to convert, else None."""
-    if isinstance(module, torch.jit.ScriptModule):
-        return "TorchScript"
-    quantized = tuple(f"torch.ao.nn.{name}" for name in _QUANTIZED)
-    return "quantized" if type(module).__module__.startswith(quantized) else None
-
-
-def closed_diagnostic(name: str, kind: str) -> Diagnostic:
-    """The remark about a BatchNorm that is, or is inside, a module of `closed_kind` `kind`."""
-    hint = "convert the original float nn.Module first, then script or quantize the result"
-    return Diagnostic("PN111", name, f"it is {kind}", hint)
-
-
-def batch_norms(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Every BatchNorm module of `model` with its path, each once."""
-    return ((name, module) for name, module in model.named_modules() if is_batch_norm(module))
-
-
-class TrainingFlag(int):
-    """``self.training`` while a model is traced.
-
-    As an argument of a function it is recognised in the graph, where it becomes a read of the flag, so
-    that ``F.dropout(x, training=self.training)`` still follows train() and eval(). As a condition it
-    notes that the traced branch is fixed.
-    """
-
-    path: str
-    branches: set[str]
-
-    @classmethod
-    def of(cls, module: nn.Module, path: str, branches: set[str]) -> "TrainingFlag":
-        flag = cls(module.training)
-        flag.path, flag.branches = path, branches
-        return flag
-
-    def __bool__(self) -> bool:
-        self.branches.add(self.path)
-        return int(self) != 0
+_LAYERS = (ProxyNormAct.__module__, ReadTraining.__module__)  # all that are there
 
 
 class _BufferProxy(fx.proxy.ParameterProxy):
@@ -94,16 +48,21 @@ class _Tracer(fx.Tracer):
         self.wrapping = {
             path: module
             for path, module in model.named_modules()
-            if path and path not in leaves and _wraps_batch_norm(module)
+            if path and path not in leaves and wraps_batch_norm(module)
         }
         self.stack = [""]  # paths of the modules being traced, outermost first
+        self.checkpointed = False
+
+    def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
+        self.checkpointed = self.checkpointed or inside_checkpoint()
+        return super().create_node(*args, **kwargs)
 
     def is_leaf_module(self, module: nn.Module, path: str) -> bool:
         return (
             path in self.leaves
             or closed_kind(module) is not None
             or (is_batch_norm(module) and not hasattr(type(module), _RECORDS))
-            or type(module).__module__ == ReadTraining.__module__  # all of pn_compiler.nn
+            or type(module).__module__ in _LAYERS
             or super().is_leaf_module(module, path)
             or (not holds_batch_norm(module) and _reads_training(module))
         )
@@ -203,28 +162,6 @@ def _recorded_super_calls(tracer: _Tracer) -> Iterator[None]:
             module.__class__ = cls
 
 
-def plain_base(module: nn.Module) -> type[nn.Module]:
-    """The class of torch.nn that the class of `module` is, or derives from."""
-    return next(cls for cls in type(module).__mro__ if cls.__module__.startswith("torch.nn."))
-
-
-def has_plain_forward(module: nn.Module) -> bool:
-    """Whether the class of `module` computes what a BatchNorm of torch.nn computes."""
-    return type(module).forward in (_BatchNorm.forward, nn.SyncBatchNorm.forward)
-
-
-def _wraps_batch_norm(module: nn.Module) -> bool:
-    """Whether `module` is a BatchNorm with a forward of its own and no state beyond a BatchNorm's."""
-    return (
-        isinstance(module, _BatchNorm)
-        and not has_plain_forward(module)
-        and "forward" not in vars(module)
-        and not (closed_kind(module) or has_hooks(module) or list(module.children()))
-        and set(module._parameters) <= {"weight", "bias"}
-        and set(module._buffers) <= {"running_mean", "running_var", "num_batches_tracked"}
-    )
-
-
 _VARIES = "<varies>"
 
 
@@ -247,10 +184,6 @@ def check_fixed(value: Any, expected: Any, name: str) -> None:
             f"argument {name} is {told}, but the model was converted with {name}={expected!r}; for another "
             "value, give transform example_inputs or example_kwargs that have it"
         )
-
-
-def holds_batch_norm(module: nn.Module) -> bool:
-    return any(is_batch_norm(child) for child in module.modules())
 
 
 def _reads_training(module: nn.Module) -> bool:
@@ -279,7 +212,7 @@ def trace_module(
     """
     notes: set[Diagnostic] = set()
     graph, leaves = _trace_with_leaves(module, inputs, leaves, notes)
-    _read_flags_in_graph(module, graph)
+    read_flags_in_graph(module, graph)
     traced = ConvertedModule(module, graph, type(module).__name__)
     traced.training = module.training
     traced.adopt_hooks(module)
@@ -289,13 +222,12 @@ def trace_module(
     return traced, leaves, tuple(sorted(notes, key=str))
 
 
-def _branches_note(path: str, training: bool) -> Diagnostic:
-    return Diagnostic(
-        "PN110",
-        path,
-        f"the forward branches on self.training, traced with training={training}",
-        "call transform in the mode that the result will be used in",
-    )
+CHECKPOINTED = Diagnostic(
+    "PN113",
+    "",
+    "the forward uses torch.utils.checkpoint; the converted one keeps all activations",
+    "convert and checkpoint block by block, see docs/training.md",
+)
 
 
 def _stored_note(path: str, name: str) -> Diagnostic:
@@ -333,7 +265,7 @@ def _trace_with_leaves(
         tried: set[str] = set()
         before = ModuleState(model)
         try:
-            with _recorded_super_calls(tracer), _training_flags(model, tracer, tried):
+            with _recorded_super_calls(tracer), training_flags(model, tracer, tried):
                 graph = tracer.trace(model)
         except Exception as error:
             innermost = tracer.stack[-1]
@@ -353,43 +285,12 @@ def _trace_with_leaves(
         if not other:
             for module in tracer.wrapping.values():
                 module.__class__ = plain_base(module)  # what else it does is in the graph
-            notes |= {_branches_note(path, model.training) for path in tried}
+            notes |= {branches_note(path, model.training) for path in tried}
             notes |= {_stored_note(path, name) for path, name in stored}
+            notes |= {CHECKPOINTED} if tracer.checkpointed else set()
             graph._tracer_cls = None  # unpickling traces the generated code, with the tracer of torch.fx
             return graph, leaves
         leaves = leaves | other
-
-
-@contextlib.contextmanager
-def _training_flags(model: nn.Module, tracer: _Tracer, branches: set[str]) -> Iterator[None]:
-    """Puts a TrainingFlag in the place of ``training`` in each module that is traced into."""
-    flags = {
-        module: (name, module.training)
-        for name, module in model.named_modules()
-        if not tracer.is_leaf_module(module, name)
-    }
-    try:
-        for module, (name, _) in flags.items():
-            object.__setattr__(module, "training", TrainingFlag.of(module, name, branches))
-        yield
-    finally:
-        for module, (_, training) in flags.items():
-            object.__setattr__(module, "training", training)
-
-
-def _read_flags_in_graph(model: nn.Module, graph: fx.Graph) -> None:
-    """A recorded TrainingFlag becomes a call that reads the module's flag when the graph runs."""
-    for node in list(graph.nodes):
-        flags = [a for a in (*node.args, *node.kwargs.values()) if isinstance(a, TrainingFlag)]
-        if not flags:
-            continue
-        owner = flags[0].path
-        holder = model.get_submodule(owner)
-        holder.add_module(_FLAG, ReadTraining().train(holder.training))
-        with graph.inserting_before(node):
-            read = graph.call_module(f"{owner}.{_FLAG}" if owner else _FLAG)
-        node.args = tuple(read if isinstance(a, TrainingFlag) else a for a in node.args)
-        node.kwargs = {key: read if isinstance(a, TrainingFlag) else a for key, a in node.kwargs.items()}
 
 
 def resolve_leaves(model: nn.Module, leaves: Sequence[str | type[nn.Module]]) -> frozenset[str]:

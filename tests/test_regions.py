@@ -289,3 +289,17 @@ def test_gradient_checkpointing_keeps_the_function(use_reentrant: bool) -> None:
     assert_same_outputs(converted(x), pn_compiler.transform(net, proxy=False)(x))
     converted(x).sum().backward()
     assert all(p.grad is not None for p in converted.parameters())
+    traced_away = "PN113" in [note.code for note in pn_compiler.notes(converted)]
+    assert traced_away == isinstance(converted, torch.fx.GraphModule)  # else its Python code still runs
+    plain = pn_compiler.transform(net.get_submodule("first"))
+    assert "PN113" not in [note.code for note in pn_compiler.notes(plain)]
+
+
+def test_layers_of_the_package_stay_whole() -> None:
+    site = pn_compiler.nn.ProxyNormAct(1, 4, nn.SiLU())
+    consumer = pn_compiler.nn.InputAffineConv2d(4, 4, 1)
+    net = nn.Sequential(nn.Conv2d(4, 4, 1), site, consumer, nn.BatchNorm2d(4), nn.ReLU())
+    converted = pn_compiler.transform(net, warm_start="none", proxy=False)
+    assert isinstance(converted.get_submodule("1"), pn_compiler.nn.ProxyNormAct)
+    assert isinstance(converted.get_submodule("2"), pn_compiler.nn.InputAffineConv2d)
+    assert_same_outputs(converted(IMAGES), pn_compiler.transform(net, proxy=False, leaves=["1", "2"])(IMAGES))

@@ -264,7 +264,8 @@ def test_an_interrupted_run_leaves_nothing(tmp_path: Path, number: signal.Signal
     torch.save(network(), tmp_path / "model.pt")
     code = textwrap.dedent(
         """
-        import sys, time
+        import signal, sys, time
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in the background of a shell
         import pn_compiler.export.to_onnx as to_onnx
         from pn_compiler.cli import main
         def slow(*arguments, **options):
