@@ -187,6 +187,8 @@ def table(recipe: Recipe, rows: list[Row]) -> str:
     lines = ["| " + " | ".join(["batch size", *map(str, recipe.batch_sizes)]) + " |"]
     lines.append("| --- " * (1 + len(recipe.batch_sizes)) + "|")
     for name in recipe.variants():
+        if not any(variant == name for variant, _ in cells):
+            continue  # not asked for
         texts = [_cell_text(cells.get((name, size))) for size in recipe.batch_sizes]
         lines.append("| " + " | ".join([name, *texts]) + " |")
     return "\n".join(lines)

@@ -67,7 +67,7 @@ def diagnose(
             infinite: the message names the first site.
         UnsupportedModelError: the model has uninitialised lazy modules.
 
-    Source: Labatie et al., NeurIPS 2021 (arXiv 2106.03743), sections 3 and 4 and Figure 2.
+    Source: Labatie et al., NeurIPS 2021 (arXiv 2106.03743), the power decomposition and Figure 2.
     """
     model = unwrap(model)
     refuse_uninitialised(model)
