@@ -3,17 +3,15 @@
 import copy
 import operator
 from collections import defaultdict
-from collections.abc import Sequence
 
-from torch import fx, nn
+from torch import fx
 
 from pn_compiler.graph_utils import add_module, module_calls
 from pn_compiler.nn import ProxyNormAct, ProxyStatistics, SiteGroup
 from pn_compiler.pass_base import GraphPass, PassResult
 from pn_compiler.passes.insert_proxy_norm import InsertProxyNorm
 from pn_compiler.passes.route_affine import RouteAffine
-
-_PARAMETERS = ("weight", "bias", "proxy_weight", "proxy_bias")
+from pn_compiler.proxy_statistics import PARAMETERS
 
 
 class ShareStatistics(GraphPass):
@@ -23,8 +21,8 @@ class ShareStatistics(GraphPass):
     Result:  p, q = ProxyStatistics(weight, ..., proxy_bias); ProxyNormAct(x, p); ProxyNormAct(y, q)
     Leaves alone: sites whose activation learns, and those that have no like.
     Outputs: preserved to rounding, or to that of the quadrature (1e-9), whose nodes sites then share.
-    Source: they depend on parameters alone (docs/method.md). Each site runs some 60 operators on tensors of
-        size [C]; between two convolutions they run from cold caches, at several times their cost.
+    Source: they depend on parameters alone (docs/method.md). Each site runs dozens of operators on tensors
+        of size [C]; between two convolutions they run from cold caches, at several times their cost.
     """
 
     runs_after = (InsertProxyNorm, RouteAffine)
@@ -32,32 +30,35 @@ class ShareStatistics(GraphPass):
 
     def run(self, graph: fx.GraphModule) -> PassResult:
         calls = module_calls(graph)
-        alike: dict[object, list[str]] = defaultdict(list)
+        alike: dict[object, dict[str, ProxyNormAct]] = defaultdict(dict)
         for path in calls:
             site = graph.get_submodule(path)
-            alone = isinstance(site, ProxyNormAct) and len(calls[path][0].args) == 1
-            if isinstance(site, ProxyNormAct) and alone and not list(site.activation.parameters()):
-                alike[site.recipe, site.weight.device, site.weight.dtype].append(path)
-        groups = [paths for paths in alike.values() if len(paths) > 1]
+            if not isinstance(site, ProxyNormAct) or len(calls[path][0].args) > 1:
+                continue
+            if not list(site.activation.parameters()):
+                alike[site.recipe, site.weight.device, site.weight.dtype][path] = site
+        groups = [sites for sites in alike.values() if len(sites) > 1]
         if groups:
             _share(graph, groups, calls)
         return PassResult(sum(map(len, groups)))
 
 
-def _share(graph: fx.GraphModule, groups: list[list[str]], calls: dict[str, list[fx.Node]]) -> None:
-    shared = ProxyStatistics([_group([graph.get_submodule(path) for path in paths]) for paths in groups])
+def _share(
+    graph: fx.GraphModule, groups: list[dict[str, ProxyNormAct]], calls: dict[str, list[fx.Node]]
+) -> None:
+    shared = ProxyStatistics([_group(list(sites.values())) for sites in groups])
     at = add_module(graph, "proxy_statistics", shared.train(graph.training))
-    names = [f"{path}.{name}" for paths in groups for name in _PARAMETERS for path in paths]
+    names = [f"{path}.{name}" for sites in groups for name in PARAMETERS for path in sites]
     first = next(node for node in graph.graph.nodes if node.op != "placeholder")
     with graph.graph.inserting_before(first):
         parameters = tuple(graph.graph.get_attr(name) for name in names)
         node = graph.graph.call_module(at, parameters)
-        for index, path in enumerate(path for paths in groups for path in paths):
+        for index, path in enumerate(path for sites in groups for path in sites):
             part = graph.graph.call_function(operator.getitem, (node, index))
             for call in calls[path]:
                 call.args = (*call.args, part)
 
 
-def _group(sites: Sequence[nn.Module]) -> SiteGroup:
-    first, *_ = members = [site for site in sites if isinstance(site, ProxyNormAct)]
-    return SiteGroup(first.recipe, copy.deepcopy(first.activation), tuple(s.num_channels for s in members))
+def _group(sites: list[ProxyNormAct]) -> SiteGroup:
+    first, sizes = sites[0], tuple(site.num_channels for site in sites)
+    return SiteGroup(first.recipe, copy.deepcopy(first.activation), sizes)

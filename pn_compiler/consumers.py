@@ -14,6 +14,12 @@ from pn_compiler.errors import ConfigError
 from pn_compiler.memo import Memo
 
 
+def _channel_or_gated_affine(
+    x: Tensor, scale: Tensor | None, shift: Tensor | None, gate: Tensor | None
+) -> Tensor:
+    return channel_affine(x, scale, shift) if gate is None else gated_affine(x, scale, shift, gate)
+
+
 class ChannelAffine(nn.Module):
     """x * scale + shift, per channel, for a user of a site that cannot take them in itself.
 
@@ -23,7 +29,7 @@ class ChannelAffine(nn.Module):
     def forward(
         self, x: Tensor, scale: Tensor | None, shift: Tensor | None, gate: Tensor | None = None
     ) -> Tensor:
-        return channel_affine(x, scale, shift) if gate is None else gated_affine(x, scale, shift, gate)
+        return _channel_or_gated_affine(x, scale, shift, gate)
 
 
 class ConstantAffine(nn.Module):
@@ -38,13 +44,7 @@ class ConstantAffine(nn.Module):
         self.register_buffer("shift", shift)
 
     def forward(self, x: Tensor, gate: Tensor | None = None) -> Tensor:
-        scale = None if self.scale is None else per_channel(self.scale, x)
-        shift = None if self.shift is None else per_channel(self.shift, x)
-        if gate is not None:
-            scale = gate if scale is None else gate * scale
-            shift = None if shift is None else gate * shift
-        x = x if scale is None else x * scale
-        return x if shift is None else x + shift
+        return _channel_or_gated_affine(x, self.scale, self.shift, gate)
 
 
 class ConstantClamp(nn.Module):

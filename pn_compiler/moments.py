@@ -15,7 +15,7 @@ from torch import Tensor
 
 from pn_compiler.activations import Coefficient, Pieces, pieces_of
 from pn_compiler.errors import ConfigError
-from pn_compiler.quadrature import WIDEST_TO_SHARE, is_transformed, may_share_nodes, nodes, quantiles
+from pn_compiler.quadrature import WIDEST_TO_SHARE, is_transformed, nodes, quantiles, strip_to_share
 
 Method = Literal["exact", "quantile", "quadrature"]
 
@@ -231,7 +231,7 @@ def _is_zero(coefficient: Coefficient) -> bool:
 
 
 def _by_quadrature(f: Callable[[Tensor], Tensor], m: Tensor, s: Tensor, *, slopes: bool) -> Moments:
-    if m.dim() == 1 and not torch.is_grad_enabled() and may_share_nodes(f, s):
+    if m.dim() == 1 and not torch.is_grad_enabled() and strip_to_share(f, s) is not None:
         far = s > WIDEST_TO_SHARE
         if far.any() and not far.all():  # or one wild channel would make the nodes of all many
             parts = [(mask, _by_quadrature(f, m[mask], s[mask], slopes=slopes)) for mask in (~far, far)]

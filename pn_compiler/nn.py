@@ -29,7 +29,7 @@ from pn_compiler.consumers import (
 from pn_compiler.errors import ConfigError
 from pn_compiler.graph_utils import has_hooks
 from pn_compiler.memo import Memo
-from pn_compiler.proxy_statistics import SiteAffine, scale_and_shift, site_affine
+from pn_compiler.proxy_statistics import PARAMETERS, SiteAffine, scale_and_shift, site_affine
 
 __all__ = [
     "INPUT_AFFINE",
@@ -127,14 +127,21 @@ class ProxyNormAct(nn.Module):
         return scale.to(dtype), shift.to(dtype)
 
     def _stacked(self) -> Tensor:
-        return torch.stack((self.weight, self.bias, self.proxy_weight, self.proxy_bias))
+        return torch.stack([getattr(self, name) for name in PARAMETERS])
 
-    def _compute_affine(self) -> SiteAffine:
-        parameters, into_affine = self._stacked(), self.scales_affine
-        return self._memo.recall(
-            (self.recipe, parameters, *self.activation.parameters()),
-            lambda: site_affine(parameters, self.activation, self.proxy_eps, into_affine=into_affine),
-        )
+    def compute_affine(self, given: tuple["Recipe", SiteAffine] | None = None) -> SiteAffine:
+        """What `forward` computes with: of `given`, or computed here; in evaluation only after a change."""
+        if given is not None and self._fits(*given):
+            found = given[1]
+        else:
+            parameters, recipe = self._stacked(), self.recipe
+            found = self._memo.recall(
+                (recipe, parameters, *self.activation.parameters()),
+                lambda: site_affine(
+                    parameters, self.activation, recipe.proxy_eps, into_affine=recipe.into_affine
+                ),
+            )
+        return found if found.weight is not None else found._replace(weight=self.weight, bias=self.bias)
 
     @property
     def scales_affine(self) -> bool:
@@ -148,10 +155,7 @@ class ProxyNormAct(nn.Module):
 
     def forward(self, x: Tensor, given: tuple["Recipe", SiteAffine] | None = None) -> Any:
         """`given` is what `ProxyStatistics` computed for this site, and by which recipe."""
-        if given is not None and not self._fits(*given):
-            given = None
-        weight, bias, scale, shift = self._compute_affine() if given is None else given[1]
-        weight, bias = (self.weight, self.bias) if weight is None else (weight, bias)
+        weight, bias, scale, shift = self.compute_affine(given)
         affine = F.group_norm(x, self.num_groups, weight, bias, self.eps)
         shared = "affine" in self.outputs or has_hooks(self.activation)
         activation = self.activation(affine) if shared else run_in_place(self.activation, affine)

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from pn_compiler.moments import moments, widest_dtype
 from pn_compiler.quadrature import is_transformed
 
+PARAMETERS = ("weight", "bias", "proxy_weight", "proxy_bias")  # of a site, in the order of their stack
+
 
 class SiteAffine(NamedTuple):
     """What a site computes with beside its own weight and bias, each [C].
@@ -34,7 +36,7 @@ def scale_and_shift(parameters: Tensor, activation: nn.Module, proxy_eps: float)
     activation(weight * p + bias), p ~ Normal(proxy_bias, (1 + proxy_weight)^2).
 
     Args:
-        parameters: weight, bias, proxy_weight and proxy_bias, [4, C].
+        parameters: those of `PARAMETERS`, [4, C].
     """
     weight, bias, proxy_weight, proxy_bias = parameters.to(widest_dtype(parameters)).unbind()
     std = (weight * (1 + proxy_weight)).abs()

@@ -23,8 +23,8 @@ _DIGITS = math.log(1e10)
 
 def nodes(f: Callable[[Tensor], Tensor], m: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
     """For g(t) = f(m + s t): over a last axis of their own, or [nodes] if all of m can share them."""
-    strip = strip_of(f)
-    if strip is not None and may_share_nodes(f, s):
+    strip = strip_to_share(f, s)
+    if strip is not None:
         widest = float(s.detach().max()) if s.numel() else 0.0
         steps = _steps(strip, widest) if widest <= WIDEST_TO_SHARE else _MOST_STEPS  # false for nan
         if steps < _MOST_STEPS:
@@ -32,9 +32,10 @@ def nodes(f: Callable[[Tensor], Tensor], m: Tensor, s: Tensor) -> tuple[Tensor, 
     return _panels(f, m, s)
 
 
-def may_share_nodes(f: Callable[[Tensor], Tensor], s: Tensor) -> bool:
-    """Whether f is analytic, and the largest s may be asked for: elsewhere that would wait for the device."""
-    return strip_of(f) is not None and s.device.type == "cpu" and type(s) is Tensor and not is_transformed()
+def strip_to_share(f: Callable[[Tensor], Tensor], s: Tensor) -> float | None:
+    """`strip_of` f, if the largest s may be asked for: on other devices that would wait for them."""
+    asked = s.device.type == "cpu" and type(s) is Tensor and not is_transformed()
+    return strip_of(f) if asked else None
 
 
 def is_transformed() -> bool:

@@ -222,7 +222,7 @@ def trace_module(
     return traced, leaves, tuple(sorted(notes, key=str))
 
 
-CHECKPOINTED = Diagnostic(
+_CHECKPOINTED = Diagnostic(
     "PN113",
     "",
     "the forward uses torch.utils.checkpoint; the converted one keeps all activations",
@@ -287,7 +287,7 @@ def _trace_with_leaves(
                 module.__class__ = plain_base(module)  # what else it does is in the graph
             notes |= {branches_note(path, model.training) for path in tried}
             notes |= {_stored_note(path, name) for path, name in stored}
-            notes |= {CHECKPOINTED} if tracer.checkpointed else set()
+            notes |= {_CHECKPOINTED} if tracer.checkpointed else set()
             graph._tracer_cls = None  # unpickling traces the generated code, with the tracer of torch.fx
             return graph, leaves
         leaves = leaves | other

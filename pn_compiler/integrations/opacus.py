@@ -26,7 +26,6 @@ from torch.nn.utils._expanded_weights.expanded_weights_impl import ExpandedWeigh
 from pn_compiler.affine import channel_affine
 from pn_compiler.errors import ConfigError
 from pn_compiler.nn import INPUT_AFFINE, ChannelAffine, ProxyNormAct
-from pn_compiler.proxy_statistics import site_affine
 
 _CONSUMERS = tuple(INPUT_AFFINE.values())
 _GRADS = "_opacus_grads"  # of a site: the gradients of its outputs but the first
@@ -184,11 +183,7 @@ def _sample_site(
     if not len(x):
         return {p: p.new_zeros(0, *p.shape) for p in parameters}
     with torch.enable_grad():
-        own = torch.stack((site.weight, site.bias, site.proxy_weight, site.proxy_bias))
-        weight, bias, scale, shift = site_affine(
-            own, site.activation, site.proxy_eps, into_affine=site.scales_affine
-        )
-    affine = (site.weight if weight is None else weight, site.bias if bias is None else bias, scale, shift)
+        affine = site.compute_affine()
     samples = _sample_affine(site, x, affine, _all_grads(site, backprops))
     # on to the parameters that weight, bias, scale and shift are functions of
     given = zip((value for value in affine if value is not None), samples, strict=True)
