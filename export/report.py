@@ -45,6 +45,7 @@ class Report:
         float32_error: relative error of PyTorch's own float32 result, for comparison.
         reference: dtype of the PyTorch model that the file was compared with.
         norms: how the normalizers were lowered, if not as torch.onnx does.
+        distillation: the report of `pn_compiler.distill`; None if there was none.
         file_bytes: size of the ONNX file.
         seconds: duration of each stage.
         versions: of the packages that took part.
@@ -67,6 +68,7 @@ class Report:
     float32_error: float | None = None
     reference: str | None = None
     norms: str = ""
+    distillation: Any = None
     file_bytes: int = 0
     seconds: dict[str, float] = dataclasses.field(default_factory=dict)
     versions: dict[str, str] = dataclasses.field(default_factory=dict)
@@ -93,6 +95,8 @@ class Report:
             lines += [f"{label:<11} {v['name']} {v['shape']} {v['dtype']}" for v in values]
         if self.input_shape_source != "given":
             lines.append(f"input shape {self.input_shape_source}")
+        if self.distillation is not None:
+            lines += [f"distilled   {line}" for line in str(self.distillation).splitlines()]
         if self.norms:
             lines.append(f"norms       {self.norms}")
         lines.append(self._verdict())

@@ -1,5 +1,8 @@
-"""The passes, and the two pipelines that they form. Nothing registers itself: these lists are all."""
+"""The passes, and the pipelines that they form. Nothing registers itself: these lists are all."""
 
+from collections.abc import Mapping
+
+from pn_compiler.calibration import Calibrated
 from pn_compiler.config import TransformConfig
 from pn_compiler.pass_base import GraphPass
 from pn_compiler.passes.canonicalize_activations import CanonicalizeActivations
@@ -15,14 +18,23 @@ from pn_compiler.passes.share_statistics import ShareStatistics
 from pn_compiler.passes.unshare_statistics import UnshareStatistics
 
 
-def transform_pipeline(config: TransformConfig) -> tuple[GraphPass, ...]:
-    """The passes of `pn_compiler.transform`, in order: BatchNorm in, proxy normalization out."""
+def preparation_pipeline() -> tuple[GraphPass, ...]:
+    """The passes that every conversion begins with, in order: each BatchNorm becomes a plain module."""
     return (
         CanonicalizeModules(),  # functional and fused layers become modules: the rest match modules only
         CanonicalizeActivations(),  # likewise, and in-place effects become edges that can be followed
         RecognizeActivations(),  # needs those modules; finds x * sigmoid(x) and its like
         HoistActivations(),  # last of the preparations: every activation now stands next to its BatchNorm
-        ReplaceBatchNorm(config),  # changes outputs on purpose; the warm start is computed here
+    )
+
+
+def transform_pipeline(
+    config: TransformConfig, calibrated: Mapping[str, Calibrated] | None = None
+) -> tuple[GraphPass, ...]:
+    """The passes of `pn_compiler.transform`, in order: BatchNorm in, proxy normalization out."""
+    return (
+        *preparation_pipeline(),
+        ReplaceBatchNorm(config, calibrated),  # changes outputs on purpose; the warm start is computed here
         InsertProxyNorm(config),  # reads the new normalizers' affine; consumers undo it in a warm start
         *(
             (RouteAffine(through_padding=True),)  # the padding then stands before the shift

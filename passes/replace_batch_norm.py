@@ -1,10 +1,13 @@
 """The pass that puts a batch-independent normalizer in the place of each BatchNorm."""
 
+from collections.abc import Mapping
+
 import torch
 from torch import fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from pn_compiler.batch_norms import closed_diagnostic, closed_kind, has_plain_forward, is_batch_norm
+from pn_compiler.calibration import LARGE_RESIDUAL, Calibrated
 from pn_compiler.config import TransformConfig, norm_name
 from pn_compiler.diagnostics import Diagnostic, Site, skipped
 from pn_compiler.errors import PostconditionError
@@ -30,8 +33,9 @@ class ReplaceBatchNorm(GraphPass):
 
     runs_after = (CanonicalizeModules,)
 
-    def __init__(self, config: TransformConfig) -> None:
+    def __init__(self, config: TransformConfig, calibrated: Mapping[str, Calibrated] | None = None) -> None:
         self.config = config
+        self.calibrated = calibrated or {}
 
     def run(self, graph: fx.GraphModule) -> PassResult:
         notes: list[Diagnostic] = []
@@ -48,9 +52,10 @@ class ReplaceBatchNorm(GraphPass):
             assert isinstance(norm, _BatchNorm)
             num_groups, remark = self._groups(path, norm, calls)
             put_site(graph, self._rewrite(graph, path, norm, num_groups))
-            if remark is not None:
-                notes.append(remark)
-                update_site(graph, path, remark)
+            for found in (self._residual(path), remark):
+                if found is not None:
+                    notes.append(found)
+                    update_site(graph, path, found)
             rewritten += 1
         for node in graph.graph.nodes:
             if "batch_norm" in operator_name(node):
@@ -126,12 +131,27 @@ class ReplaceBatchNorm(GraphPass):
             )
         return num_groups, None
 
+    def _residual(self, path: str) -> Diagnostic | None:
+        """A remark if no weight and bias come near what the BatchNorm computes."""
+        fitted = self.calibrated.get(path)
+        if fitted is None or fitted.residual <= LARGE_RESIDUAL:
+            return None
+        return Diagnostic(
+            "PN209",
+            path,
+            f"calibration leaves {100 * fitted.residual:.0f} % of the variance of its output unexplained",
+            "fewer groups, distillation or fine-tuning bring it back",
+        )
+
     def _rewrite(self, graph: fx.GraphModule, path: str, norm: _BatchNorm, num_groups: int) -> Site:
         """Returns the record of the new normalizer."""
         like = next((t for t in (norm.weight, norm.running_mean) if t is not None), torch.empty(0))
         new = nn.GroupNorm(num_groups, norm.num_features, norm.eps, device=like.device, dtype=like.dtype)
         warm = is_warm(norm, self.config.warm_start)
         weight, bias = affine_from_running_stats(norm, num_groups) if warm else plain_affine(norm)
+        fitted = self.calibrated.get(path)
+        if fitted is not None:
+            weight, bias = fitted.weight, fitted.bias
         with torch.no_grad():
             new.weight.copy_(weight)
             new.bias.copy_(bias)
@@ -139,7 +159,8 @@ class ReplaceBatchNorm(GraphPass):
         new.bias.requires_grad_(norm.bias is not None and norm.bias.requires_grad)
         replace_module(graph, path, new)
         kind = norm_name(num_groups, norm.num_features)
-        return Site(path, "norm_only", kind, num_groups, warm_start=warm)
+        residual = None if fitted is None else fitted.residual
+        return Site(path, "norm_only", kind, num_groups, warm_start=warm, residual=residual)
 
 
 def _unreadable(node: fx.Node) -> Diagnostic:

@@ -1,31 +1,25 @@
-"""The public functions: transform, fold, compile."""
+"""The public functions transform and fold."""
 
 import dataclasses
 import logging
-import os
-from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 from torch import nn
 
 from pn_compiler.batch_norms import batch_norms, closed_diagnostic, closed_kind
+from pn_compiler.calibration import Calibrated, calibrate
 from pn_compiler.config import Norm, ProxyPadding, TransformConfig, WarmStart
 from pn_compiler.diagnostics import Diagnostic, Site, skipped
 from pn_compiler.errors import ConfigError, RefusedError
+from pn_compiler.evaluation import batches_of, inputs_of
 from pn_compiler.graph_module import is_converted, notes, record, sites
-from pn_compiler.graph_utils import count_operators, count_parameters
-from pn_compiler.input_shape import choose_inputs
 from pn_compiler.inputs import Inputs
-from pn_compiler.nn import ProxyNormAct
 from pn_compiler.pass_base import Progress, run_pipeline
-from pn_compiler.passes import fold_pipeline, transform_pipeline
+from pn_compiler.passes import fold_pipeline, preparation_pipeline, transform_pipeline
 from pn_compiler.ranks import infer_ranks, record_pixels
-from pn_compiler.regions import Trace, copy_model, fake_mode, trace, unwrap
+from pn_compiler.regions import Region, Trace, fake_mode, trace, unwrap
 from pn_compiler.site_table import take_sites
-
-if TYPE_CHECKING:
-    from pn_compiler.export import Report
 
 logger = logging.getLogger(__name__)
 
@@ -40,6 +34,7 @@ def transform(
     proxy: bool = True,
     proxy_padding: ProxyPadding = "activation",
     warm_start: WarmStart = "auto",
+    calibration: Iterable[Any] | None = None,
     strict: bool = False,
     norm_only_bias: bool = True,
     leaves: Sequence[str | type[nn.Module]] = (),
@@ -66,7 +61,11 @@ def transform(
             ("activation", exact to fold) or behind it ("output", as the reference implementation).
         warm_start: "auto" computes weight and bias from the running statistics where a BatchNorm has
             been trained, and keeps them as they are elsewhere; "running_stats" and "none" do one or the
-            other everywhere. A warm start adds proxy normalization only where the consumers can undo it.
+            other everywhere; "calibrate" fits them to `calibration` (docs/calibration.md). A warm start
+            adds proxy normalization only where the consumers can undo it.
+        calibration: unlabelled samples for warm_start="calibrate": batches of inputs, such as a DataLoader
+            or a list, as for `diagnose`. They are read twice. Their first sample stands for
+            `example_inputs` where those are not given.
         strict: raise if any BatchNorm is refused, or converted in another way than asked for.
         norm_only_bias: whether a normalizer without an activation behind it keeps its bias when it does
             not start warm; the reference implementation has none there.
@@ -98,10 +97,45 @@ def transform(
     if is_converted(model):
         raise ConfigError("the model is already converted")
     inputs = Inputs.of(example_inputs, example_kwargs)
+    calibrated = None
+    if calibration is not None:
+        calibration = batches_of(calibration, again=True)
+        inputs = inputs or first_sample(calibration)
+    if config.warm_start == "calibrate":
+        calibrated = calibrate_model(model, inputs, config, calibration, leaves)
     with fake_mode(model):
         traced = trace(model, inputs, leaves)
-        convert(traced, model, inputs, config, strict=strict)
+        convert(traced, model, inputs, config, calibrated, strict=strict)
     return traced.root
+
+
+def first_sample(batches: Iterable[Any]) -> Inputs:
+    """The first sample of `batches`, as a batch of one. Raises ConfigError if there is none."""
+    first = next(iter(batches), None)
+    if first is None:
+        raise ConfigError("there is no batch for the calibration: batches is empty")
+    return inputs_of(first).map(lambda x: x[:1] if x.dim() else x)
+
+
+def calibrate_model(
+    model: nn.Module,
+    inputs: Inputs | None,
+    config: TransformConfig,
+    batches: Iterable[Any] | None,
+    leaves: Sequence[str | type[nn.Module]] = (),
+) -> dict[str, Calibrated]:
+    """Weight and bias of the normalizer of each site of `model`, by path, fitted to `batches`."""
+    if batches is None:
+        raise ConfigError("warm_start='calibrate' needs samples: give calibration=, batches of inputs")
+    teacher, student = trace(model, inputs, leaves), trace(model, inputs, leaves)
+    for region in teacher.regions:
+        _infer_shapes(region, inputs)
+        run_pipeline(preparation_pipeline(), region.graph)
+        region.finish()
+    plain = dataclasses.replace(config, proxy=False)  # the normalizers alone, as modules of their own
+    convert(student, model, inputs, plain)
+    names = [site.name for site in sites(student.root) if site.kind != "skipped"]
+    return calibrate(student.root, teacher.root, names, batches)
 
 
 def convert(
@@ -109,6 +143,7 @@ def convert(
     model: nn.Module,
     inputs: Inputs | None,
     config: TransformConfig,
+    calibrated: Mapping[str, Calibrated] | None = None,
     *,
     strict: bool = False,
     progress: Progress | None = None,
@@ -117,10 +152,13 @@ def convert(
     table: dict[str, Site] = {}
     all_notes = [*traced.notes]
     for region in traced.regions:
-        if inputs is not None and not region.prefix and region.owner is None:
-            record_pixels(region.graph, inputs)
-        infer_ranks(region.graph, None if region.prefix else inputs)
-        result = run_pipeline(transform_pipeline(config), region.graph, progress)
+        _infer_shapes(region, inputs)
+        own = {
+            name.removeprefix(region.prefix): found
+            for name, found in (calibrated or {}).items()
+            if name.startswith(region.prefix)
+        }
+        result = run_pipeline(transform_pipeline(config, own), region.graph, progress)
         region.finish()
         for name, site in take_sites(region.graph).items():
             alone = region.owner is not None and site.code == "PN201"
@@ -136,6 +174,13 @@ def convert(
     if strict and refused:
         raise RefusedError("; ".join(refused))
     record(traced.root, found, tuple(all_notes))
+
+
+def _infer_shapes(region: Region, inputs: Inputs | None) -> None:
+    """What the passes ask of shapes, from a call of the whole model if there is one."""
+    if inputs is not None and not region.prefix and region.owner is None:
+        record_pixels(region.graph, inputs)
+    infer_ranks(region.graph, None if region.prefix else inputs)
 
 
 def _account(
@@ -196,137 +241,3 @@ def fold(model: nn.Module, *, progress: Progress | None = None) -> nn.Module:
     if is_converted(model):
         record(traced.root, sites(model), notes(model))
     return traced.root.requires_grad_(False)
-
-
-def export_onnx(
-    model: nn.Module,
-    path: str | os.PathLike[str],
-    example_inputs: Any,
-    *,
-    example_kwargs: Mapping[str, Any] | None = None,
-    opset_version: int = 20,
-    dynamic_batch: bool = True,
-    verify: bool = True,
-    progress: Progress | None = None,
-) -> "Report":
-    """Folds `model` if it holds proxy normalization, exports it to ONNX and compares the two.
-
-    Args:
-        model: a result of `transform` or `fold`, or any other module. It is left untouched.
-        path: the ONNX file, written whole or not at all.
-        example_inputs: a tensor, or a tuple of tensors and nested tuples, lists and dicts of them; the
-            first axis is the batch.
-        example_kwargs: arguments that are given by name.
-        opset_version: ONNX operator set, 18 to 24. The default, with its IR version 9, is loaded by
-            onnxruntime 1.17 and later.
-        dynamic_batch: whether the file takes any batch size, or only that of the example.
-        verify: compare the file, in onnxruntime with optimizations off and on, at batch 1 and 3, with
-            `model` in float64. The error relative to the largest output may be 1e-4, or four times that of
-            PyTorch in float32 where this is more; the report states it.
-        progress: called with the name of each stage.
-
-    Returns:
-        The report; ``str`` of it is for people, ``to_json()`` for machines.
-
-    Raises:
-        ExportError: the model cannot be exported, or the file not written.
-        VerificationError: the ONNX model computes something else; there is no file then.
-    """
-    from pn_compiler.export import Report, check_writable  # onnx is only imported when it is needed
-
-    check_writable(Path(path))
-    inputs = Inputs.of(example_inputs, example_kwargs) or Inputs()
-    report = Report(parameters_before=count_parameters(model))
-    return _export(
-        copy_model(unwrap(model)).cpu().eval(), Path(path), inputs, report, progress,
-        opset_version=opset_version, dynamic_batch=dynamic_batch, verify=verify,
-    )  # fmt: skip
-
-
-def compile(  # noqa: A001  # the name that users of torch.compile look for
-    model: nn.Module,
-    path: str | os.PathLike[str],
-    example_inputs: Any = None,
-    *,
-    example_kwargs: Mapping[str, Any] | None = None,
-    input_shape: tuple[int, ...] | None = None,
-    norm: Norm = "layer",
-    num_groups: int | None = None,
-    proxy: bool = True,
-    proxy_padding: ProxyPadding = "activation",
-    warm_start: WarmStart = "auto",
-    strict: bool = False,
-    leaves: Sequence[str | type[nn.Module]] = (),
-    opset_version: int = 20,
-    dynamic_batch: bool = True,
-    verify: bool = True,
-    progress: Progress | None = None,
-) -> "Report":
-    """From a trained BatchNorm network to a verified batch-independent ONNX file, in one call.
-
-    Transforms `model` (unless it is converted already), folds, exports and verifies: see `transform`,
-    `fold` and `export_onnx` for the options.
-
-    Args:
-        model: left untouched; compiled as in eval mode.
-        path: the ONNX file.
-        example_inputs, example_kwargs: arguments of a call, as for `transform`.
-        input_shape: shape of a single float input, batch included, instead of `example_inputs`. Without
-            either the shape is guessed from the first layer, and the report says so.
-
-    Returns:
-        The report, with the table of sites.
-
-    Raises:
-        ConfigError: an impossible option, or an input shape that is missing or does not fit.
-        Others: as `transform` and `export_onnx`.
-    """
-    from pn_compiler.export import Report, check_writable, timed
-
-    check_writable(Path(path))
-    config = TransformConfig(
-        norm=norm, num_groups=num_groups, proxy=proxy,
-        proxy_padding=proxy_padding, warm_start=warm_start,
-    )  # fmt: skip
-    model = copy_model(unwrap(model)).cpu().eval()
-    if is_converted(model) and (leaves or config != TransformConfig()):
-        raise ConfigError("the model is already converted: options of transform have no effect")
-    report = Report(parameters_before=count_parameters(model))
-    say = progress or (lambda stage: None)
-    given = Inputs.of(example_inputs, example_kwargs)
-    with timed(report, "transform", say):
-        traced = trace(model, given, leaves)
-        report.operators_before = count_operators(region.graph for region in traced.regions)
-        inputs, report.input_shape_source = choose_inputs(model, traced.root, given, input_shape)
-        if not is_converted(model):
-            convert(traced, model, inputs, config, strict=strict, progress=say)
-        else:
-            record(traced.root, sites(model), notes(model))
-    report.sites, report.notes = sites(traced.root), notes(traced.root)
-    return _export(
-        traced.root, Path(path), inputs, report, say,
-        opset_version=opset_version, dynamic_batch=dynamic_batch, verify=verify,
-    )  # fmt: skip
-
-
-def _export(
-    model: nn.Module,
-    path: Path,
-    inputs: Inputs,
-    report: "Report",
-    progress: Progress | None,
-    *,
-    opset_version: int,
-    dynamic_batch: bool,
-    verify: bool,
-) -> "Report":
-    from pn_compiler.export import timed, write_onnx
-
-    folded = model
-    if any(isinstance(module, ProxyNormAct) for module in model.modules()):
-        with timed(report, "fold", progress or (lambda stage: None)):
-            folded = fold(model)
-    return write_onnx(
-        folded, model, path, inputs, report=report, progress=progress,
-        opset_version=opset_version, dynamic_batch=dynamic_batch, verify=verify,
-    )  # fmt: skip

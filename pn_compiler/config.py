@@ -8,7 +8,7 @@ from pn_compiler.errors import ConfigError
 
 Norm = Literal["layer", "group", "instance"]
 ProxyPadding = Literal["activation", "output"]
-WarmStart = Literal["auto", "running_stats", "none"]
+WarmStart = Literal["auto", "running_stats", "calibrate", "none"]
 
 DEFAULT_NUM_GROUPS = 32  # Wu & He 2018, "Group Normalization"
 MIN_CHANNELS_PER_GROUP = 8

@@ -31,6 +31,7 @@ CODES: dict[str, tuple[Severity, str]] = {
     "PN206": ("warning", "instance or group statistics of [N, C] inputs: LayerNorm over C instead"),
     "PN207": ("note", "warm start inexact at the border of a zero-padded convolution"),
     "PN208": ("note", "several activations read the BatchNorm's output"),
+    "PN209": ("note", "calibration leaves more than a tenth of the BatchNorm's variance unexplained"),
 }
 
 
@@ -71,7 +72,10 @@ class Site:
         activation: name of the activation that follows, such as "relu"; None if there is none.
         code: code of the reason why it is not "pn", or of the most important remark; None if none.
         reason: that remark in words; empty if none.
-        warm_start: whether weight and bias were computed from running statistics.
+        warm_start: whether weight and bias were computed from running statistics or calibration data.
+        residual: share of the variance of the BatchNorm's output, on the calibration data, that no weight
+            and bias of the normalizer reproduces; None if it was not calibrated.
+        static: whether the normalizer became a constant scale and shift, by `pn_compiler.freeze_statistics`.
     """
 
     name: str
@@ -82,6 +86,8 @@ class Site:
     code: str | None = None
     reason: str = ""
     warm_start: bool = False
+    residual: float | None = None
+    static: bool = False
 
 
 def skipped(diagnostic: Diagnostic) -> Site:
@@ -92,14 +98,17 @@ def skipped(diagnostic: Diagnostic) -> Site:
 
 def format_sites(sites: tuple[Site, ...]) -> str:
     """A table of `sites` for a terminal, one line a BatchNorm."""
-    header = ("site", "kind", "norm", "groups", "activation", "remark")
+    calibrated = any(s.residual is not None for s in sites)
+    extra = ("residual",) if calibrated else ()
+    header = ("site", "kind", "norm", "groups", "activation", *extra, "remark")
     rows = [
         (
             s.name,
             s.kind,
-            s.norm or "-",
+            f"{s.norm or '-'}{', static' if s.static else ''}",
             str(s.num_groups or "-"),
             s.activation or "-",
+            *(("-" if s.residual is None else f"{100 * s.residual:.1f} %",) if calibrated else ()),
             f"{s.code} {s.reason}" if s.code else "",
         )
         for s in sites

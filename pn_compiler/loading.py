@@ -96,7 +96,7 @@ def _archive_names(path: Path) -> list[str]:
     except OSError as error:
         raise LoadError(f"cannot read {path}: {error.strerror or error}") from error
     except Exception as error:  # a damaged directory of the archive
-        raise LoadError(f"{path} is damaged: {_first_line(error)}") from error
+        raise LoadError(f"{path} is damaged: {first_line(error)}") from error
     if not start:
         raise LoadError(f"{path} is empty")
     if start.startswith(b"PK"):
@@ -115,7 +115,7 @@ def _archive_names(path: Path) -> list[str]:
 def _unpickle(path: Path, allow: Sequence[str], *, unsafe: bool) -> Any:
     try:
         if unsafe:
-            _import_from_here()
+            import_from_here()
             return torch.load(path, map_location="cpu", weights_only=False)
         named = sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path))
         with torch.serialization.safe_globals(_admit_all(path, named, allow)):
@@ -123,7 +123,7 @@ def _unpickle(path: Path, allow: Sequence[str], *, unsafe: bool) -> Any:
     except LoadError:
         raise
     except Exception as error:  # whatever a damaged or hostile file provokes
-        raise LoadError(f"cannot load {path}: {_first_line(error)}") from error
+        raise LoadError(f"cannot load {path}: {first_line(error)}") from error
 
 
 def _admit_all(path: Path, names: list[str], allow: Sequence[str]) -> list[Any]:
@@ -140,13 +140,13 @@ def _admit(name: str, allow: Sequence[str]) -> Any:
     if name in _HARMLESS:
         return _HARMLESS[name]
     if name in allow and not name.startswith(_SOURCE_TEXT):
-        _import_from_here()
-        return _resolve(name)
+        import_from_here()
+        return resolve(name)
     functions = {f"{f.__module__}.{f.__name__}": f for f in activation_functions()}
     if name in functions:
         return functions[name]
     if any(name.startswith(f"{library}.") for library in _LIBRARIES):
-        found = _resolve(name)
+        found = resolve(name)
         if inspect.isclass(found) and issubclass(found, nn.Module) and not _runs_code(found):
             return found
     return None
@@ -177,7 +177,7 @@ def _runs_code(cls: type[nn.Module]) -> bool:
     return issubclass(cls, fx.GraphModule | torch.jit.ScriptModule)
 
 
-def _resolve(name: str) -> Any:
+def resolve(name: str) -> Any:
     """The object with the dotted `name`, importing what holds it."""
     parts = name.split(".")
     for split in range(len(parts) - 1, 0, -1):
@@ -189,7 +189,7 @@ def _resolve(name: str) -> Any:
                 continue
             raise LoadError(f"importing {module} failed: {error}") from error
         except Exception as error:
-            raise LoadError(f"importing {module} failed: {_first_line(error)}") from error
+            raise LoadError(f"importing {module} failed: {first_line(error)}") from error
         try:
             return functools.reduce(getattr, parts[split:], found)
         except AttributeError:
@@ -197,7 +197,7 @@ def _resolve(name: str) -> Any:
     raise LoadError(f"{name} cannot be imported: install the package that defines it")
 
 
-def _import_from_here() -> None:
+def import_from_here() -> None:
     """Code that the user asked for may stand in the current folder, as with ``python -m``."""
     if "" not in sys.path and str(Path.cwd()) not in sys.path:
         sys.path.insert(0, str(Path.cwd()))
@@ -244,18 +244,18 @@ def _make(arch: str) -> nn.Module:
     module_name, colon, factory_name = arch.partition(":")
     if not (module_name and colon and factory_name):
         raise LoadError(f"--arch {arch}: expected package.module:factory")
-    _import_from_here()
-    factory: Callable[[], Any] = _resolve(f"{module_name}.{factory_name}")
+    import_from_here()
+    factory: Callable[[], Any] = resolve(f"{module_name}.{factory_name}")
     try:
         model = factory()
     except Exception as error:
-        raise LoadError(f"--arch {arch} failed: {_first_line(error)}") from error
+        raise LoadError(f"--arch {arch} failed: {first_line(error)}") from error
     if not isinstance(model, nn.Module):
         raise LoadError(f"--arch {arch} made a {type(model).__name__}, not an nn.Module")
     return model
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
@@ -271,7 +271,7 @@ def _load_program(path: Path, names: list[str], *, unsafe: bool) -> LoadedModel:
     except LoadError:
         raise
     except Exception as error:
-        raise LoadError(f"cannot load {path}: {_first_line(error)}") from error
+        raise LoadError(f"cannot load {path}: {first_line(error)}") from error
     for node in program.graph.nodes:
         if _runs_in_train_mode(node):
             raise LoadError(

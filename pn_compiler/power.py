@@ -3,21 +3,18 @@
 import contextlib
 import functools
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
-from tqdm import tqdm
 
 from pn_compiler.diagnosis import Diagnosis, SitePower
-from pn_compiler.errors import ConfigError, PnCompilerError
+from pn_compiler.errors import ConfigError
+from pn_compiler.evaluation import batches_of, each_batch, run, untouched
 from pn_compiler.graph_module import is_converted, sites
-from pn_compiler.graph_utils import has_values
-from pn_compiler.inputs import Inputs
-from pn_compiler.module_state import ModuleState
 from pn_compiler.nn import ProxyNormAct
 from pn_compiler.regions import unwrap
 from pn_compiler.tracing import refuse_uninitialised
@@ -71,18 +68,11 @@ def diagnose(
     """
     model = unwrap(model)
     refuse_uninitialised(model)
-    if isinstance(batches, Tensor | Mapping):
-        batches = [batches]
     recorder = _Recorder(batch_statistics=batch_statistics, affine=affine)
-    tensors = [*model.parameters(), *model.buffers()]
-    if not all(map(has_values, tensors)):
-        raise ConfigError("the model has no values: its tensors are on the meta device, or fake")
-    with _untouched(model, tensors, batch_statistics), recorder.hooked(model):
-        for number, batch in enumerate(tqdm(batches, desc="diagnosis", disable=None, leave=False), start=1):
-            inputs = _inputs(batch)
-            if tensors:
-                inputs = inputs.map(lambda x: x.to(tensors[0].device))
-            recorder.run(model, inputs, f"batch {number}")
+    with untouched(model, batch_statistics=batch_statistics), recorder.hooked(model):
+        for name, inputs in each_batch(model, batches_of(batches), "diagnosis"):
+            recorder.begin(name)
+            run(model, inputs, name)
     notes = [] if affine else _warm_note(model)
     return recorder.result(notes)
 
@@ -91,35 +81,6 @@ def _warm_note(model: nn.Module) -> list[str]:
     warm = sum(site.warm_start for site in sites(model)) if is_converted(model) else 0
     text = f"{warm} sites started warm: their bias undoes a part of what P1 shows, see affine=True"
     return [text] if warm else []
-
-
-def _inputs(batch: Any) -> Inputs:
-    if isinstance(batch, Inputs):
-        return batch
-    if isinstance(batch, Mapping):
-        return Inputs((), dict(batch))
-    return Inputs(tuple(batch[:1]) if isinstance(batch, tuple | list) else (batch,))
-
-
-@contextlib.contextmanager
-def _untouched(model: nn.Module, tensors: list[Tensor], batch_statistics: bool) -> Iterator[None]:
-    """Eval mode, eager and without gradients; all as before at the end."""
-    modes = [(module, module.training) for module in model.modules()]
-    state = ModuleState(model)
-    norms = [module for module, _ in modes if isinstance(module, _BatchNorm)]
-    running = [(b, b.clone()) for norm in norms for b in norm.buffers(False) if batch_statistics]
-    gpus = {tensor.get_device() for tensor in tensors if tensor.is_cuda}
-    with torch.random.fork_rng(gpus), torch.no_grad(), torch.compiler.set_stance("force_eager"):
-        try:
-            for module, _ in modes:  # not model.eval(), which some models override to do more
-                module.training = batch_statistics and isinstance(module, _BatchNorm)
-            yield
-        finally:
-            state.restore()
-            for buffer, value in running:  # batch_norm overwrites them behind the back of their version
-                buffer.copy_(value)
-            for module, training in modes:
-                module.training = training
 
 
 class _Moments:
@@ -169,19 +130,9 @@ class _Recorder:
             for handle in handles:
                 handle.remove()
 
-    def run(self, model: nn.Module, inputs: Inputs, batch: str) -> None:
+    def begin(self, batch: str) -> None:
         self.batch = batch
         self.calls.clear()
-        if not all(bool(x.isfinite().all()) for x in inputs.tensors()):
-            raise ConfigError(f"{batch} holds values that are nan or infinite")
-        try:
-            inputs.call(model)
-        except PnCompilerError:
-            raise
-        except Exception as error:
-            given = ", ".join(f"{list(x.shape)} {x.dtype}".replace("torch.", "") for x in inputs.tensors())
-            cause = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise ConfigError(f"the model does not run on {batch} ({given}): {cause}") from error
 
     def _record(self, name: str, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         x = args[0] if args else next(iter(kwargs.values()))
@@ -198,8 +149,6 @@ class _Recorder:
             self.moments.setdefault(site, (module, _Moments()))[1].add(mean_and_deviation)
 
     def result(self, notes: list[str]) -> Diagnosis:
-        if not self.batch:
-            raise ConfigError("there is no batch to diagnose with: batches is empty")
         rows, new = [], []
         notes = [*notes, *(f"{name}: left out, {text}" for name, text in self.notes.items())]
         for name, (module, moments) in self.moments.items():

@@ -19,7 +19,7 @@ def is_trained(norm: _BatchNorm) -> bool:
 
 def is_warm(norm: _BatchNorm, mode: WarmStart) -> bool:
     """Whether `norm` is replaced with a warm start in this mode of `transform`."""
-    return mode == "running_stats" or (mode == "auto" and is_trained(norm))
+    return mode in ("running_stats", "calibrate") or (mode == "auto" and is_trained(norm))
 
 
 def plain_affine(norm: _BatchNorm) -> tuple[Tensor, Tensor]:

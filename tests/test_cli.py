@@ -8,6 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import pn_compiler
@@ -120,6 +122,31 @@ def test_diagnose_a_converted_model_and_a_program(folder: Path, capsys: pytest.C
     assert json.loads((folder / "r.json").read_text())["converted"]["sites"][0]["samples"] == 4  # two by two
 
 
+def test_diagnose_the_same_from_all_kinds_of_data(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (6, 12, 10, 3), np.uint8)
+    (folder / "images").mkdir()
+    for index, image in enumerate(pixels):
+        Image.fromarray(image).save(folder / "images" / f"{index}.png")
+    centre = torch.from_numpy(pixels)[:, 2:10, 1:9] / 255
+    values = ((centre - 0.5) / torch.tensor([0.1, 0.2, 0.3])).permute(0, 3, 1, 2).contiguous()
+    np.save(folder / "data.npy", values.numpy())
+    save_file({"x": values}, folder / "data.safetensors")
+    (folder / "my_batches.py").write_text(
+        "import numpy\ndef batches(): return numpy.array_split(numpy.load('data.npy'), 3)"
+    )
+    images = ("images", "--crop", "8", "--mean", "0.5", "0.5", "0.5", "--std", "0.1,0.2,0.3")
+    found = []
+    for data in (("data.npy",), ("data.safetensors",), ("my_batches:batches", "--allow-data-code"), images):
+        status, out, err = run(capsys, "model.pt", "--diagnose", *data)
+        assert (status, err) == (cli.DONE, "")
+        found.append(out)
+    assert found[0].startswith("power of the normalizers' outputs, as given")
+    assert set(found) == {found[0]}
+    status, out, _ = run(capsys, "model.pt", "--diagnose", "images", "--resize", "8,9", "--report", "r.json")
+    assert status == cli.DONE
+    assert out != found[0]
+
+
 def test_list_passes_and_version(capsys: pytest.CaptureFixture[str]) -> None:
     status, out, _ = run(capsys, "--list-passes")
     assert status == cli.DONE
@@ -157,6 +184,10 @@ def test_strict_is_status_3(capsys: pytest.CaptureFixture[str]) -> None:
         (("model.pt", "--diagnose", "missing.npy"), "cannot read missing.npy: No such file"),
         (("model.pt", "--diagnose", "gray.npy"), "does not run on batch 1 ([2, 1, 8, 8] float32): "),
         (("model.pt", "--diagnose", "gray.npy", "--report", "gray.npy"), "is named twice"),
+        (("model.pt", "--diagnose", "gray.npy", "--resize", "8"), "not a folder of images, for which"),
+        (("model.pt", "--diagnose", "a.b:c"), "only imported and called with --allow-data-code"),
+        (("model.pt", "--diagnose", "a.b:c", "--allow-data-code"), "a.b:c: a.b.c cannot be imported"),
+        (("model.pt", "--diagnose", "."), "holds no images: expected files .jpg"),
         (("model.pt", "--diagnose", "gray.npy", "--report", "nowhere/r.json"), "cannot write nowhere/r.json"),
     ],
 )  # fmt: skip
@@ -196,6 +227,11 @@ def test_a_target_in_a_read_only_file_system(folder: Path, capsys: pytest.Captur
         ("model.pt", "-o", "m.onnx", "--diagnose", "data.npy"),
         ("model.pt", "--dry-run", "--diagnose", "data.npy"),
         ("model.pt", *SHAPE, "--diagnose", "data.npy"),
+        ("model.pt", "-o", "m.onnx", "--mean", "0.5"),
+        ("model.pt", "--dry-run", "--allow-data-code"),
+        ("model.pt", "--diagnose", "data", "--resize", "1,2,3"),
+        ("model.pt", "--diagnose", "data", "--crop", "0"),
+        ("model.pt", "--diagnose", "data", "--std", "0.5,x"),
     ],
 )
 def test_wrong_usage_is_status_2(capsys: pytest.CaptureFixture[str], arguments: tuple[str, ...]) -> None:

@@ -1,0 +1,126 @@
+"""The arguments of the command ``pn-compile``."""
+
+import argparse
+import importlib.metadata
+from pathlib import Path
+
+DATA_OPTIONS = ("mean", "std", "resize", "crop", "allow_data_code")
+
+
+def _shape(text: str, example: str = "1,3,224,224") -> tuple[int, ...]:
+    try:
+        sizes = tuple(int(size) for size in text.replace("x", ",").split(","))
+    except ValueError:
+        sizes = ()
+    if not sizes or any(size < 1 for size in sizes):
+        raise argparse.ArgumentTypeError(f"{text!r}: expected positive sizes such as {example}")
+    return sizes
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected a positive number")
+    return int(text)
+
+
+def _size(text: str) -> int | tuple[int, ...]:
+    sizes = _shape(text, "256 or 192,256")
+    if len(sizes) > 2:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected one size, or height and width")
+    return sizes if len(sizes) == 2 else sizes[0]
+
+
+def _numbers(text: str) -> tuple[float, ...]:
+    try:
+        return tuple(float(number) for number in text.replace(",", " ").split())
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected numbers such as 0.5,0.5,0.5") from error
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="pn-compile",
+        description="Compiles a PyTorch model with BatchNorm into a verified, batch-independent ONNX file.",
+        epilog="A model file runs no code when it is loaded, unless you pass --unsafe-pickle; --arch, "
+        "--allow and --allow-data-code import the packages that are named.",
+    )
+    parser.add_argument("model", nargs="?", type=Path, help="model.pt, checkpoint or exported program (.pt2)")
+    parser.add_argument("-o", "--output", type=Path, metavar="FILE", help="the ONNX file to write")
+    parser.add_argument("--report", type=Path, metavar="FILE", help="write the report as JSON, too")
+    parser.add_argument("--dry-run", action="store_true", help="print the table of sites, write nothing")
+    parser.add_argument(
+        "--diagnose", metavar="DATA",
+        help="print the power decomposition of each normalizer, before and after conversion, on samples",
+    )  # fmt: skip
+    parser.add_argument("--list-passes", action="store_true", help="print the pipeline and exit")
+    version = importlib.metadata.version("pn-compiler")
+    parser.add_argument("--version", action="version", version=f"pn-compile {version}")
+    parser.add_argument("-v", "--verbose", action="count", default=0, help="say more; twice: even more")
+
+    source = parser.add_argument_group("the model file")
+    source.add_argument("--arch", metavar="PACKAGE.MODULE:FACTORY", help="makes the module of a state_dict")
+    source.add_argument(
+        "--allow", metavar="PACKAGE.MODULE.CLASS", action="append", default=[],
+        help="a class that the file may use, beside those of torch.nn, torchvision and timm",
+    )  # fmt: skip
+    source.add_argument("--unsafe-pickle", action="store_true", help="let the file run any code it brings")
+    source.add_argument(
+        "--input-shape", type=_shape, action="append", metavar="N,C,H,W",
+        help="shape of an input, batch included; once for each input. Default: from the file, else the "
+        "channels of the first layer and 224 pixels",
+    )  # fmt: skip
+
+    _add_data_options(parser)
+
+    conversion = parser.add_argument_group("conversion")
+    conversion.add_argument("--norm", choices=("layer", "group", "instance"), default="layer")
+    conversion.add_argument("--num-groups", type=_positive, metavar="G", help="implies --norm group")
+    conversion.add_argument(
+        "--proxy", action=argparse.BooleanOptionalAction, default=True, help="proxy normalization"
+    )
+    conversion.add_argument("--proxy-padding", choices=("activation", "output"), default="activation")
+    conversion.add_argument(
+        "--warm-start", choices=("auto", "running_stats", "none"),
+        help="what weight and bias are computed from (default: --calibrate, else the running statistics "
+        "where a BatchNorm was trained)",
+    )  # fmt: skip
+    conversion.add_argument(
+        "--calibrate", metavar="DATA",
+        help="fit weight and bias to unlabelled samples; some hundred are enough",
+    )  # fmt: skip
+    conversion.add_argument(
+        "--distill", type=_positive, metavar="STEPS",
+        help="train the result for some steps, 150 for example, to give the outputs of the original on the "
+        "samples of --calibrate",
+    )  # fmt: skip
+    conversion.add_argument(
+        "--leaf", dest="leaves", metavar="PATH", action="append", default=[],
+        help="a module, such as backbone.neck, whose forward must not be traced",
+    )  # fmt: skip
+    conversion.add_argument("--strict", action="store_true", help="exit with 3 if a BatchNorm is refused")
+
+    export = parser.add_argument_group("ONNX")
+    export.add_argument("--opset", type=_positive, default=20, metavar="N", help="18 to 24 (default: 20)")
+    export.add_argument("--static-batch", action="store_true", help="fix the batch to that of the input")
+    export.add_argument(
+        "--verify", action=argparse.BooleanOptionalAction, default=True,
+        help="compare with PyTorch before writing",
+    )  # fmt: skip
+    return parser
+
+
+def _add_data_options(parser: argparse.ArgumentParser) -> None:
+    data = parser.add_argument_group(
+        "data",
+        "DATA is a file .npy, .npz or .safetensors of samples, preprocessed as for training; a folder of "
+        "images, which are prepared as by torchvision's Resize, CenterCrop, ToTensor and Normalize; or "
+        "package.module:function, which yields batches.",
+    )
+    data.add_argument(
+        "--mean", type=_numbers, nargs="+", metavar="M",
+        help="for each channel, of pixels on the scale 0 to 1, such as 0.485,0.456,0.406; goes with --std",
+    )  # fmt: skip
+    data.add_argument("--std", type=_numbers, nargs="+", metavar="S", help="for each channel, on that scale")
+    data.add_argument("--resize", type=_size, metavar="N", help="pixels of the shorter side, or H,W")
+    data.add_argument("--crop", type=_size, metavar="N", help="side of the centre that is kept, or H,W")
+    data.add_argument("--allow-data-code", action="store_true", help="let DATA be package.module:function")

@@ -1,0 +1,177 @@
+"""The public functions export_onnx and compile."""
+
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from pn_compiler.api import calibrate_model, convert, first_sample, fold
+from pn_compiler.config import Norm, ProxyPadding, TransformConfig, WarmStart
+from pn_compiler.distillation import distill
+from pn_compiler.errors import ConfigError
+from pn_compiler.evaluation import batches_of
+from pn_compiler.graph_module import is_converted, notes, record, sites
+from pn_compiler.graph_utils import count_operators, count_parameters
+from pn_compiler.input_shape import choose_inputs
+from pn_compiler.inputs import Inputs
+from pn_compiler.nn import ProxyNormAct
+from pn_compiler.pass_base import Progress
+from pn_compiler.regions import copy_model, trace, unwrap
+
+if TYPE_CHECKING:
+    from pn_compiler.export import Report
+
+
+def export_onnx(
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    example_inputs: Any,
+    *,
+    example_kwargs: Mapping[str, Any] | None = None,
+    opset_version: int = 20,
+    dynamic_batch: bool = True,
+    verify: bool = True,
+    progress: Progress | None = None,
+) -> "Report":
+    """Folds `model` if it holds proxy normalization, exports it to ONNX and compares the two.
+
+    Args:
+        model: a result of `transform` or `fold`, or any other module. It is left untouched.
+        path: the ONNX file, written whole or not at all.
+        example_inputs: a tensor, or a tuple of tensors and nested tuples, lists and dicts of them; the
+            first axis is the batch.
+        example_kwargs: arguments that are given by name.
+        opset_version: ONNX operator set, 18 to 24. The default, with its IR version 9, is loaded by
+            onnxruntime 1.17 and later.
+        dynamic_batch: whether the file takes any batch size, or only that of the example.
+        verify: compare the file, in onnxruntime with optimizations off and on, at batch 1 and 3, with
+            `model` in float64. The error relative to the largest output may be 1e-4, or four times that of
+            PyTorch in float32 where this is more; the report states it.
+        progress: called with the name of each stage.
+
+    Returns:
+        The report; ``str`` of it is for people, ``to_json()`` for machines.
+
+    Raises:
+        ExportError: the model cannot be exported, or the file not written.
+        VerificationError: the ONNX model computes something else; there is no file then.
+    """
+    from pn_compiler.export import Report, check_writable  # onnx is only imported when it is needed
+
+    check_writable(Path(path))
+    inputs = Inputs.of(example_inputs, example_kwargs) or Inputs()
+    report = Report(parameters_before=count_parameters(model))
+    return _export(
+        copy_model(unwrap(model)).cpu().eval(), Path(path), inputs, report, progress,
+        opset_version=opset_version, dynamic_batch=dynamic_batch, verify=verify,
+    )  # fmt: skip
+
+
+def compile(  # noqa: A001  # the name that users of torch.compile look for
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    example_inputs: Any = None,
+    *,
+    example_kwargs: Mapping[str, Any] | None = None,
+    input_shape: tuple[int, ...] | None = None,
+    norm: Norm = "layer",
+    num_groups: int | None = None,
+    proxy: bool = True,
+    proxy_padding: ProxyPadding = "activation",
+    warm_start: WarmStart = "auto",
+    calibration: Iterable[Any] | None = None,
+    distill_steps: int = 0,
+    strict: bool = False,
+    leaves: Sequence[str | type[nn.Module]] = (),
+    opset_version: int = 20,
+    dynamic_batch: bool = True,
+    verify: bool = True,
+    progress: Progress | None = None,
+) -> "Report":
+    """From a trained BatchNorm network to a verified batch-independent ONNX file, in one call.
+
+    Transforms `model` (unless it is converted already), distills if asked to, folds, exports and verifies:
+    see `transform`, `distill`, `fold` and `export_onnx` for the options.
+
+    Args:
+        model: left untouched; compiled as in eval mode.
+        path: the ONNX file.
+        example_inputs, example_kwargs: arguments of a call, as for `transform`.
+        calibration: samples for warm_start="calibrate" and for `distill_steps`.
+        distill_steps: steps of `distill` towards the outputs of `model`; 0 leaves it out.
+        input_shape: shape of a single float input, batch included, instead of `example_inputs`. Without
+            either the shape is guessed from the first layer, and the report says so.
+
+    Returns:
+        The report, with the table of sites.
+
+    Raises:
+        ConfigError: an impossible option, or an input shape that is missing or does not fit.
+        Others: as `transform` and `export_onnx`.
+    """
+    from pn_compiler.export import Report, check_writable, timed
+
+    check_writable(Path(path))
+    config = TransformConfig(
+        norm=norm, num_groups=num_groups, proxy=proxy,
+        proxy_padding=proxy_padding, warm_start=warm_start,
+    )  # fmt: skip
+    model = copy_model(unwrap(model)).cpu().eval()
+    if is_converted(model) and (leaves or config != TransformConfig()):
+        raise ConfigError("the model is already converted: options of transform have no effect")
+    if is_converted(model) and distill_steps:
+        raise ConfigError("the model is already converted: distill it with its BatchNorm network as teacher")
+    if distill_steps and calibration is None:
+        raise ConfigError("distill_steps needs samples: give calibration=, batches of inputs")
+    report = Report(parameters_before=count_parameters(model))
+    say = progress or (lambda stage: None)
+    given = Inputs.of(example_inputs, example_kwargs)
+    if calibration is not None:
+        calibration = batches_of(calibration, again=True)
+        given = given if given or input_shape else first_sample(calibration)
+    calibrated = None
+    if config.warm_start == "calibrate":
+        with timed(report, "calibrate", say):
+            calibrated = calibrate_model(model, given, config, calibration, leaves)
+    with timed(report, "transform", say):
+        traced = trace(model, given, leaves)
+        report.operators_before = count_operators(region.graph for region in traced.regions)
+        inputs, report.input_shape_source = choose_inputs(model, traced.root, given, input_shape)
+        if not is_converted(model):
+            convert(traced, model, inputs, config, calibrated, strict=strict, progress=say)
+        else:
+            record(traced.root, sites(model), notes(model))
+    report.sites, report.notes = sites(traced.root), notes(traced.root)
+    converted = traced.root
+    if distill_steps:
+        with timed(report, "distill", say):
+            converted, report.distillation = distill(converted, model, calibration, steps=distill_steps)
+    return _export(
+        converted, Path(path), inputs, report, say,
+        opset_version=opset_version, dynamic_batch=dynamic_batch, verify=verify,
+    )  # fmt: skip
+
+
+def _export(
+    model: nn.Module,
+    path: Path,
+    inputs: Inputs,
+    report: "Report",
+    progress: Progress | None,
+    *,
+    opset_version: int,
+    dynamic_batch: bool,
+    verify: bool,
+) -> "Report":
+    from pn_compiler.export import timed, write_onnx
+
+    folded = model
+    if any(isinstance(module, ProxyNormAct) for module in model.modules()):
+        with timed(report, "fold", progress or (lambda stage: None)):
+            folded = fold(model)
+    return write_onnx(
+        folded, model, path, inputs, report=report, progress=progress,
+        opset_version=opset_version, dynamic_batch=dynamic_batch, verify=verify,
+    )  # fmt: skip

@@ -1,0 +1,106 @@
+"""Running a model on batches of samples, and leaving it as it was."""
+
+import contextlib
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from tqdm import tqdm
+
+from pn_compiler.errors import ConfigError, PnCompilerError
+from pn_compiler.graph_utils import has_values
+from pn_compiler.inputs import Inputs
+from pn_compiler.module_state import ModuleState
+
+
+def inputs_of(batch: Any) -> Inputs:
+    """The arguments in a batch: of (images, labels) the first, of a mapping all by name, else the one."""
+    if isinstance(batch, Inputs):
+        return batch
+    if isinstance(batch, Mapping):
+        return Inputs((), dict(batch))
+    return Inputs(tuple(batch[:1]) if isinstance(batch, tuple | list) else (batch,))
+
+
+def batches_of(batches: Any, *, again: bool = False) -> Iterable[Any]:
+    """What a user gave as batches; one tensor or mapping stands for one batch.
+
+    Args:
+        batches: an iterable of batches, such as a DataLoader or a list.
+        again: whether it is gone through more than once.
+
+    Raises:
+        ConfigError: `again`, and it is a generator or another iterator that is used up by the first time.
+    """
+    if isinstance(batches, Tensor | Mapping | Inputs):
+        return [batches]
+    if again and iter(batches) is batches:
+        raise ConfigError(
+            f"the batches are a {type(batches).__name__}, which can be read once, and they are read several "
+            "times: give a list, a DataLoader, or an object whose __iter__ starts again"
+        )
+    found: Iterable[Any] = batches
+    return found
+
+
+def each_batch(model: nn.Module, batches: Iterable[Any], title: str) -> Iterator[tuple[str, Inputs]]:
+    """Name and arguments of each batch, on the device of `model`, under a progress bar.
+
+    Raises:
+        ConfigError: a batch holds values that are nan or infinite, or there is none.
+    """
+    first = next(iter([*model.parameters(), *model.buffers()]), None)
+    name = ""
+    for number, batch in enumerate(tqdm(batches, desc=title, disable=None, leave=False), start=1):
+        name, inputs = f"batch {number}", inputs_of(batch)
+        if not all(bool(x.isfinite().all()) for x in inputs.tensors()):
+            raise ConfigError(f"{name} holds values that are nan or infinite")
+        yield name, inputs if first is None else inputs.map(lambda x: x.to(first.device))
+    if not name:
+        raise ConfigError(f"there is no batch for the {title}: batches is empty")
+
+
+def run(model: nn.Module, inputs: Inputs, name: str) -> Any:
+    """The outputs of `model`. Raises ConfigError, with the `name` of the inputs, if it does not run."""
+    try:
+        return inputs.call(model)
+    except PnCompilerError:
+        raise
+    except Exception as error:
+        given = ", ".join(f"{list(x.shape)} {x.dtype}".replace("torch.", "") for x in inputs.tensors())
+        cause = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ConfigError(f"the model does not run on {name} ({given}): {cause}") from error
+
+
+@contextlib.contextmanager
+def untouched(model: nn.Module, *, batch_statistics: bool = False) -> Iterator[None]:
+    """Eval mode, eager and without gradients; the model and torch's random numbers are as before at the end.
+
+    Args:
+        model: any module that has values.
+        batch_statistics: leave its BatchNorms in train mode.
+
+    Raises:
+        ConfigError: its tensors are on the meta device, or fake.
+    """
+    tensors = [*model.parameters(), *model.buffers()]
+    if not all(map(has_values, tensors)):
+        raise ConfigError("the model has no values: its tensors are on the meta device, or fake")
+    modes = [(module, module.training) for module in model.modules()]
+    state = ModuleState(model)
+    norms = [module for module, _ in modes if isinstance(module, _BatchNorm)]
+    running = [(b, b.clone()) for norm in norms for b in norm.buffers(False) if batch_statistics]
+    gpus = {tensor.get_device() for tensor in tensors if tensor.is_cuda}
+    with torch.random.fork_rng(gpus), torch.no_grad(), torch.compiler.set_stance("force_eager"):
+        try:
+            for module, _ in modes:  # not model.eval(), which some models override to do more
+                module.training = batch_statistics and isinstance(module, _BatchNorm)
+            yield
+        finally:
+            state.restore()
+            for buffer, value in running:  # batch_norm overwrites them behind the back of their version
+                buffer.copy_(value)
+            for module, training in modes:
+                module.training = training

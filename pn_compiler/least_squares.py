@@ -1,0 +1,67 @@
+"""Least squares of one tensor on another, per channel, over batches that come one after the other."""
+
+import torch
+from torch import Tensor
+
+_ROUNDING = 1e-12  # a channel whose standard deviation is below 1e-6 of its mean is constant
+
+
+class ChannelFit:
+    """y ~ slope * x + intercept for each channel, over all samples and pixels.
+
+    Holds means and sums of squared deviations in float64, merged batch by batch (Chan, Golub and LeVeque,
+    1983): memory does not grow with the number of samples, nothing cancels, and the order of the samples
+    changes the result by rounding only.
+
+    Attributes:
+        count: values of a channel so far.
+        mean_x, mean_y: [C].
+        xx, xy, yy: sums of products of the deviations from the means, [C].
+    """
+
+    def __init__(self) -> None:
+        self.count = 0
+        zero = torch.zeros((), dtype=torch.float64)
+        self.mean_x = self.mean_y = self.xx = self.xy = self.yy = zero
+
+    def add(self, x: Tensor, y: Tensor) -> None:
+        """Takes in x and y, each [N, C, *]."""
+        x, y = _by_channel(x), _by_channel(y)
+        count = x.shape[1]
+        if not count:
+            return
+        mean_x, mean_y = x.mean(1), y.mean(1)
+        dx, dy = x - mean_x[:, None], y - mean_y[:, None]
+        total = self.count + count
+        share = self.count * count / total
+        away_x, away_y = mean_x - self.mean_x, mean_y - self.mean_y
+        self.xx = self.xx + (dx * dx).sum(1) + share * away_x * away_x
+        self.xy = self.xy + (dx * dy).sum(1) + share * away_x * away_y
+        self.yy = self.yy + (dy * dy).sum(1) + share * away_y * away_y
+        self.mean_x = self.mean_x + away_x * (count / total)
+        self.mean_y = self.mean_y + away_y * (count / total)
+        self.count = total
+
+    def solve(self, default: Tensor) -> tuple[Tensor, Tensor]:
+        """(slope, intercept), float64 [C] on the CPU: slope = cov(x, y) / var(x).
+
+        `default` [C] is the slope where x is constant.
+        """
+        slope = torch.where(self._varies(self.xx, self.mean_x), self.xy / self.xx, default.double().cpu())
+        return slope, self.mean_y - slope * self.mean_x
+
+    def residual(self) -> float:
+        """Share of the variance of y, summed over channels, that the fit does not explain, from 0 to 1."""
+        explained = torch.where(self._varies(self.xx, self.mean_x), self.xy**2 / self.xx, 0)
+        varies = self._varies(self.yy, self.mean_y)
+        left, total = (self.yy - explained)[varies].clamp_min(0).sum(), self.yy[varies].sum()
+        return float(left / total) if total > 0 else 0.0
+
+    def _varies(self, squares: Tensor, mean: Tensor) -> Tensor:
+        """Whether deviations are more than the rounding of float32."""
+        return squares > _ROUNDING * self.count * mean**2
+
+
+def _by_channel(x: Tensor) -> Tensor:
+    """[N, C, *] -> [C, N * S], float64 on the CPU: not every device has it."""
+    return x.detach().transpose(0, 1).flatten(1).cpu().double()

@@ -1,0 +1,109 @@
+"""How far the outputs of a student are from those of its teacher."""
+
+import dataclasses
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from pn_compiler.errors import ConfigError
+
+TEMPERATURE = 4.0
+
+
+def output_loss(student: Any, teacher: Any) -> Tensor:
+    """The sum over all floating-point tensors of an output, other values being ignored.
+
+    A tensor [N, K] with K > 1 is taken for the logits of K classes: T^2 KL(softmax(t/T) || softmax(s/T)) at
+    the temperature T = 4, mean over N, in nats. It does not see a constant that is added to all K values of
+    a sample. Every other tensor counts by `relative_l2`.
+
+    Args:
+        student, teacher: outputs of one structure: tensors, and any nesting of tuples, lists, dicts and
+            dataclasses.
+
+    Returns:
+        A scalar, zero where the two are equal.
+
+    Raises:
+        ConfigError: the outputs differ in structure or shape, or hold no floating-point tensor.
+
+    Source: Hinton, Vinyals, Dean, "Distilling the Knowledge in a Neural Network" (arXiv 1503.02531). A
+    trained teacher is so sure of its training data that at T = 1 there is little to learn from.
+    """
+    return torch.stack([_kl(s, t) if is_logits(t) else _l2(s, t) for s, t in pairs(student, teacher)]).sum()
+
+
+def relative_l2(student: Any, teacher: Any) -> Tensor:
+    """|s - t|^2 / |t|^2 over all values of a tensor, summed over the tensors as in `output_loss`.
+
+    For outputs [N, K] that are no logits: regression, embeddings. Where the teacher's output is zero
+    everywhere it is |s|^2.
+    """
+    return torch.stack([_l2(s, t) for s, t in pairs(student, teacher)]).sum()
+
+
+def _kl(student: Tensor, teacher: Tensor) -> Tensor:
+    got, wanted = ((logits / TEMPERATURE).log_softmax(1) for logits in (student, teacher))
+    return TEMPERATURE**2 * F.kl_div(got, wanted, reduction="batchmean", log_target=True)
+
+
+def _l2(student: Tensor, teacher: Tensor) -> Tensor:
+    power = teacher.square().sum()
+    return (student - teacher).square().sum() / torch.where(power > 0, power, 1)
+
+
+def is_logits(output: Tensor) -> bool:
+    """Whether it has the shape of class logits, [N, K] with more than one class."""
+    return output.ndim == 2 and output.shape[1] > 1
+
+
+def agreement(student: Any, teacher: Any) -> float | None:
+    """Share of samples to which both give the same class, mean over outputs of logits; None without any."""
+    got, wanted = _floating(student), _floating(teacher)
+    both = [name for name, tensor in wanted.items() if name in got and got[name].shape == tensor.shape]
+    logits = [(got[name], wanted[name]) for name in both if is_logits(wanted[name])]
+    shares = [float((s.argmax(1) == t.argmax(1)).double().mean()) for s, t in logits]
+    return sum(shares) / len(shares) if shares else None
+
+
+def pairs(student: Any, teacher: Any) -> list[tuple[Tensor, Tensor]]:
+    """The floating-point tensors of both, in float32 or wider. Raises as `output_loss`."""
+    got, wanted = _floating(student), _floating(teacher)
+    if not wanted:
+        raise ConfigError("the teacher's output holds no floating-point tensor: there is nothing to learn")
+    if got.keys() != wanted.keys():
+        raise ConfigError(
+            f"the outputs do not fit: the model gives {', '.join(got) or 'no floating-point tensor'}, the "
+            f"teacher {', '.join(wanted)}"
+        )
+    for name, tensor in wanted.items():
+        if got[name].shape != tensor.shape:
+            raise ConfigError(
+                f"the outputs do not fit: {name} of the model is {list(got[name].shape)}, that of the "
+                f"teacher {list(tensor.shape)}"
+            )
+    return [(_wide(got[name]), _wide(tensor)) for name, tensor in wanted.items()]
+
+
+def _floating(outputs: Any) -> dict[str, Tensor]:
+    return {name: x for name, x in named_outputs(outputs).items() if x.is_floating_point()}
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def named_outputs(outputs: Any, name: str = "output") -> dict[str, Tensor]:
+    """Place, such as ``output['boxes'][0]`` -> each tensor of an output."""
+    found: dict[str, Tensor] = {}
+    for path, leaf in pytree.tree_flatten_with_path(outputs)[0]:
+        place = name + pytree.keystr(path)
+        if dataclasses.is_dataclass(leaf) and not isinstance(leaf, type):
+            for field in dataclasses.fields(leaf):
+                found |= named_outputs(getattr(leaf, field.name), f"{place}.{field.name}")
+        elif isinstance(leaf, Tensor):
+            found[place] = leaf
+    return found
