@@ -46,6 +46,7 @@ class Report:
         reference: dtype of the PyTorch model that the file was compared with.
         norms: how the normalizers were lowered, if not as torch.onnx does.
         distillation: the report of `pn_compiler.distill`; None if there was none.
+        static: that of `pn_compiler.freeze_statistics`.
         file_bytes: size of the ONNX file.
         seconds: duration of each stage.
         versions: of the packages that took part.
@@ -69,6 +70,7 @@ class Report:
     reference: str | None = None
     norms: str = ""
     distillation: Any = None
+    static: Any = None
     file_bytes: int = 0
     seconds: dict[str, float] = dataclasses.field(default_factory=dict)
     versions: dict[str, str] = dataclasses.field(default_factory=dict)
@@ -97,6 +99,8 @@ class Report:
             lines.append(f"input shape {self.input_shape_source}")
         if self.distillation is not None:
             lines += [f"distilled   {line}" for line in str(self.distillation).splitlines()]
+        if self.static is not None:
+            lines += ["", *str(self.static).splitlines(), ""]
         if self.norms:
             lines.append(f"norms       {self.norms}")
         lines.append(self._verdict())

@@ -2,12 +2,16 @@
 
 from collections.abc import Mapping
 
+from torch import Tensor
+
 from pn_compiler.calibration import Calibrated
 from pn_compiler.config import TransformConfig
 from pn_compiler.pass_base import GraphPass
+from pn_compiler.passes.absorb_constants import AbsorbConstants
 from pn_compiler.passes.canonicalize_activations import CanonicalizeActivations
 from pn_compiler.passes.canonicalize_modules import CanonicalizeModules
 from pn_compiler.passes.fold_proxy_norm import FoldProxyNorm
+from pn_compiler.passes.freeze_normalizers import FreezeNormalizers
 from pn_compiler.passes.hoist_activations import HoistActivations
 from pn_compiler.passes.insert_proxy_norm import InsertProxyNorm
 from pn_compiler.passes.recognize_activations import RecognizeActivations
@@ -15,6 +19,8 @@ from pn_compiler.passes.remove_dead_modules import RemoveDeadModules
 from pn_compiler.passes.replace_batch_norm import ReplaceBatchNorm
 from pn_compiler.passes.route_affine import RouteAffine
 from pn_compiler.passes.share_statistics import ShareStatistics
+from pn_compiler.passes.split_clips import SplitClips
+from pn_compiler.passes.split_gates import SplitGates
 from pn_compiler.passes.unshare_statistics import UnshareStatistics
 
 
@@ -52,5 +58,19 @@ def fold_pipeline() -> tuple[GraphPass, ...]:
         UnshareStatistics(),  # a site is folded with its own constants
         RouteAffine(through_padding=False),  # what is still whole sinks as far as it exactly can
         FoldProxyNorm(),  # constants go into weights, biases and bounds
+        RemoveDeadModules(),  # last: drops what the rewrites orphaned
+    )
+
+
+def freeze_pipeline(constants: Mapping[str, tuple[Tensor, Tensor]]) -> tuple[GraphPass, ...]:
+    """The passes of `pn_compiler.freeze_statistics`, in order, behind those of `fold`. Eval only.
+
+    `constants` holds scale and shift, [C], of each normalizer that is frozen, by path.
+    """
+    return (
+        FreezeNormalizers(constants),  # changes outputs on purpose
+        SplitClips(),  # while the affine before a clip still stands alone: it takes in one of the two halves
+        SplitGates(),  # likewise: what is frozen is still told by its affine
+        AbsorbConstants(),  # what stays is one operator each
         RemoveDeadModules(),  # last: drops what the rewrites orphaned
     )

@@ -3,8 +3,10 @@
 import dataclasses
 from collections import Counter
 
-from torch import fx, nn
+import torch
+from torch import Tensor, fx, nn
 
+from pn_compiler.affine import absorb_affine
 from pn_compiler.graph_utils import called_module, has_hooks, module_calls
 from pn_compiler.nn import INPUT_AFFINE
 from pn_compiler.ranks import flattens_module, rank
@@ -97,11 +99,24 @@ class Router:
         if module is None:
             what = "the output of the model" if user.op == "output" else operator_name(user) or user.target
             return f"{what} reads it"
-        path = str(user.target)
-        where = f"{path} ({type(module).__name__})"
+        where = f"{user.target} ({type(module).__name__})"
         absorbing = type(module) in INPUT_AFFINE or type(module) in INPUT_AFFINE.values()
         if not absorbing or user.args != (value,) or user.kwargs:
             return f"{where} reads it"
+        if (fixed := self.fixed_weight(user)) is not None:
+            return fixed
+        if isinstance(module, nn.Linear):
+            return _refusal_of_linear(module, where, rank(value), num_channels)
+        assert isinstance(module, nn.modules.conv._ConvNd)
+        if not self.through_padding and _pads_with_zeros(module):
+            return f"{where} pads its input with zeros"
+        return None if module.in_channels == num_channels else f"{where} reads other channels"
+
+    def fixed_weight(self, call: fx.Node) -> str | None:
+        """Why the weight of the module that `call` calls cannot be changed for this call; None if it can."""
+        path = str(call.target)
+        module = self.graph.get_submodule(path)
+        where = f"{path} ({type(module).__name__})"
         if len(self.calls[path]) > 1 or id(module) in self.aliased:
             return f"{where} is called from several places"
         computes = "weight" not in module._parameters or "forward" in vars(module)
@@ -109,12 +124,28 @@ class Router:
             return f"{where} has hooks, or computes its weight before it runs"
         if path in self.read or any(id(p) in self.tied for p in module.parameters()):
             return f"{where} shares its weight with another module"
-        if isinstance(module, nn.Linear):
-            return _refusal_of_linear(module, where, rank(value), num_channels)
-        assert isinstance(module, nn.modules.conv._ConvNd)
-        if not self.through_padding and _pads_with_zeros(module):
-            return f"{where} pads its input with zeros"
-        return None if module.in_channels == num_channels else f"{where} reads other channels"
+        return None
+
+
+@torch.no_grad()
+def set_weight_and_bias(module: nn.Module, weight: Tensor, bias: Tensor | None) -> None:
+    """Gives a convolution or linear layer these values, rounded to the dtype of its weight."""
+    assert isinstance(module, nn.Linear | nn.modules.conv._ConvNd)
+    module.weight.copy_(weight)
+    if bias is not None:
+        module.bias = nn.Parameter(bias.to(module.weight.dtype), module.weight.requires_grad)
+
+
+@torch.no_grad()
+def put_into(graph: fx.GraphModule, absorber: fx.Node, scale: Tensor, shift: Tensor) -> None:
+    """Makes an absorber of a `Route` take x where it took x * scale + shift; both float64 [C]."""
+    module = called_module(graph, absorber)
+    assert isinstance(module, nn.Linear | nn.modules.conv._ConvNd)
+    groups = getattr(module, "groups", 1)
+    repeats = module.weight.shape[1] * groups // len(scale)  # above 1 behind a flatten
+    scale, shift = (values.repeat_interleave(repeats) for values in (scale, shift))
+    bias = None if module.bias is None else module.bias.double()
+    set_weight_and_bias(module, *absorb_affine(module.weight.double(), bias, scale, shift, groups))
 
 
 def _refusal_of_linear(module: nn.Linear, where: str, known: int | None, num_channels: int) -> str | None:

@@ -20,6 +20,7 @@ from pn_compiler.nn import (
     ProxyNormAct,
 )
 from pn_compiler.pass_base import GraphPass, PassResult
+from pn_compiler.passes.absorption import set_weight_and_bias
 from pn_compiler.passes.route_affine import RouteAffine
 from pn_compiler.passes.site_outputs import site_outputs
 
@@ -160,9 +161,7 @@ def _fold_consumer(module: nn.Module, calls: list[fx.Node], constants: dict[fx.N
         shift,
         getattr(module, "groups", 1),
     )
-    module.weight.copy_(weight)
-    if bias is not None:
-        module.bias = nn.Parameter(bias.to(module.weight.dtype))
+    set_weight_and_bias(module, weight, bias)
     module.__dict__.pop(MEMO, None)
     module.__class__ = _PLAIN[type(module)]  # type: ignore[assignment]  # the class that it extends
     call.args = call.args[:1]

@@ -8,16 +8,20 @@ from pn_compiler.diagnosis import Diagnosis, SitePower
 from pn_compiler.diagnostics import Diagnostic, Site
 from pn_compiler.distillation import DistillReport, distill
 from pn_compiler.errors import PnCompilerError
+from pn_compiler.freeze_report import FreezeReport, FrozenSite
 from pn_compiler.graph_module import notes, sites
 from pn_compiler.losses import output_loss, relative_l2
 from pn_compiler.moments import proxy_moments
 from pn_compiler.optimizer_groups import param_groups
 from pn_compiler.power import diagnose
+from pn_compiler.static_statistics import freeze_statistics
 
 __all__ = [
     "Diagnosis",
     "Diagnostic",
     "DistillReport",
+    "FreezeReport",
+    "FrozenSite",
     "PnCompilerError",
     "Site",
     "SitePower",
@@ -27,6 +31,7 @@ __all__ = [
     "distill",
     "export_onnx",
     "fold",
+    "freeze_statistics",
     "nn",
     "notes",
     "output_loss",

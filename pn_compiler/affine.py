@@ -67,6 +67,35 @@ def absorb_affine(
     return weight, bias
 
 
+def absorb_output_affine(
+    weight: Tensor,
+    bias: Tensor | None,
+    scale: Tensor,
+    shift: Tensor,
+    *,
+    groups: int = 1,
+    transposed: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Weight and bias of the linear operator that gives y * scale + shift where (weight, bias) gives y.
+
+        W'[o, *] = W[o, *] scale[o]        b'[o] = b[o] scale[o] + shift[o]
+
+    Unlike `torch.nn.utils.fusion` it knows transposed convolutions with groups.
+
+    Args:
+        weight: [O, I / groups, *kernel] of a convolution, [O, I] of a linear layer, or
+            [I, O / groups, *kernel] of a transposed convolution.
+        bias: [O] or None.
+        scale, shift: [O].
+        groups, transposed: of the convolution.
+    """
+    bias = shift if bias is None else bias * scale + shift
+    rows = scale.view(-1, 1)
+    if transposed:
+        rows = scale.view(groups, 1, -1).expand(-1, len(weight) // groups, -1).reshape(weight.shape[:2])
+    return weight * rows.view(*rows.shape, *[1] * (weight.dim() - 2)), bias
+
+
 def _times(weight: Tensor, inputs: Tensor, groups: int) -> Tensor:
     """Sums of weight[o, i, *] * inputs[i], [O]: few operators, since it runs between those that matter."""
     if weight.shape[1] == 1:  # depthwise

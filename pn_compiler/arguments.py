@@ -2,6 +2,7 @@
 
 import argparse
 import importlib.metadata
+import math
 from pathlib import Path
 
 DATA_OPTIONS = ("mean", "std", "resize", "crop", "allow_data_code")
@@ -21,6 +22,16 @@ def _positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r}: expected a positive number")
     return int(text)
+
+
+def _share(text: str) -> float:
+    try:
+        share = float(text)
+    except ValueError:
+        share = -1
+    if not 0 <= share < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected an error of 0 or more, such as 0.01")
+    return share
 
 
 def _size(text: str) -> int | tuple[int, ...]:
@@ -92,6 +103,15 @@ def make_parser() -> argparse.ArgumentParser:
         "--distill", type=_positive, metavar="STEPS",
         help="train the result for some steps, 150 for example, to give the outputs of the original on the "
         "samples of --calibrate",
+    )  # fmt: skip
+    conversion.add_argument(
+        "--static-statistics", nargs="?", const="auto", choices=("auto", "all"),
+        help="replace instance statistics by constants from the samples of --calibrate: faster, and lossy; "
+        "auto (the default): as many as --error-budget allows",
+    )  # fmt: skip
+    conversion.add_argument(
+        "--error-budget", type=_share, metavar="E",
+        help="largest relative error of the output by --static-statistics (default: 0.01)",
     )  # fmt: skip
     conversion.add_argument(
         "--leaf", dest="leaves", metavar="PATH", action="append", default=[],

@@ -98,8 +98,11 @@ def _check_usage(arguments: argparse.Namespace) -> None:
         make_parser().error("the following arguments are required: model")
     if arguments.diagnose is None and arguments.output is None and not arguments.dry_run:
         make_parser().error("-o/--output is required (or --dry-run, or --diagnose)")
-    if arguments.distill is not None and arguments.calibrate is None:
-        make_parser().error("--distill needs samples: give --calibrate DATA")
+    for name in ("distill", "static_statistics"):
+        if getattr(arguments, name) is not None and arguments.calibrate is None:
+            make_parser().error(f"--{name.replace('_', '-')} needs samples: give --calibrate DATA")
+    if arguments.error_budget is not None and arguments.static_statistics != "auto":
+        make_parser().error("--error-budget goes with --static-statistics=auto")
     clashes = ("output", "dry_run", "input_shape", "calibrate")
     for name in (name for name in clashes if arguments.diagnose is not None and getattr(arguments, name)):
         make_parser().error(
@@ -121,11 +124,14 @@ def _refuse_same_file(*paths: Path | None) -> None:
 
 
 def _transform_options(loaded: "LoadedModel", arguments: argparse.Namespace) -> dict[str, Any]:
+    from pn_compiler.graph_module import is_converted
+
     names = ("norm", "num_groups", "proxy", "proxy_padding", "strict", "leaves")
     options = {name: getattr(arguments, name) for name in names}
     if arguments.calibrate is not None:
         options["calibration"] = _batches(loaded, arguments.calibrate, arguments)
-    options["warm_start"] = arguments.warm_start or ("calibrate" if arguments.calibrate else "auto")
+    fitted = arguments.calibrate is not None and not is_converted(loaded.model)
+    options["warm_start"] = arguments.warm_start or ("calibrate" if fitted else "auto")
     return options
 
 
@@ -154,6 +160,8 @@ def _compile(loaded: "LoadedModel", arguments: argparse.Namespace, say: Callable
         verify=arguments.verify,
         progress=say,
         distill_steps=arguments.distill or 0,
+        static_statistics=arguments.static_statistics,
+        **({} if arguments.error_budget is None else {"error_budget": arguments.error_budget}),
         **_transform_options(loaded, arguments),
     )
     if arguments.report is not None:
@@ -217,11 +225,12 @@ def _diagnose(loaded: "LoadedModel", arguments: argparse.Namespace, say: Callabl
 
 def _list_passes() -> int:
     from pn_compiler.config import TransformConfig
-    from pn_compiler.passes import fold_pipeline, transform_pipeline
+    from pn_compiler.passes import fold_pipeline, freeze_pipeline, transform_pipeline
 
     pipelines = {
         "transform": transform_pipeline(TransformConfig()),
         "fold": fold_pipeline(),
+        "freeze": freeze_pipeline({}),
     }
     for name, passes in pipelines.items():
         sys.stdout.write(f"{name}\n")

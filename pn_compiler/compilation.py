@@ -3,12 +3,12 @@
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from torch import nn
 
 from pn_compiler.api import calibrate_model, convert, first_sample, fold
-from pn_compiler.config import Norm, ProxyPadding, TransformConfig, WarmStart
+from pn_compiler.config import Norm, ProxyPadding, TransformConfig, WarmStart, one_of
 from pn_compiler.distillation import distill
 from pn_compiler.errors import ConfigError
 from pn_compiler.evaluation import batches_of
@@ -19,9 +19,13 @@ from pn_compiler.inputs import Inputs
 from pn_compiler.nn import ProxyNormAct
 from pn_compiler.pass_base import Progress
 from pn_compiler.regions import copy_model, trace, unwrap
+from pn_compiler.static_statistics import freeze_statistics
 
 if TYPE_CHECKING:
     from pn_compiler.export import Report
+
+StaticStatistics = Literal["auto", "all"]
+ERROR_BUDGET = 0.01
 
 
 def export_onnx(
@@ -83,6 +87,8 @@ def compile(  # noqa: A001  # the name that users of torch.compile look for
     warm_start: WarmStart = "auto",
     calibration: Iterable[Any] | None = None,
     distill_steps: int = 0,
+    static_statistics: StaticStatistics | None = None,
+    error_budget: float = ERROR_BUDGET,
     strict: bool = False,
     leaves: Sequence[str | type[nn.Module]] = (),
     opset_version: int = 20,
@@ -99,8 +105,12 @@ def compile(  # noqa: A001  # the name that users of torch.compile look for
         model: left untouched; compiled as in eval mode.
         path: the ONNX file.
         example_inputs, example_kwargs: arguments of a call, as for `transform`.
-        calibration: samples for warm_start="calibrate" and for `distill_steps`.
+        calibration: samples for warm_start="calibrate", `distill_steps` and `static_statistics`.
         distill_steps: steps of `distill` towards the outputs of `model`; 0 leaves it out.
+        static_statistics: replace instance statistics by constants, which changes results: "auto" as many as
+            keep the error within `error_budget`, "all" whatever it is; None leaves them. See
+            `freeze_statistics`. The file is then compared with the network that has the constants.
+        error_budget: of the output, relative.
         input_shape: shape of a single float input, batch included, instead of `example_inputs`. Without
             either the shape is guessed from the first layer, and the report says so.
 
@@ -123,8 +133,7 @@ def compile(  # noqa: A001  # the name that users of torch.compile look for
         raise ConfigError("the model is already converted: options of transform have no effect")
     if is_converted(model) and distill_steps:
         raise ConfigError("the model is already converted: distill it with its BatchNorm network as teacher")
-    if distill_steps and calibration is None:
-        raise ConfigError("distill_steps needs samples: give calibration=, batches of inputs")
+    _check_calibration(calibration, config, distill_steps, static_statistics)
     report = Report(parameters_before=count_parameters(model))
     say = progress or (lambda stage: None)
     given = Inputs.of(example_inputs, example_kwargs)
@@ -143,15 +152,40 @@ def compile(  # noqa: A001  # the name that users of torch.compile look for
             convert(traced, model, inputs, config, calibrated, strict=strict, progress=say)
         else:
             record(traced.root, sites(model), notes(model))
-    report.sites, report.notes = sites(traced.root), notes(traced.root)
     converted = traced.root
     if distill_steps:
         with timed(report, "distill", say):
             converted, report.distillation = distill(converted, model, calibration, steps=distill_steps)
+    if static_statistics is not None:
+        budget = error_budget if static_statistics == "auto" else None
+        with timed(report, "freeze", say):
+            converted, report.static = freeze_statistics(converted, calibration, budget=budget)
+    report.sites, report.notes = sites(converted), notes(converted)
     return _export(
         converted, Path(path), inputs, report, say,
         opset_version=opset_version, dynamic_batch=dynamic_batch, verify=verify,
     )  # fmt: skip
+
+
+def _check_calibration(
+    calibration: Iterable[Any] | None,
+    config: TransformConfig,
+    distill_steps: int,
+    static_statistics: StaticStatistics | None,
+) -> None:
+    """Raises ConfigError if samples are missing, or given for nothing."""
+    if static_statistics is not None:
+        one_of("static_statistics", static_statistics, get_args(StaticStatistics))
+    uses = {
+        "warm_start='calibrate'": config.warm_start == "calibrate",
+        "distill_steps": distill_steps > 0,
+        "static_statistics": static_statistics is not None,
+    }
+    wanted = [name for name, used in uses.items() if used]
+    if wanted and calibration is None:
+        raise ConfigError(f"{wanted[0]} needs samples: give calibration=, batches of inputs")
+    if calibration is not None and not wanted:
+        raise ConfigError(f"calibration data are given, and nothing uses them: {', '.join(uses)} would")
 
 
 def _export(

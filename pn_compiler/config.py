@@ -14,7 +14,8 @@ DEFAULT_NUM_GROUPS = 32  # Wu & He 2018, "Group Normalization"
 MIN_CHANNELS_PER_GROUP = 8
 
 
-def _one_of(name: str, value: object, choices: tuple[str, ...]) -> None:
+def one_of(name: str, value: object, choices: tuple[str, ...]) -> None:
+    """Raises ConfigError if the option `name` has a `value` that is none of its `choices`."""
     if value not in choices:
         listed = ", ".join(repr(choice) for choice in choices)
         raise ConfigError(f"{name}={value!r}: expected one of {listed}")
@@ -33,9 +34,9 @@ class TransformConfig:
     proxy_eps: float = 0.03
 
     def __post_init__(self) -> None:
-        _one_of("norm", self.norm, get_args(Norm))
-        _one_of("proxy_padding", self.proxy_padding, get_args(ProxyPadding))
-        _one_of("warm_start", self.warm_start, get_args(WarmStart))
+        one_of("norm", self.norm, get_args(Norm))
+        one_of("proxy_padding", self.proxy_padding, get_args(ProxyPadding))
+        one_of("warm_start", self.warm_start, get_args(WarmStart))
         if self.num_groups is not None:
             if not isinstance(self.num_groups, int) or self.num_groups < 1:
                 raise ConfigError(f"num_groups={self.num_groups!r}: expected a positive integer")

@@ -14,7 +14,7 @@ from torch import fx, nn
 from pn_compiler.activations import activation_of, is_activation
 from pn_compiler.graph_utils import called_module
 from pn_compiler.inputs import Inputs
-from pn_compiler.nn import ProxyNormAct
+from pn_compiler.nn import ChannelAffine, ConstantAffine, ConstantClamp, ProxyNormAct
 from pn_compiler.spelling import flattens_channels, operator_name, reduced_dims
 
 logger = logging.getLogger(__name__)
@@ -51,6 +51,9 @@ _KEEPS_RANK_MODULES = (
     nn.Identity,
     nn.modules.batchnorm._BatchNorm,
     nn.modules.dropout._DropoutNd,
+    ChannelAffine,
+    ConstantAffine,
+    ConstantClamp,
     ProxyNormAct,
 )
 

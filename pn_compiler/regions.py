@@ -94,10 +94,10 @@ def trace(
         traced.paths.setdefault(id(module), []).append(name)
     if isinstance(model, fx.GraphModule):
         traced.root = whole = ConvertedModule(model, model.graph).adopt_hooks(model)
-        parts = [(name, graph) for name, graph in _graphs(model) if name]
+        parts = [(name, graph) for name, graph in named_graphs(model) if name]
         traced.regions = [Region("", whole), *(Region(f"{n}.", graph) for n, graph in parts)]
     elif is_converted(model):  # an earlier result whose own forward could not be traced
-        traced.regions = [Region(f"{name}.", graph) for name, graph in _graphs(model)]
+        traced.regions = [Region(f"{name}.", graph) for name, graph in named_graphs(model)]
     else:
         try:
             traced.root = _trace_into(model, "", inputs, traced)
@@ -175,13 +175,14 @@ def fake_mode(model: nn.Module) -> contextlib.AbstractContextManager[Any]:
     return contextlib.nullcontext() if first is None else first.fake_mode
 
 
-def _graphs(model: nn.Module) -> Iterator[tuple[str, ConvertedModule]]:
+def named_graphs(model: nn.Module) -> Iterator[tuple[str, ConvertedModule]]:
+    """Path and graph of each of `converted_graphs`."""
     return ((name, m) for name, m in model.named_modules() if isinstance(m, ConvertedModule))
 
 
 def converted_graphs(model: nn.Module) -> list[ConvertedModule]:
     """The graphs of a converted model: itself, if it is one, and those in submodules that stayed whole."""
-    return [graph for _, graph in _graphs(model)]
+    return [graph for _, graph in named_graphs(model)]
 
 
 def _trace_into(module: nn.Module, path: str, inputs: Inputs | None, traced: Trace) -> ConvertedModule:

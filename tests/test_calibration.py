@@ -1,5 +1,7 @@
 """The calibrated warm start: exact where it can be, streaming, and it leaves nothing behind."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -271,3 +273,39 @@ def test_the_command_calibrates_and_distills(tmp_path, capsys) -> None:
     assert main([paths[0], "-o", str(tmp_path / "b.onnx"), "--calibrate", missing]) == 1
     assert "none.npy" in capsys.readouterr().err
     assert not (tmp_path / "b.onnx").exists()
+
+
+def test_the_command_makes_statistics_constants(tmp_path, capsys) -> None:
+    model, x = trained(lambda: nn.Sequential(
+        nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8), nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 5),
+    ))  # fmt: skip
+    torch.save(model, tmp_path / "model.pt")
+    np.save(tmp_path / "data.npy", x.numpy())
+    command = [
+        str(tmp_path / "model.pt"),
+        "-o",
+        str(tmp_path / "out.onnx"),
+        "--report",
+        str(tmp_path / "r.json"),
+    ]
+    command += ["--calibrate", str(tmp_path / "data.npy")]
+    for option, budget in (("--static-statistics=all", None), ("--static-statistics", 0.01)):
+        assert main([*command, option]) == 0
+        printed = capsys.readouterr().out
+        report = json.loads((tmp_path / "r.json").read_text())
+        assert report["static"]["budget"] == budget
+        assert f"of {len(report['static']['sites'])} sites" in printed
+        assert report["max_error"] <= 1e-4  # of the file to the network with constants
+        if budget is None:
+            frozen = report["operators_after"]
+            assert all(site["frozen"] for site in report["static"]["sites"])
+            assert not {"InstanceNormalization", "GroupNormalization"} & set(frozen)
+        else:
+            assert report["static"]["error"] <= budget
+    for wrong in (["--error-budget", "0.1"], ["--static-statistics", "--error-budget", "-1"]):
+        with pytest.raises(SystemExit) as stopped:
+            main([*command, *wrong])
+        assert stopped.value.code == 2
+    assert main([*command, "--warm-start", "running_stats"]) == 1
+    assert "nothing uses them" in capsys.readouterr().err

@@ -37,7 +37,7 @@ def test_num_groups_alone_means_group_norm() -> None:
     ("options", "message"),
     [
         ({"norm": "batch"}, "'layer', 'group', 'instance'"),
-        ({"warm_start": "hot"}, "'auto', 'running_stats', 'none'"),
+        ({"warm_start": "hot"}, "'auto', 'running_stats', 'calibrate', 'none'"),
         ({"proxy_padding": "zeros"}, "'activation', 'output'"),
         ({"num_groups": 0}, "positive integer"),
         ({"num_groups": 2.5}, "positive integer"),

@@ -10,12 +10,14 @@ from torch import fx, nn
 from pn_compiler.config import TransformConfig
 from pn_compiler.errors import PassError, PostconditionError
 from pn_compiler.pass_base import GraphPass, PassResult, check_order, run_pipeline
-from pn_compiler.passes import fold_pipeline, transform_pipeline
+from pn_compiler.passes import fold_pipeline, freeze_pipeline, transform_pipeline
 from pn_compiler.passes.insert_proxy_norm import InsertProxyNorm
 from pn_compiler.passes.replace_batch_norm import ReplaceBatchNorm
 from pn_compiler.ranks import infer_ranks
 from pn_compiler.testing import assert_same_outputs, randomize_batch_norms
 from pn_compiler.tracing import trace_module
+
+CONSTANTS = {"1": (torch.tensor([1.0, -1, 2, 0.5]), torch.tensor([1.0, 0, -1, 2]))}
 
 
 def network() -> nn.Module:
@@ -41,22 +43,24 @@ def test_a_second_run_rewrites_nothing(proxy_padding: str) -> None:
     passes = transform_pipeline(TransformConfig(proxy_padding=proxy_padding))  # type: ignore[arg-type]
     assert any(stage.rewritten for stage in run_pipeline(passes, graph).stages)
     assert not any(stage.rewritten for stage in run_pipeline(passes, graph).stages)
-    folding = fold_pipeline()
-    assert any(stage.rewritten for stage in run_pipeline(folding, graph).stages)
-    assert not any(stage.rewritten for stage in run_pipeline(folding, graph).stages)
+    for passes in (fold_pipeline(), freeze_pipeline(CONSTANTS)):
+        assert any(stage.rewritten for stage in run_pipeline(passes, graph).stages)
+        assert not any(stage.rewritten for stage in run_pipeline(passes, graph).stages)
 
 
 def test_passes_that_claim_to_preserve_outputs_do() -> None:
     graph = traced(network()).double()
     x = torch.randn(2, 3, 5, 5, dtype=torch.float64)
     claims = 0
-    for graph_pass in (*transform_pipeline(TransformConfig(proxy_padding="output")), *fold_pipeline()):
+    constants = {name: (scale.double(), shift.double()) for name, (scale, shift) in CONSTANTS.items()}
+    passes = transform_pipeline(TransformConfig(warm_start="none", proxy_padding="output"))
+    for graph_pass in (*passes, *fold_pipeline(), *freeze_pipeline(constants)):
         before = graph(x)
         graph_pass(graph)
         if graph_pass.preserves_outputs:
             claims += 1
             assert_same_outputs(graph(x), before)
-    assert claims == 10
+    assert claims == 14
 
 
 class Failing(GraphPass):
@@ -86,7 +90,7 @@ def test_a_failure_names_the_pass_its_place_and_the_cause() -> None:
 
 
 def test_every_pass_explains_itself() -> None:
-    for graph_pass in (*transform_pipeline(TransformConfig()), *fold_pipeline()):
+    for graph_pass in (*transform_pipeline(TransformConfig()), *fold_pipeline(), *freeze_pipeline({})):
         text = type(graph_pass).__doc__ or ""
         assert "Outputs:" in text, type(graph_pass).__name__
         assert len(text.splitlines()[0]) < 110
