@@ -16,6 +16,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from pn_compiler.errors import ExportError, VerificationError
+from pn_compiler.export.depthwise_affine import use_depthwise_affines
 from pn_compiler.export.files import check_writable, write_atomically
 from pn_compiler.export.report import Report, count_onnx_operators, describe_values
 from pn_compiler.export.simplify import freeze_reshapes
@@ -174,6 +175,7 @@ def _export(model: nn.Module, inputs: Inputs, opset_version: int, *, dynamic_bat
     if dynamic_batch:
         _name_batch(proto)
     freeze_reshapes(proto)
+    use_depthwise_affines(proto)
     proto.ir_version = min(
         proto.ir_version, max(8, onnx.helper.OP_SET_ID_VERSION_MAP[("ai.onnx", opset_version)])
     )

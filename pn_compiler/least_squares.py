@@ -50,11 +50,11 @@ class ChannelFit:
         slope = torch.where(self._varies(self.xx, self.mean_x), self.xy / self.xx, default.double().cpu())
         return slope, self.mean_y - slope * self.mean_x
 
-    def residual(self) -> float:
-        """Share of the variance of y, summed over channels, that the fit does not explain, from 0 to 1."""
-        explained = torch.where(self._varies(self.xx, self.mean_x), self.xy**2 / self.xx, 0)
+    def difference(self) -> float:
+        """Mean square of x - y relative to the variance of y, both over all channels."""
+        squares = self.xx - 2 * self.xy + self.yy + self.count * (self.mean_x - self.mean_y) ** 2
         varies = self._varies(self.yy, self.mean_y)
-        left, total = (self.yy - explained)[varies].clamp_min(0).sum(), self.yy[varies].sum()
+        left, total = squares[varies].clamp_min(0).sum(), self.yy[varies].sum()
         return float(left / total) if total > 0 else 0.0
 
     def _varies(self, squares: Tensor, mean: Tensor) -> Tensor:
