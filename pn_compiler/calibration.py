@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pn_compiler.errors import ConfigError
-from pn_compiler.evaluation import batches_of, each_batch, untouched
-from pn_compiler.least_squares import ChannelFit
+from pn_compiler.evaluation import batches_of, each_batch, of_each_shard, untouched
+from pn_compiler.least_squares import ChannelFit, merged
 from pn_compiler.output_error import Batches, Norms, OutputError, observed, owner, put, values_of
 from pn_compiler.tracing import refuse_uninitialised
 
@@ -74,22 +74,26 @@ def calibrate(
     batches = batches_of(batches, again=True)
     _widen(student)
     _widen(teacher)
-    with untouched(teacher), untouched(student):
-        student.requires_grad_(requires_grad=False)
-        sites = {name: cast("nn.GroupNorm", student.get_submodule(name)) for name in names}
-        fits, powers = _survey(teacher, sites, _read(teacher, batches, "calibration: sites"))
-        norms = {name: norm for name, norm in sites.items() if name in fits}
-        error = OutputError(student, teacher, norms, powers)
+    student.requires_grad_(requires_grad=False)
+    sites = {name: cast("nn.GroupNorm", student.get_submodule(name)) for name in names}
+    surveys = of_each_shard(functools.partial(_survey, teacher, sites), batches)
+    fits = merged(fits for fits, _ in surveys)
+    norms = {name: norm for name, norm in sites.items() if name in fits}
+    if not norms:
+        return {}
+    powers = sum((collections.Counter(powers) for _, powers in surveys), collections.Counter[str]())
+    error = OutputError(student, teacher, norms, powers)
 
-        def evaluate(values: Tensor) -> tuple[float, Tensor]:
-            put(norms, values)
-            return error(_read(teacher, batches, "calibration: outputs"))
+    def evaluate(values: Tensor) -> tuple[float, Tensor]:
+        put(norms, values)
+        parts = of_each_shard(functools.partial(_evaluate, error), batches)
+        return sum(value for value, _ in parts), torch.stack([gradient for _, gradient in parts]).sum(0)
 
-        starts = [values_of(norms), _solutions(norms, fits)]
-        put(norms, _descend(evaluate, starts, _scale(norms), evaluations))
-        residuals = _residuals(student, teacher, norms, _read(teacher, batches, "calibration: residuals"))
+    starts = [values_of(norms), _solutions(norms, fits)]
+    put(norms, _descend(evaluate, starts, _scale(norms), evaluations))
+    compared = merged(of_each_shard(functools.partial(_compare, student, teacher, tuple(norms)), batches))
     return {
-        name: Calibrated(norm.weight.double().cpu(), norm.bias.double().cpu(), residuals[name])
+        name: Calibrated(norm.weight.double().cpu(), norm.bias.double().cpu(), compared[name].difference())
         for name, norm in norms.items()
     }
 
@@ -102,14 +106,17 @@ def _widen(model: nn.Module) -> None:
 
 
 def _read(model: nn.Module, batches: Iterable[Any], title: str) -> Batches:
-    """All batches, drawn with the same random numbers each time."""
+    """All `batches`, drawn with the same random numbers each time; within `untouched`."""
     torch.manual_seed(0)
     for name, inputs in each_batch(model, batches, title):
         yield name, inputs.map(lambda x: x.float() if x.dtype in (torch.float16, torch.bfloat16) else x)
 
 
+# What follows is additive: shards of the data can be summed up where they are.
+
+
 def _survey(
-    teacher: nn.Module, sites: Norms, batches: Batches
+    teacher: nn.Module, sites: Norms, batches: Iterable[Any]
 ) -> tuple[dict[str, ChannelFit], dict[str, float]]:
     """(least squares of each site that is reached, sum of squares of each output and site)."""
     fits: dict[str, ChannelFit] = {}
@@ -123,16 +130,37 @@ def _survey(
         fits.setdefault(name, ChannelFit()).add(n, output)
         powers[name] += _power(output)
 
-    with contextlib.ExitStack() as stack:
+    with untouched(teacher), contextlib.ExitStack() as stack:
         for name in sites:
             hook = teacher.get_submodule(name).register_forward_hook(functools.partial(add, name))
             stack.callback(hook.remove)
-        for name, inputs in batches:
+        for name, inputs in _read(teacher, batches, "calibration: sites"):
             for place, output in observed(teacher, (), inputs, name).items():
                 if not output.isfinite().all():
                     raise ConfigError(f"{name} makes values that are nan or infinite at {place}")
                 powers[place] += _power(output)
     return fits, powers
+
+
+def _evaluate(error: OutputError, batches: Iterable[Any]) -> tuple[float, Tensor]:
+    """Error of the outputs and its gradient."""
+    with untouched(error.teacher), untouched(error.student):
+        return error(_read(error.teacher, batches, "calibration: outputs"))
+
+
+def _compare(
+    student: nn.Module, teacher: nn.Module, names: Sequence[str], batches: Iterable[Any]
+) -> dict[str, ChannelFit]:
+    """What each site gives, beside its BatchNorm."""
+    fits = {name: ChannelFit() for name in names}
+    with untouched(teacher), untouched(student):
+        for name, inputs in _read(teacher, batches, "calibration: residuals"):
+            wanted = observed(teacher, names, inputs.map(torch.clone), name)
+            got = observed(student, names, inputs, name)
+            for place, target in wanted.items():
+                if place in got and got[place].shape == target.shape:
+                    fits[owner(place)].add(got[place], target)
+    return fits
 
 
 def _power(x: Tensor) -> float:
@@ -187,15 +215,3 @@ def _descend(
         [change], max_iter=evaluations, max_eval=evaluations + 1, line_search_fn="strong_wolfe"
     ).step(closure)  # type: ignore[no-untyped-call]
     return best
-
-
-def _residuals(student: nn.Module, teacher: nn.Module, norms: Norms, batches: Batches) -> dict[str, float]:
-    """Mean square difference of each site to its BatchNorm, relative to the variance of that."""
-    fits: dict[str, ChannelFit] = {name: ChannelFit() for name in norms}
-    for name, inputs in batches:
-        wanted = observed(teacher, norms, inputs.map(torch.clone), name)
-        got = observed(student, norms, inputs, name)
-        for place, target in wanted.items():
-            if place in got and got[place].shape == target.shape:
-                fits[owner(place)].add(got[place], target)
-    return {name: fit.difference() for name, fit in fits.items()}

@@ -33,7 +33,7 @@ class OutputError:
     def __init__(
         self, student: nn.Module, teacher: nn.Module, norms: Norms, powers: Mapping[str, float]
     ) -> None:
-        self._student, self._teacher, self._norms, self._powers = student, teacher, norms, powers
+        self.student, self.teacher, self._norms, self._powers = student, teacher, norms, powers
         self._sites: tuple[str, ...] | None = None  # what is compared: none of them, that is, the outputs
 
     def __call__(self, batches: Batches) -> tuple[float, Tensor]:
@@ -53,8 +53,8 @@ class OutputError:
         if self._sites is None:
             self._sites = () if self._comparable(inputs, name) else tuple(self._norms)
         with torch.no_grad():
-            wanted = observed(self._teacher, self._sites, inputs.map(torch.clone), name)
-        got = observed(self._student, self._sites, inputs.map(torch.clone), name)
+            wanted = observed(self.teacher, self._sites, inputs.map(torch.clone), name)
+        got = observed(self.student, self._sites, inputs.map(torch.clone), name)
         if wanted.keys() != got.keys():
             raise ConfigError(f"the networks take different ways on {name}: calibrate the part before that")
         return torch.stack([
@@ -66,8 +66,8 @@ class OutputError:
     def _comparable(self, inputs: Inputs, name: str) -> bool:
         """Whether outputs have one entry for each sample, and depend on the sites."""
         with torch.no_grad():
-            wanted = observed(self._teacher, (), inputs.map(torch.clone), name)
-        got = observed(self._student, (), inputs.map(torch.clone), name)
+            wanted = observed(self.teacher, (), inputs.map(torch.clone), name)
+        got = observed(self.student, (), inputs.map(torch.clone), name)
         first = next((x for x in inputs.tensors() if x.dim()), None)
         size = None if first is None else len(first)
         return wanted.keys() == got.keys() and all(

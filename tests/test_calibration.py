@@ -48,6 +48,20 @@ class Functional(nn.Module):
         return self.shared(F.silu(self.shared(x), inplace=True))
 
 
+class Selecting(nn.Module):
+    """Gives as many rows as it finds, as a detector does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.features = nn.Sequential(
+            nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.features(x).flatten(2).transpose(1, 2).flatten(0, 1)
+        return x[x[:, 0] > 0]
+
+
 def resnet() -> nn.Module:
     return torchvision().models.resnet18(num_classes=10)
 
@@ -116,6 +130,20 @@ def test_sites_make_up_for_each_other() -> None:
     plain = pn_compiler.transform(model, warm_start="running_stats")
     assert relative_error(converted(x), model(x)) < 0.5 * relative_error(plain(x), model(x))
     assert all(site.residual > 0 for site in pn_compiler.sites(converted))
+
+
+def test_outputs_that_cannot_be_compared_are_replaced_by_the_sites() -> None:
+    model, x = trained(Selecting)
+    model, x = model.double(), x[:1].double().expand(4, -1, -1, -1).contiguous()
+    plain = pn_compiler.transform(model, warm_start="running_stats")
+    assert len(plain(x)) != len(model(x))
+    converted = calibrated(model, [x, x[:2]])
+    assert_same_outputs(converted(x), model(x), tolerance=1e-8)
+
+
+def test_a_model_without_batch_norm_has_nothing_to_calibrate() -> None:
+    converted = calibrated(nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU()), [torch.randn(2, 3, 8, 8)])
+    assert {note.code for note in pn_compiler.notes(converted)} == {"PN100"}
 
 
 @pytest.mark.parametrize("make", [resnet, Untraceable, Functional])
