@@ -47,7 +47,7 @@ class Report:
         norms: how the normalizers were lowered, if not as torch.onnx does.
         distillation: the report of `pn_compiler.distill`; None if there was none.
         static: that of `pn_compiler.freeze_statistics`.
-        file_bytes: size of the ONNX file.
+        file_bytes, data_bytes: size of the ONNX file, and of the file beside it with the weights, if any.
         seconds: duration of each stage.
         versions: of the packages that took part.
     """
@@ -72,6 +72,7 @@ class Report:
     distillation: Any = None
     static: Any = None
     file_bytes: int = 0
+    data_bytes: int = 0
     seconds: dict[str, float] = dataclasses.field(default_factory=dict)
     versions: dict[str, str] = dataclasses.field(default_factory=dict)
 
@@ -106,8 +107,9 @@ class Report:
         lines.append(self._verdict())
         stages = ", ".join(f"{name} {seconds:.1f}" for name, seconds in self.seconds.items())
         lines.append(f"seconds     {stages}")
+        data = f" and {self.data_bytes / 1e6:.2f} MB in {self.path}.data" if self.data_bytes else ""
         lines.append(
-            f"wrote       {self.path} ({self.file_bytes / 1e6:.2f} MB, opset {self.opset_version}, "
+            f"wrote       {self.path} ({self.file_bytes / 1e6:.2f} MB{data}, opset {self.opset_version}, "
             f"IR {self.ir_version})"
         )
         return "\n".join(lines)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from torch import nn
 
-from pn_compiler.api import calibrate_model, convert, first_sample, fold
+from pn_compiler.api import calibrate_model, convert, first_sample, fold_in_place
 from pn_compiler.config import Norm, ProxyPadding, TransformConfig, WarmStart, one_of
 from pn_compiler.distillation import distill
 from pn_compiler.errors import ConfigError
@@ -36,6 +36,7 @@ def export_onnx(
     example_kwargs: Mapping[str, Any] | None = None,
     opset_version: int = 20,
     dynamic_batch: bool = True,
+    external_data: bool = False,
     verify: bool = True,
     progress: Progress | None = None,
 ) -> "Report":
@@ -50,6 +51,7 @@ def export_onnx(
         opset_version: ONNX operator set, 18 to 24. The default, with its IR version 9, is loaded by
             onnxruntime 1.17 and later.
         dynamic_batch: whether the file takes any batch size, or only that of the example.
+        external_data: write the weights to ``<path>.data``. Above 2 GB this is done in any case.
         verify: compare the file, in onnxruntime with optimizations off and on, at batch 1 and 3, with
             `model` in float64. The error relative to the largest output may be 1e-4, or four times that of
             PyTorch in float32 where this is more; the report states it.
@@ -68,8 +70,8 @@ def export_onnx(
     inputs = Inputs.of(example_inputs, example_kwargs) or Inputs()
     report = Report(parameters_before=count_parameters(model))
     return _export(
-        copy_model(unwrap(model)).cpu().eval(), Path(path), inputs, report, progress,
-        opset_version=opset_version, dynamic_batch=dynamic_batch, verify=verify,
+        _on_cpu(unwrap(model), share=not _has_sites(model)), Path(path), inputs, report, progress,
+        opset_version=opset_version, dynamic_batch=dynamic_batch, external_data=external_data, verify=verify,
     )  # fmt: skip
 
 
@@ -93,6 +95,7 @@ def compile(  # noqa: A001  # the name that users of torch.compile look for
     leaves: Sequence[str | type[nn.Module]] = (),
     opset_version: int = 20,
     dynamic_batch: bool = True,
+    external_data: bool = False,
     verify: bool = True,
     progress: Progress | None = None,
 ) -> "Report":
@@ -128,7 +131,7 @@ def compile(  # noqa: A001  # the name that users of torch.compile look for
         norm=norm, num_groups=num_groups, proxy=proxy,
         proxy_padding=proxy_padding, warm_start=warm_start,
     )  # fmt: skip
-    model = copy_model(unwrap(model)).cpu().eval()
+    model = _on_cpu(unwrap(model), share=True)
     if is_converted(model) and (leaves or config != TransformConfig()):
         raise ConfigError("the model is already converted: options of transform have no effect")
     if is_converted(model) and distill_steps:
@@ -163,8 +166,23 @@ def compile(  # noqa: A001  # the name that users of torch.compile look for
     report.sites, report.notes = sites(converted), notes(converted)
     return _export(
         converted, Path(path), inputs, report, say,
-        opset_version=opset_version, dynamic_batch=dynamic_batch, verify=verify,
+        opset_version=opset_version, dynamic_batch=dynamic_batch, external_data=external_data, verify=verify,
     )  # fmt: skip
+
+
+def _on_cpu(model: nn.Module, *, share: bool) -> nn.Module:
+    """A copy of `model` on the CPU, in eval mode.
+
+    Args:
+        model: left untouched.
+        share: whether nothing will write to its parameters, so that they need no copy if they are there.
+    """
+    share = share and all(p.device.type == "cpu" for p in model.parameters())
+    return copy_model(model, share_parameters=share).cpu().eval()
+
+
+def _has_sites(model: nn.Module) -> bool:
+    return any(isinstance(module, ProxyNormAct) for module in model.modules())
 
 
 def _check_calibration(
@@ -197,15 +215,21 @@ def _export(
     *,
     opset_version: int,
     dynamic_batch: bool,
+    external_data: bool,
     verify: bool,
 ) -> "Report":
-    from pn_compiler.export import timed, write_onnx
+    """Folds `model`, which cannot be used afterwards, and writes the file."""
+    from pn_compiler.export import expect, timed, verified_batches, write_onnx
 
-    folded = model
-    if any(isinstance(module, ProxyNormAct) for module in model.modules()):
-        with timed(report, "fold", progress or (lambda stage: None)):
-            folded = fold(model)
+    say = progress or (lambda stage: None)
+    reference: Any = model
+    if _has_sites(model):
+        if verify:  # before folding, which needs no second copy of the weights then
+            with timed(report, "reference", say):
+                reference = expect(model, inputs, verified_batches(dynamic_batch))
+        with timed(report, "fold", say):
+            model = fold_in_place(model)
     return write_onnx(
-        folded, model, path, inputs, report=report, progress=progress,
-        opset_version=opset_version, dynamic_batch=dynamic_batch, verify=verify,
+        model, reference, path, inputs, report=report, progress=progress, opset_version=opset_version,
+        dynamic_batch=dynamic_batch, external_data=external_data, verify=verify,
     )  # fmt: skip
