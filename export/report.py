@@ -42,7 +42,9 @@ class Report:
         operators_before, operators_after: operators of the traced input model and of the ONNX file.
         checks: the comparisons that were made; empty with ``verify=False``.
         tolerance: largest relative error that was accepted.
-        float32_error: relative error of PyTorch's own float32 result, for comparison.
+        float32_error: relative error of PyTorch's own result in `dtype`, for comparison.
+        dtype: of weights and activations.
+        runtime: what the file was run in.
         reference: dtype of the PyTorch model that the file was compared with.
         norms: how the normalizers were lowered, if not as torch.onnx does.
         distillation: the report of `pn_compiler.distill`; None if there was none.
@@ -67,6 +69,8 @@ class Report:
     checks: tuple[Check, ...] = ()
     tolerance: float | None = None
     float32_error: float | None = None
+    dtype: str = "float32"
+    runtime: str = "onnxruntime"
     reference: str | None = None
     norms: str = ""
     distillation: Any = None
@@ -121,7 +125,8 @@ class Report:
         return (
             f"verified    largest error {self.max_error:.1e} (relative, limit {self.tolerance:.1e}) to "
             f"{self.reference} PyTorch at batch {' and '.join(map(str, batches))}; "
-            f"PyTorch's own in float32: {self.float32_error:.1e}"
+            f"PyTorch's own in {self.dtype}: {self.float32_error:.1e}"
+            + ("" if self.runtime == "onnxruntime" else f"; run in {self.runtime}, for onnxruntime cannot")
         )
 
 

@@ -18,10 +18,11 @@ from torch.utils import _pytree as pytree
 from pn_compiler.errors import ExportError, VerificationError
 from pn_compiler.export.external_data import data_file, move_weights_out, needs_external_data
 from pn_compiler.export.files import check_writable, publish, staging_folder, write_atomically
+from pn_compiler.export.half import DTYPES, DType, check_dtype, in_half
 from pn_compiler.export.report import Report, count_onnx_operators, describe_values
 from pn_compiler.export.simplify import freeze_reshapes
 from pn_compiler.export.two_stage_norm import with_two_stage_norms
-from pn_compiler.export.verify import TOLERANCE, Expected, Verification, expect, imitate, verify_onnx
+from pn_compiler.export.verify import Expected, Verification, expect, imitate, verify_onnx
 from pn_compiler.graph_utils import count_parameters
 from pn_compiler.inputs import Inputs
 from pn_compiler.pass_base import Progress
@@ -43,8 +44,9 @@ def write_onnx(
     opset_version: int = DEFAULT_OPSET,
     dynamic_batch: bool = True,
     external_data: bool = False,
+    dtype: DType = "float32",
     verify: bool = True,
-    tolerance: float = TOLERANCE,
+    tolerance: float | None = None,
     report: Report | None = None,
     progress: Progress | None = None,
 ) -> Report:
@@ -58,6 +60,7 @@ def write_onnx(
         opset_version: ONNX operator set, 18 to 24.
         dynamic_batch: whether the file takes any batch size; else that of the example.
         external_data: whether the weights go to ``<path>.data``, as they do anyway if they exceed 2 GB.
+        dtype: of weights and activations; normalizers, inputs and outputs are float32.
         verify: whether the result is compared, with onnxruntime, at batch 1 and 3.
         tolerance: largest relative error; see `pn_compiler.export.verify`.
         report: filled in, if given.
@@ -68,6 +71,7 @@ def write_onnx(
         VerificationError: the ONNX model computes something else.
     """
     _check_arguments(path, inputs, opset_version)
+    check_dtype(dtype, opset_version)
     report = Report() if report is None else report
     say = progress or (lambda stage: None)
     with contextlib.ExitStack() as stack:
@@ -75,10 +79,14 @@ def write_onnx(
         if external_data or needs_external_data(folded):
             staged = stack.enter_context(staging_folder(path)) / path.name
         compare = None
-        if verify:
-            if not isinstance(reference, Expected):
-                with timed(report, "reference", say):
-                    reference = expect(reference, inputs, verified_batches(dynamic_batch))
+        if verify and not isinstance(reference, Expected):
+            with timed(report, "reference", say):
+                reference = expect(reference, inputs, verified_batches(dynamic_batch))
+        if dtype != "float32":
+            folded = in_half(folded, DTYPES[dtype])
+        if isinstance(reference, Expected):
+            if dtype != "float32":
+                reference = reference.in_dtype(folded, DTYPES[dtype])
             compare = functools.partial(verify_onnx, model=reference, tolerance=tolerance, path=staged)
         export = functools.partial(
             _export_and_verify, inputs, opset_version, dynamic_batch, staged, compare, report=report, say=say
@@ -145,6 +153,7 @@ def _export_and_verify(
             result = compare(proto)
         report.checks, report.tolerance = result.checks, result.tolerance
         report.float32_error, report.reference = result.float32_error, result.reference
+        report.dtype, report.runtime = result.dtype, result.runtime
     return proto
 
 

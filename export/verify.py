@@ -20,7 +20,9 @@ from pn_compiler.inputs import Inputs
 #: Relative to the largest magnitude of an output. onnxruntime's InstanceNormalization sums in float32: deep
 #: networks were seen to reach 1.1e-5 (fcn_resnet50, maxvit_t at 224 pixels).
 TOLERANCE = 1e-4
-_FLOAT32_FACTOR = 4.0
+_OWN_FACTOR = 4.0
+_EPS_FACTOR = 4.0  # of a dtype shorter than float32
+_LARGEST_OWN = 0.25  # beyond it there is nothing to compare
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -29,6 +31,8 @@ class Verification:
     tolerance: float
     float32_error: float
     reference: str
+    dtype: str = "float32"
+    runtime: str = "onnxruntime"
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -38,14 +42,30 @@ class Expected:
     Attributes:
         inputs: arguments of a call, by batch size.
         wide: the outputs for each, computed in `reference`, mostly float64.
-        narrow: those of PyTorch in the dtype of the model.
+        narrow: those of PyTorch in `dtype`.
         reference: name of the dtype of `wide`.
+        dtype: of the ONNX model.
     """
 
     inputs: dict[int, Inputs]
     wide: dict[int, list[Any]]
     narrow: dict[int, list[Any]]
     reference: str
+    dtype: torch.dtype = torch.float32
+
+    def in_dtype(self, model: nn.Module, dtype: torch.dtype) -> "Expected":
+        """What to expect of an ONNX model in `dtype`, of which `model` is the original in PyTorch."""
+        narrow = {batch: _leaves(model, x) for batch, x in self.inputs.items()}
+        return dataclasses.replace(self, narrow=narrow, dtype=dtype)
+
+    @property
+    def tolerance(self) -> float:
+        """Relative to the largest magnitude: a multiple of the rounding of a single result."""
+        return TOLERANCE if self.dtype == torch.float32 else _EPS_FACTOR * torch.finfo(self.dtype).eps
+
+    @property
+    def dtype_name(self) -> str:
+        return str(self.dtype).removeprefix("torch.")
 
 
 def expect(model: nn.Module, example: Inputs, batches: Sequence[int | None]) -> Expected:
@@ -74,19 +94,20 @@ def verify_onnx(
     example: Inputs | None = None,
     batches: Sequence[int | None] = (),
     *,
-    tolerance: float = TOLERANCE,
+    tolerance: float | None = None,
     path: Path | None = None,
 ) -> Verification:
     """Compares an ONNX model with PyTorch in float64, onnxruntime's optimizations off and on.
 
-    The limit is `tolerance`, or four times the error of PyTorch's own float32 result where the network
-    amplifies rounding so much that this is more.
+    The limit is `tolerance`, or four times the error of PyTorch's own result in the dtype of the ONNX model
+    where the network amplifies rounding so much that this is more. onnxruntime has no bfloat16 on the CPU:
+    such a model runs in ONNX's reference evaluator instead.
 
     Args:
         proto: the ONNX model.
         model: what `expect` gave, or else the PyTorch model, not folded, in eval mode.
         example, batches: as for `expect`.
-        tolerance: see above.
+        tolerance: see above; by default `Expected.tolerance`.
         path: the file of `proto`, if its weights are in a file beside it.
 
     Raises:
@@ -98,23 +119,44 @@ def verify_onnx(
     names = [value.name for value in proto.graph.output]
     expected = {batch: _arrays(leaves, len(names)) for batch, leaves in model.wide.items()}
     narrow = {batch: _arrays(leaves, len(names)) for batch, leaves in model.narrow.items()}
-    float32_error = max(_worst(narrow[b], expected[b], names)[1] for b in expected)
-    if not np.isfinite(float32_error):
-        raise VerificationError("the PyTorch model's own output is not finite on random inputs")
-    limit = max(tolerance, _FLOAT32_FACTOR * float32_error)
+    float32_error = _own_error(model, narrow, expected, names)
+    limit = max(model.tolerance if tolerance is None else tolerance, _OWN_FACTOR * float32_error)
     source = proto.SerializeToString() if path is None else str(path)
     checks = []
-    for optimized in (False, True):
-        for batch, outputs in _outputs(source, proto, model.inputs, optimized=optimized):
+    in_reference = model.dtype == torch.bfloat16
+    for optimized in (False,) if in_reference else (False, True):
+        how = "in ONNX's reference evaluator" if in_reference else (
+            f"onnxruntime's optimizations {'on' if optimized else 'off'}"
+        )  # fmt: skip
+        runs = _evaluate(source, proto, model.inputs) if in_reference else _outputs(
+            source, proto, model.inputs, optimized=optimized
+        )  # fmt: skip
+        for batch, outputs in runs:
             output, worst = _worst(outputs, expected[batch], names)
             if not worst <= limit:
                 raise VerificationError(
                     f"output {output} differs from PyTorch by {worst:.1e} relative to its largest "
-                    f"magnitude at batch {batch} (limit {limit:.1e}), onnxruntime's optimizations "
-                    f"{'on' if optimized else 'off'}; nothing was written"
+                    f"magnitude at batch {batch} (limit {limit:.1e}), {how}; nothing was written"
                 )
             checks.append(Check(batch, optimized, output, worst))
-    return Verification(tuple(checks), limit, float32_error, model.reference)
+    runtime = "ONNX's reference evaluator" if in_reference else "onnxruntime"
+    return Verification(tuple(checks), limit, float32_error, model.reference, model.dtype_name, runtime)
+
+
+def _own_error(
+    model: Expected, narrow: dict[int, list[Any]], expected: dict[int, list[Any]], names: list[str]
+) -> float:
+    """Error of PyTorch itself in the dtype of the file. Raises VerificationError if it tells nothing."""
+    error = max(_worst(narrow[b], expected[b], names)[1] for b in expected)
+    if not np.isfinite(error):
+        own = "" if model.dtype == torch.float32 else f" in {model.dtype_name}"
+        raise VerificationError(f"the PyTorch model's own output{own} is not finite on random inputs")
+    if model.dtype != torch.float32 and error > _LARGEST_OWN:
+        raise VerificationError(
+            f"in {model.dtype_name} PyTorch's own output is off by {error:.0%} on random inputs: "
+            "use float32 for this network"
+        )
+    return error
 
 
 def _outputs(
@@ -134,6 +176,25 @@ def _outputs(
             raise VerificationError(
                 f"onnxruntime fails at batch {batch}: {str(error).splitlines()[0]}"
             ) from error
+
+
+def _evaluate(
+    source: bytes | str, proto: onnx.ModelProto, inputs: Mapping[int, Inputs]
+) -> Iterator[tuple[int, list[np.ndarray[Any, Any]]]]:
+    """Batch size and the outputs of ONNX's reference evaluator for each of `inputs`."""
+    from onnx.reference import ReferenceEvaluator
+
+    names = [value.name for value in proto.graph.input]
+    try:
+        evaluator = ReferenceEvaluator(source)
+        for batch, x in inputs.items():
+            feed = dict(zip(names, (value.numpy() for value in x.tensors()), strict=True))
+            yield batch, [np.asarray(output) for output in evaluator.run(None, feed)]
+    except Exception as error:
+        raise VerificationError(
+            f"ONNX's reference evaluator cannot run the model: {(str(error).splitlines() or [''])[0]}; "
+            "without verification it can be written"
+        ) from error
 
 
 def make_session(

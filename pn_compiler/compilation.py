@@ -22,7 +22,7 @@ from pn_compiler.regions import copy_model, trace, unwrap
 from pn_compiler.static_statistics import freeze_statistics
 
 if TYPE_CHECKING:
-    from pn_compiler.export import Report
+    from pn_compiler.export import DType, Report
 
 StaticStatistics = Literal["auto", "all"]
 ERROR_BUDGET = 0.01
@@ -37,6 +37,7 @@ def export_onnx(
     opset_version: int = 20,
     dynamic_batch: bool = True,
     external_data: bool = False,
+    dtype: "DType" = "float32",
     verify: bool = True,
     progress: Progress | None = None,
 ) -> "Report":
@@ -52,6 +53,8 @@ def export_onnx(
             onnxruntime 1.17 and later.
         dynamic_batch: whether the file takes any batch size, or only that of the example.
         external_data: write the weights to ``<path>.data``. Above 2 GB this is done in any case.
+        dtype: of weights and activations: "float32", "float16" or "bfloat16" (opset 22 or later). Inputs,
+            outputs and normalizers stay float32: see docs/precision.md.
         verify: compare the file, in onnxruntime with optimizations off and on, at batch 1 and 3, with
             `model` in float64. The error relative to the largest output may be 1e-4, or four times that of
             PyTorch in float32 where this is more; the report states it.
@@ -64,14 +67,20 @@ def export_onnx(
         ExportError: the model cannot be exported, or the file not written.
         VerificationError: the ONNX model computes something else; there is no file then.
     """
-    from pn_compiler.export import Report, check_writable  # onnx is only imported when it is needed
+    from pn_compiler.export import (
+        Report,
+        check_dtype,
+        check_writable,
+    )  # onnx is only imported when it is needed
 
     check_writable(Path(path))
+    check_dtype(dtype, opset_version)
     inputs = Inputs.of(example_inputs, example_kwargs) or Inputs()
     report = Report(parameters_before=count_parameters(model))
     return _export(
         _on_cpu(unwrap(model), share=not _has_sites(model)), Path(path), inputs, report, progress,
-        opset_version=opset_version, dynamic_batch=dynamic_batch, external_data=external_data, verify=verify,
+        opset_version=opset_version, dynamic_batch=dynamic_batch, external_data=external_data,
+        dtype=dtype, verify=verify,
     )  # fmt: skip
 
 
@@ -96,6 +105,7 @@ def compile(  # noqa: A001  # the name that users of torch.compile look for
     opset_version: int = 20,
     dynamic_batch: bool = True,
     external_data: bool = False,
+    dtype: "DType" = "float32",
     verify: bool = True,
     progress: Progress | None = None,
 ) -> "Report":
@@ -124,9 +134,10 @@ def compile(  # noqa: A001  # the name that users of torch.compile look for
         ConfigError: an impossible option, or an input shape that is missing or does not fit.
         Others: as `transform` and `export_onnx`.
     """
-    from pn_compiler.export import Report, check_writable, timed
+    from pn_compiler.export import Report, check_dtype, check_writable, timed
 
     check_writable(Path(path))
+    check_dtype(dtype, opset_version)
     config = TransformConfig(
         norm=norm, num_groups=num_groups, proxy=proxy,
         proxy_padding=proxy_padding, warm_start=warm_start,
@@ -166,7 +177,8 @@ def compile(  # noqa: A001  # the name that users of torch.compile look for
     report.sites, report.notes = sites(converted), notes(converted)
     return _export(
         converted, Path(path), inputs, report, say,
-        opset_version=opset_version, dynamic_batch=dynamic_batch, external_data=external_data, verify=verify,
+        opset_version=opset_version, dynamic_batch=dynamic_batch, external_data=external_data,
+        dtype=dtype, verify=verify,
     )  # fmt: skip
 
 
@@ -216,6 +228,7 @@ def _export(
     opset_version: int,
     dynamic_batch: bool,
     external_data: bool,
+    dtype: "DType",
     verify: bool,
 ) -> "Report":
     """Folds `model`, which cannot be used afterwards, and writes the file."""
@@ -231,5 +244,6 @@ def _export(
             model = fold_in_place(model)
     return write_onnx(
         model, reference, path, inputs, report=report, progress=progress, opset_version=opset_version,
-        dynamic_batch=dynamic_batch, external_data=external_data, verify=verify,
+        dynamic_batch=dynamic_batch, external_data=external_data,
+        dtype=dtype, verify=verify,
     )  # fmt: skip
