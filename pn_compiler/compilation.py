@@ -242,6 +242,7 @@ def _export(
                 reference = expect(model, inputs, verified_batches(dynamic_batch))
         with timed(report, "fold", say):
             model = fold_in_place(model)
+        report.sites = sites(model) if report.sites else ()
     return write_onnx(
         model, reference, path, inputs, report=report, progress=progress, opset_version=opset_version,
         dynamic_batch=dynamic_batch, external_data=external_data,
