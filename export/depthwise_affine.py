@@ -4,7 +4,7 @@ import numpy as np
 import onnx
 
 
-def use_depthwise_affines(model: onnx.ModelProto) -> int:
+def use_depthwise_affines(model: onnx.ModelProto, folder: str = "") -> int:
     """Replaces x * weight + bias, with constants for each channel of [N, C, H, W], by a depthwise 1x1 Conv.
 
     onnxruntime moves such a Conv into the blocked layout of the convolutions behind it, together with the
@@ -12,6 +12,7 @@ def use_depthwise_affines(model: onnx.ModelProto) -> int:
 
     Args:
         model: edited in place; its value_info tells the shapes.
+        folder: where the files of external data lie.
 
     Returns:
         How many pairs were replaced.
@@ -34,8 +35,8 @@ def use_depthwise_affines(model: onnx.ModelProto) -> int:
         if product in outputs or len(following) != 1 or following[0].op_type != "Add":
             continue
         (shift,) = following
-        x, weight = _split(scale, constants)
-        _, bias = _split(shift, constants)
+        x, weight = _split(scale, constants, folder)
+        _, bias = _split(shift, constants, folder)
         channels = channels_of.get(x)
         if channels is None or weight is None or bias is None or {len(weight), len(bias)} != {channels}:
             continue
@@ -55,13 +56,15 @@ def use_depthwise_affines(model: onnx.ModelProto) -> int:
     return replaced
 
 
-def _split(node: onnx.NodeProto, constants: dict[str, onnx.TensorProto]) -> tuple[str, np.ndarray | None]:
+def _split(
+    node: onnx.NodeProto, constants: dict[str, onnx.TensorProto], folder: str
+) -> tuple[str, np.ndarray | None]:
     """(what a Mul or Add is computed from, the values of its constant [C, 1, 1] or None if it has none)."""
     x, constant = node.input if node.input[1] in constants else reversed(node.input)
     tensor = constants.get(constant)
     if tensor is None or len(tensor.dims) not in (3, 4) or tuple(tensor.dims[-2:]) != (1, 1):
         return x, None
-    values = onnx.numpy_helper.to_array(tensor)
+    values = onnx.numpy_helper.to_array(tensor, folder)
     return x, values.reshape(-1) if values.size == values.shape[-3] else None
 
 

@@ -123,6 +123,14 @@ def make_parser() -> argparse.ArgumentParser:
     export.add_argument("--opset", type=_positive, default=20, metavar="N", help="18 to 24 (default: 20)")
     export.add_argument("--static-batch", action="store_true", help="fix the batch to that of the input")
     export.add_argument(
+        "--dtype", choices=("float32", "float16", "bfloat16"), default="float32",
+        help="of weights and activations; inputs, outputs and normalizers stay float32",
+    )  # fmt: skip
+    export.add_argument(
+        "--external-data", action="store_true",
+        help="write the weights to FILE.data, beside the ONNX file; above 2 GB this is done in any case",
+    )  # fmt: skip
+    export.add_argument(
         "--verify", action=argparse.BooleanOptionalAction, default=True,
         help="compare with PyTorch before writing",
     )  # fmt: skip

@@ -157,6 +157,8 @@ def _compile(loaded: "LoadedModel", arguments: argparse.Namespace, say: Callable
         _example_inputs(loaded, arguments),
         opset_version=arguments.opset,
         dynamic_batch=not arguments.static_batch and loaded.fixed_batch is None,
+        external_data=arguments.external_data,
+        dtype=arguments.dtype,
         verify=arguments.verify,
         progress=say,
         distill_steps=arguments.distill or 0,

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from torch import nn
 
-from pn_compiler.api import calibrate_model, convert, first_sample, fold
+from pn_compiler.api import calibrate_model, convert, first_sample, fold_in_place
 from pn_compiler.config import Norm, ProxyPadding, TransformConfig, WarmStart, one_of
 from pn_compiler.distillation import distill
 from pn_compiler.errors import ConfigError
@@ -22,7 +22,7 @@ from pn_compiler.regions import copy_model, trace, unwrap
 from pn_compiler.static_statistics import freeze_statistics
 
 if TYPE_CHECKING:
-    from pn_compiler.export import Report
+    from pn_compiler.export import DType, Report
 
 StaticStatistics = Literal["auto", "all"]
 ERROR_BUDGET = 0.01
@@ -36,6 +36,8 @@ def export_onnx(
     example_kwargs: Mapping[str, Any] | None = None,
     opset_version: int = 20,
     dynamic_batch: bool = True,
+    external_data: bool = False,
+    dtype: "DType" = "float32",
     verify: bool = True,
     progress: Progress | None = None,
 ) -> "Report":
@@ -50,6 +52,9 @@ def export_onnx(
         opset_version: ONNX operator set, 18 to 24. The default, with its IR version 9, is loaded by
             onnxruntime 1.17 and later.
         dynamic_batch: whether the file takes any batch size, or only that of the example.
+        external_data: write the weights to ``<path>.data``. Above 2 GB this is done in any case.
+        dtype: of weights and activations: "float32", "float16" or "bfloat16" (opset 22 or later). Inputs,
+            outputs and normalizers stay float32: see docs/precision.md.
         verify: compare the file, in onnxruntime with optimizations off and on, at batch 1 and 3, with
             `model` in float64. The error relative to the largest output may be 1e-4, or four times that of
             PyTorch in float32 where this is more; the report states it.
@@ -62,14 +67,20 @@ def export_onnx(
         ExportError: the model cannot be exported, or the file not written.
         VerificationError: the ONNX model computes something else; there is no file then.
     """
-    from pn_compiler.export import Report, check_writable  # onnx is only imported when it is needed
+    from pn_compiler.export import (
+        Report,
+        check_dtype,
+        check_writable,
+    )  # onnx is only imported when it is needed
 
     check_writable(Path(path))
+    check_dtype(dtype, opset_version)
     inputs = Inputs.of(example_inputs, example_kwargs) or Inputs()
     report = Report(parameters_before=count_parameters(model))
     return _export(
-        copy_model(unwrap(model)).cpu().eval(), Path(path), inputs, report, progress,
-        opset_version=opset_version, dynamic_batch=dynamic_batch, verify=verify,
+        _on_cpu(unwrap(model), share=not _has_sites(model)), Path(path), inputs, report, progress,
+        opset_version=opset_version, dynamic_batch=dynamic_batch, external_data=external_data,
+        dtype=dtype, verify=verify,
     )  # fmt: skip
 
 
@@ -93,6 +104,8 @@ def compile(  # noqa: A001  # the name that users of torch.compile look for
     leaves: Sequence[str | type[nn.Module]] = (),
     opset_version: int = 20,
     dynamic_batch: bool = True,
+    external_data: bool = False,
+    dtype: "DType" = "float32",
     verify: bool = True,
     progress: Progress | None = None,
 ) -> "Report":
@@ -121,14 +134,15 @@ def compile(  # noqa: A001  # the name that users of torch.compile look for
         ConfigError: an impossible option, or an input shape that is missing or does not fit.
         Others: as `transform` and `export_onnx`.
     """
-    from pn_compiler.export import Report, check_writable, timed
+    from pn_compiler.export import Report, check_dtype, check_writable, timed
 
     check_writable(Path(path))
+    check_dtype(dtype, opset_version)
     config = TransformConfig(
         norm=norm, num_groups=num_groups, proxy=proxy,
         proxy_padding=proxy_padding, warm_start=warm_start,
     )  # fmt: skip
-    model = copy_model(unwrap(model)).cpu().eval()
+    model = _on_cpu(unwrap(model), share=True)
     if is_converted(model) and (leaves or config != TransformConfig()):
         raise ConfigError("the model is already converted: options of transform have no effect")
     if is_converted(model) and distill_steps:
@@ -163,8 +177,24 @@ def compile(  # noqa: A001  # the name that users of torch.compile look for
     report.sites, report.notes = sites(converted), notes(converted)
     return _export(
         converted, Path(path), inputs, report, say,
-        opset_version=opset_version, dynamic_batch=dynamic_batch, verify=verify,
+        opset_version=opset_version, dynamic_batch=dynamic_batch, external_data=external_data,
+        dtype=dtype, verify=verify,
     )  # fmt: skip
+
+
+def _on_cpu(model: nn.Module, *, share: bool) -> nn.Module:
+    """A copy of `model` on the CPU, in eval mode.
+
+    Args:
+        model: left untouched.
+        share: whether nothing will write to its parameters, so that they need no copy if they are there.
+    """
+    share = share and all(p.device.type == "cpu" for p in model.parameters())
+    return copy_model(model, share_parameters=share).cpu().eval()
+
+
+def _has_sites(model: nn.Module) -> bool:
+    return any(isinstance(module, ProxyNormAct) for module in model.modules())
 
 
 def _check_calibration(
@@ -197,15 +227,24 @@ def _export(
     *,
     opset_version: int,
     dynamic_batch: bool,
+    external_data: bool,
+    dtype: "DType",
     verify: bool,
 ) -> "Report":
-    from pn_compiler.export import timed, write_onnx
+    """Folds `model`, which cannot be used afterwards, and writes the file."""
+    from pn_compiler.export import expect, timed, verified_batches, write_onnx
 
-    folded = model
-    if any(isinstance(module, ProxyNormAct) for module in model.modules()):
-        with timed(report, "fold", progress or (lambda stage: None)):
-            folded = fold(model)
+    say = progress or (lambda stage: None)
+    reference: Any = model
+    if _has_sites(model):
+        if verify:  # before folding, which needs no second copy of the weights then
+            with timed(report, "reference", say):
+                reference = expect(model, inputs, verified_batches(dynamic_batch))
+        with timed(report, "fold", say):
+            model = fold_in_place(model)
+        report.sites = sites(model) if report.sites else ()
     return write_onnx(
-        folded, model, path, inputs, report=report, progress=progress,
-        opset_version=opset_version, dynamic_batch=dynamic_batch, verify=verify,
+        model, reference, path, inputs, report=report, progress=progress, opset_version=opset_version,
+        dynamic_batch=dynamic_batch, external_data=external_data,
+        dtype=dtype, verify=verify,
     )  # fmt: skip

@@ -83,8 +83,11 @@ def test_the_rest_is_left_alone(options: dict[str, object]) -> None:
     assert proto.SerializeToString() == before
 
 
-@pytest.mark.parametrize("channels", [4, 24])  # onnxruntime's blocks have 8 or 16
-def test_every_normalizer_of_a_file_has_one(tmp_path, channels: int) -> None:
+@pytest.mark.parametrize(
+    ("channels", "external_data"),
+    [(4, False), (24, False), (320, True)],  # onnxruntime's blocks have 8 or 16 channels
+)
+def test_every_normalizer_of_a_file_has_one(tmp_path, channels: int, external_data: bool) -> None:
     net = nn.Sequential(
         nn.Conv2d(3, channels, 3), nn.GroupNorm(2, channels), nn.ReLU(), nn.Conv2d(channels, 8, 3),
         nn.GroupNorm(1, 8), nn.SiLU(),
@@ -93,7 +96,9 @@ def test_every_normalizer_of_a_file_has_one(tmp_path, channels: int) -> None:
     for norm in (net[1], net[4]):
         nn.init.normal_(norm.weight)
         nn.init.normal_(norm.bias)
-    report = pn_compiler.export_onnx(net, tmp_path / "m.onnx", torch.randn(2, 3, 12, 12))
+    report = pn_compiler.export_onnx(
+        net, tmp_path / "m.onnx", torch.randn(2, 3, 12, 12), external_data=external_data
+    )
     assert report.operators_after["Conv"] == 4
     assert report.operators_after.get("Mul", 0) == 1  # of SiLU
     assert "Add" not in report.operators_after
