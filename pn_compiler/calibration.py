@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pn_compiler.errors import ConfigError
-from pn_compiler.evaluation import batches_of, each_batch, run, untouched
-from pn_compiler.least_squares import ChannelFit
+from pn_compiler.evaluation import Shards, batches_of, each_batch, run, untouched
+from pn_compiler.least_squares import ChannelFit, merged
 from pn_compiler.tracing import refuse_uninitialised
 
 SWEEPS = 2  # more change nothing that can be measured: docs/calibration.md
@@ -71,15 +71,31 @@ def calibrate(
     found: dict[str, Calibrated] = {}
     with untouched(teacher), untouched(student):
         for number in range(sweeps):
-            sweep = _Sweep(norms)
-            with sweep.hooked(teacher, student if number else None):
-                for name, inputs in each_batch(teacher, batches, f"calibration {number + 1}/{sweeps}"):
-                    run(teacher, inputs, name)
-                    if number:
-                        run(student, inputs, name)
-            for name, fit in sweep.fits.items():
+            title = f"calibration {number + 1}/{sweeps}"
+            sums = functools.partial(_sums, student, teacher, tuple(norms), first=not number, title=title)
+            fits = merged(batches.each(sums)) if isinstance(batches, Shards) else sums(batches)
+            for name, fit in fits.items():
                 found[name] = _solve(norms[name], fit)
     return found
+
+
+def _sums(
+    student: nn.Module,
+    teacher: nn.Module,
+    names: tuple[str, ...],
+    batches: Iterable[Any],
+    *,
+    first: bool,
+    title: str,
+) -> dict[str, ChannelFit]:
+    """The sums of one sweep over `batches`, by site. They are additive: shards of the data can be merged."""
+    sweep = _Sweep({name: cast("nn.GroupNorm", student.get_submodule(name)) for name in names})
+    with untouched(teacher), untouched(student), sweep.hooked(teacher, None if first else student):
+        for name, inputs in each_batch(teacher, batches, title):
+            run(teacher, inputs, name)
+            if not first:
+                run(student, inputs, name)
+    return sweep.fits
 
 
 def _solve(norm: nn.GroupNorm, fit: ChannelFit) -> Calibrated:
