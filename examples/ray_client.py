@@ -27,7 +27,7 @@ class Client:
     """Requests for one model, with binary tensors.
 
     Attributes:
-        counts: answered, retried (attempts beyond the first), lost, wrong.
+        counts: requests that were answered, retried, lost in spite of it, and answered wrongly.
         reasons: why attempts failed -> how often.
         served: (version, replica) -> answers.
     """
@@ -55,7 +55,7 @@ class Client:
         start = time.perf_counter()
         for attempt in range(self.attempts):
             if attempt:
-                self.counts["retried"] += 1
+                self.counts["retried"] += attempt == 1
                 await asyncio.sleep(PAUSE * 2**attempt)
             try:
                 header, logits = await self._post(http, images)

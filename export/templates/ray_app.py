@@ -52,7 +52,8 @@ class Options(BaseModel):
 
     min_replicas: PositiveInt = 2
     max_replicas: PositiveInt = 4
-    target_ongoing_requests: PositiveFloat = 32  # of a replica; more add replicas
+    target_ongoing_requests: PositiveFloat = 32  # of a replica; more add replicas ...
+    upscale_delay_s: PositiveFloat = 10  # ... if they last
     cpus: PositiveFloat = 1  # of a replica
     threads: PositiveInt = 1  # of onnxruntime in a replica
 
@@ -71,6 +72,7 @@ def app(options: Options) -> Application:
         "min_replicas": options.min_replicas,
         "max_replicas": max(options.min_replicas, options.max_replicas),
         "target_ongoing_requests": options.target_ongoing_requests,
+        "upscale_delay_s": options.upscale_delay_s,
     }
     actor = {"num_cpus": options.cpus}
     deployment = Models.options(autoscaling_config=scaling, ray_actor_options=actor)
@@ -94,6 +96,7 @@ class Model:
 
     Attributes:
         inputs, outputs: by name, (datatype, shape with -1 where it is free, numpy type).
+        joins: whether the first axis of all of them is that of the rows, so that calls can share a run.
     """
 
     def __init__(self, name: str, version: int, threads: int) -> None:
@@ -109,6 +112,8 @@ class Model:
             raise RuntimeError(f"{name} version {version} does not load: {error}") from None
         self.inputs = tensors(self.session.get_inputs())
         self.outputs = tensors(self.session.get_outputs())
+        everything = [*self.inputs.values(), *self.outputs.values()]
+        self.joins = all(shape[:1] == [-1] for _, shape, _ in everything)
 
     def metadata(self) -> dict[str, Any]:
         def table(tensors: dict[str, Any]) -> list[dict[str, Any]]:
@@ -208,7 +213,7 @@ class Models:
         wanted = wanted_outputs(header, model)
         outputs, together = (
             await self.batch(call)
-            if call.rows <= MOST_ROWS
+            if model.joins and call.rows <= MOST_ROWS
             else (await asyncio.to_thread(model.run, call.arrays), 1)
         )
         found = dict(zip(model.outputs, outputs, strict=True))
@@ -278,7 +283,7 @@ def checked(model: Model, arrays: Arrays) -> Call:
             raise RefusedError(f"{name} is {kind}, and {given.dtype} was sent")
         if len(shape) != given.ndim or any(s not in (-1, n) for s, n in zip(shape, given.shape, strict=True)):
             raise RefusedError(f"{name} has the shape {shape}, and {list(given.shape)} was sent")
-    rows = {len(array) for array in arrays.values()}
+    rows = {len(array) for array in arrays.values()} if model.joins else {1}
     if len(rows) != 1 or not min(rows):
         raise RefusedError(f"the inputs have {sorted(rows)} rows: expected one number above 0")
     return Call(model, arrays, rows.pop())

@@ -1,0 +1,250 @@
+"""The Ray Serve application on two nodes, under load, while replicas and a node die and a version changes."""
+
+import importlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import numpy as np
+import onnxruntime
+import pytest
+import torch
+
+import pn_compiler
+from examples.digits_network import DigitsNet
+from pn_compiler.testing import randomize_batch_norms
+from tests.serving.ray_cluster import ROOT, Cluster, cluster, free_port, ray, wait_for
+
+serve: Any = importlib.import_module("ray.serve")
+REPLICA = "ServeReplica:default:Models"
+USERS = 6  # of each client process
+TEMPLATE = ROOT / "export" / "templates" / "ray_app.py"
+
+
+class Served(NamedTuple):
+    url: str
+    app: ModuleType
+    files: list[Path]  # of versions 1 and 2, of which the second is not in the repository at first
+    repository: Path
+    cluster: Cluster
+
+    def deploy(self) -> None:
+        serve.run(self.app.app(self.app.Options(min_replicas=2, max_replicas=2, cpus=0.5)))
+
+    def replicas(self) -> list[list[int]]:
+        """Process of each running replica, by node."""
+        return [node.pids(REPLICA) for node in self.cluster.nodes]
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory) -> list[Path]:
+    """Two networks, compiled."""
+    folder = tmp_path_factory.mktemp("files")
+    made = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        made.append(folder / f"{seed}.onnx")
+        converted = pn_compiler.transform(randomize_batch_norms(DigitsNet()).eval())
+        pn_compiler.export_onnx(converted, made[-1], torch.randn(1, 1, 8, 8))
+    return made
+
+
+@pytest.fixture(scope="module")
+def served(files, tmp_path_factory):
+    repository = tmp_path_factory.mktemp("repository")
+    add_version(repository, 1, files[0])
+    shutil.copy(TEMPLATE, repository)
+    port = free_port()
+    with pytest.MonkeyPatch.context() as patch, cluster(1, 1, PYTHONPATH=str(repository)) as made:
+        patch.syspath_prepend(repository)
+        serve.start(proxy_location="HeadOnly", http_options={"host": "127.0.0.1", "port": port})
+        found = Served(
+            f"http://127.0.0.1:{port}", importlib.import_module("ray_app"), files, repository, made
+        )
+        found.deploy()
+        yield found
+        serve.shutdown()
+
+
+def add_version(repository: Path, version: int, file: Path) -> None:
+    folder = repository / "digits" / str(version)
+    folder.mkdir(parents=True)
+    shutil.copy(file, folder / "model.onnx")
+
+
+class Load:
+    """Two client processes; `stop` lets them finish what they have begun."""
+
+    def __init__(self, served: Served, *arguments: str) -> None:
+        command = [sys.executable, "examples/ray_client.py", served.url, "digits", *map(str, served.files)]
+        self.processes = [
+            subprocess.Popen(
+                [*command, *arguments, f"--seed={seed}"],
+                cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+            )
+            for seed in (1, 2)
+        ]  # fmt: skip
+
+    def __enter__(self) -> "Load":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for process in self.processes:
+            process.kill()
+            process.communicate()
+
+    def stop(self) -> dict[str, Any]:
+        """What both report, added up."""
+        total: dict[str, Any] = {}
+        for process in self.processes:
+            report = json.loads(process.communicate(timeout=90)[0])
+            for key, value in report.items():
+                if key in ("answered", "retried", "lost", "wrong"):
+                    total[key] = total.get(key, 0) + value
+                else:
+                    total.setdefault(key, []).append(value)
+        return total
+
+
+def tell(capsys, *values: object) -> None:
+    """Figures for docs/ray.md."""
+    with capsys.disabled():
+        sys.stdout.write(" ".join(map(str, ("\n ", *values))))
+
+
+def healthy(report: dict[str, Any], served: Served) -> None:
+    assert report["lost"] == report["wrong"] == 0, report
+    assert max(report["largest_error"]) < 1e-5, report
+    names = {name for names in report["replicas"] for name in names}
+    assert len(names) >= 2, report
+
+
+def test_a_thousand_requests_at_once(served, capsys) -> None:
+    assert [len(pids) for pids in served.replicas()] == [1, 1]
+    start = time.monotonic()
+    with Load(served, "--requests=500") as load:
+        report = load.stop()
+    tell(capsys, f"{time.monotonic() - start:.1f} s", report)
+    healthy(report, served)
+    assert (report["answered"], report["retried"]) == (1000, 0)
+    assert max(report["largest_batch"]) > 1
+
+
+def ask(served: Served, path: str, body: object = None) -> tuple[int, Any]:
+    data = None if body is None else body if isinstance(body, bytes) else json.dumps(body).encode()
+    try:
+        with urllib.request.urlopen(urllib.request.Request(served.url + path, data)) as response:
+            content = response.read()
+            return response.status, json.loads(content) if content else None
+    except urllib.error.HTTPError as error:
+        return error.code, json.loads(error.read())["error"]
+
+
+def test_the_protocol(served) -> None:
+    for path in ("/v2/health/live", "/v2/health/ready", "/v2/models/digits/ready"):
+        assert ask(served, path) == (200, None)
+    status, about = ask(served, "/v2/models/digits/versions/1")
+    assert (status, about["name"], about["versions"]) == (200, "digits", ["1"])
+    (given,), (got,) = about["inputs"], about["outputs"]
+    assert (given["datatype"], given["shape"], got["shape"]) == ("FP32", [-1, 1, 8, 8], [-1, 10])
+
+    for rows in (1, 5, 40):  # the last is larger than a batch of the server
+        images = np.random.default_rng(rows).random((rows, 1, 8, 8), dtype=np.float32)
+        tensor = {"name": given["name"], "datatype": "FP32", "shape": images.shape}
+        call = {"id": "7", "inputs": [tensor | {"data": images.ravel().tolist()}]}
+        status, answer = ask(served, "/v2/models/digits/infer", call)
+        wanted = onnxruntime.InferenceSession(served.files[0]).run(None, {given["name"]: images})[0]
+        assert (status, answer["id"], answer["model_version"]) == (200, "7", "1")
+        (output,) = answer["outputs"]
+        assert output["shape"] == [rows, 10]
+        assert np.allclose(np.reshape(output["data"], (rows, 10)), wanted, rtol=0, atol=1e-5)
+
+
+def test_what_does_not_fit_is_refused_in_words(served) -> None:
+    name = ask(served, "/v2/models/digits")[1]["inputs"][0]["name"]
+    zeros = {"name": name, "datatype": "FP32", "shape": [1, 1, 8, 8], "data": [0.0] * 64}
+    for change, message in (
+        ({"name": "pixels"}, "has the inputs"),
+        ({"datatype": "FP64"}, f"{name} is FP32, and float64 was sent"),
+        ({"datatype": "FLOAT"}, "not one of the Open Inference Protocol"),
+        ({"shape": [1, 64]}, f"{name} has the shape [-1, 1, 8, 8], and [1, 64] was sent"),
+        ({"shape": [2, 1, 8, 8]}, "not one of the Open Inference Protocol"),
+        ({"shape": [0, 1, 8, 8], "data": []}, "expected one number above 0"),
+    ):
+        status, error = ask(served, "/v2/models/digits/infer", {"inputs": [zeros | change]})
+        assert (status, message in error) == (400, True), error
+    status, error = ask(served, "/v2/models/digits/infer", b"{")
+    assert (status, "not one of the Open Inference Protocol" in error) == (400, True)
+    call = {"inputs": [zeros], "outputs": [{"name": "wrong"}]}
+    assert "has the outputs" in ask(served, "/v2/models/digits/infer", call)[1]
+    assert ask(served, "/v2/models/letters") == (404, "there is no model letters: this server has digits")
+    assert ask(served, "/v2/models/digits/versions/9/ready")[0] == 404
+    assert ask(served, "/v1/models")[0] == 404
+
+
+def test_a_file_that_does_not_load_is_never_deployed(served) -> None:
+    folder = served.repository / "digits" / "3"
+    folder.mkdir()
+    content = served.files[0].read_bytes()
+    (folder / "model.onnx").write_bytes(content[: len(content) // 2])
+    try:
+        with pytest.raises(RuntimeError, match="digits version 3 does not load"):
+            served.deploy()
+        assert ask(served, "/v2/models/digits/ready") == (200, None)
+    finally:
+        shutil.rmtree(folder)
+
+
+def test_a_node_dies_under_load(served, capsys) -> None:
+    """The other node answers on, and starts a replica in the place of the lost one."""
+    with Load(served, f"--users={USERS}") as load:
+        time.sleep(5)
+        served.cluster.nodes[1].kill()
+        seconds = wait_for(lambda: len(served.replicas()[0]) == 2, 60)
+        time.sleep(5)
+        report = load.stop()
+    tell(capsys, f"replaced in {seconds:.1f} s:", report)
+    healthy(report, served)
+    assert report["retried"] <= 2 * USERS  # those in flight
+    assert report["answered"] > 100
+    wait_for(lambda: served.cluster.alive() == 1, 60)
+
+
+def test_a_replica_dies_under_load(served, capsys) -> None:
+    with Load(served, f"--users={USERS}") as load:
+        time.sleep(5)
+        dead, _ = old = served.replicas()[0]
+        os.kill(dead, signal.SIGKILL)
+        seconds = wait_for(lambda: len(set(served.replicas()[0]) - set(old)) == 1, 60)
+        time.sleep(5)
+        report = load.stop()
+    tell(capsys, f"replaced in {seconds:.1f} s:", report)
+    healthy(report, served)
+    assert report["retried"] <= 2 * USERS
+    assert report["answered"] > 100
+
+
+def test_a_new_version_without_a_failed_request(served, capsys) -> None:
+    with Load(served, f"--users={USERS}") as load:
+        time.sleep(5)
+        add_version(served.repository, 2, served.files[1])
+        start = time.monotonic()
+        served.deploy()
+        seconds = time.monotonic() - start
+        time.sleep(3)
+        report = load.stop()
+    tell(capsys, f"rolled in {seconds:.1f} s:", report)
+    healthy(report, served)
+    assert report["retried"] == 0
+    assert {version for versions in report["versions"] for version in versions} == {"1", "2"}
+    assert ask(served, "/v2/models/digits")[1]["versions"] == ["2"]
+    assert ray.is_initialized()
