@@ -14,9 +14,9 @@ demo: $(INSTALLED)
 test: lint
 	$(BIN)/python -m pytest
 
-# Ray Serve and Ray Data on this machine, about 4 minutes; needs the compiled model of `make demo`.
+# Ray Serve and Ray Data, on a cluster of two nodes on this machine. Ray warns of itself: -W default.
 test-ray: $(RAY)/.installed
-	$(RAY)/bin/python -m pytest tests/serving --override-ini timeout=120 -k ray
+	$(RAY)/bin/python -m pytest tests/serving/test_ray_*.py -W default --show-capture=no
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

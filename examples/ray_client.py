@@ -27,7 +27,8 @@ class Client:
     """Requests for one model, with binary tensors.
 
     Attributes:
-        counts: requests that were answered, retried, lost in spite of it, and answered wrongly.
+        counts: requests that were answered, retried, lost in spite of it,
+            and answered wrongly.
         reasons: why attempts failed -> how often.
         served: (version, replica) -> answers.
     """
@@ -94,12 +95,14 @@ class Client:
 
     def report(self) -> dict[str, Any]:
         versions: collections.Counter[str] = collections.Counter()
-        for (version, _), answers in self.served.items():
+        replicas: collections.Counter[str] = collections.Counter()
+        for (version, replica), answers in self.served.items():
             versions[version] += answers
+            replicas[replica] += answers
         return self.counts | {
             "reasons": self.reasons,
             "versions": versions,
-            "replicas": sorted({replica for _, replica in self.served}),
+            "replicas": replicas,
             "largest_batch": self.largest_batch,
             "largest_error": self.largest_error,
             "median_ms": 1000 * float(np.median(self.seconds)) if self.seconds else None,

@@ -15,6 +15,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -22,7 +23,7 @@ os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": uuid.uuid4().hex, "RA
 ray = pytest.importorskip("ray", reason="make test-ray makes the environment that has it")
 
 ROOT = Path(__file__).parent.parent.parent
-_MARK = "PN_COMPILER_RAY_NODE"  # in the environment of each process of a node
+MARK = "PN_COMPILER_RAY_NODE"  # in the environment of the processes of a node
 
 
 class Node:
@@ -45,30 +46,40 @@ class Node:
         self.log = folder / f"node-{self.mark[:8]}.log"
         with self.log.open("w") as log:
             self.process = subprocess.Popen(
-                command, env=os.environ | environment | {_MARK: self.mark}, stdout=log, stderr=log
+                command, env=os.environ | environment | {MARK: self.mark}, stdout=log, stderr=log
             )
 
     def pids(self, title: str = "") -> list[int]:
         """Processes of this node whose command line holds `title`."""
-        found = []
-        for path in Path("/proc").glob("[0-9]*"):
-            with contextlib.suppress(OSError):  # it ended meanwhile
-                mine = f"{_MARK}={self.mark}".encode() in (path / "environ").read_bytes().split(b"\0")
-                if mine and title.encode() in (path / "cmdline").read_bytes():
-                    found.append(int(path.name))
-        return found
+        return marked(self.mark, title)
 
     def kill(self) -> None:
         """SIGKILL to every process of it, as when a machine loses power."""
-        deadline = time.monotonic() + 20
-        while pids := self.pids():
-            for pid in pids:
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
-            self.process.poll()  # or it stays a zombie
-            assert time.monotonic() < deadline, f"processes that do not end: {pids}"
-            time.sleep(0.05)
-        self.process.wait()
+        kill(self.mark, self.process)
+
+
+def marked(mark: str, title: str = "") -> list[int]:
+    """Processes that were started with `mark`, and whose command line holds `title`."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):  # it ended meanwhile
+            mine = f"{MARK}={mark}".encode() in (path / "environ").read_bytes().split(b"\0")
+            if mine and title.encode() in (path / "cmdline").read_bytes():
+                found.append(int(path.name))
+    return found
+
+
+def kill(mark: str, process: "subprocess.Popen[Any]") -> None:
+    """SIGKILL to `process` and all others with its `mark`."""
+    deadline = time.monotonic() + 20
+    while pids := marked(mark):
+        for pid in pids:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        process.poll()  # or it stays a zombie
+        assert time.monotonic() < deadline, f"processes that do not end: {pids}"
+        time.sleep(0.05)
+    process.wait()
 
 
 class Cluster:

@@ -26,7 +26,7 @@ from tests.serving.ray_cluster import ROOT, Cluster, cluster, free_port, ray, wa
 
 serve: Any = importlib.import_module("ray.serve")
 REPLICA = "ServeReplica:default:Models"
-USERS = 6  # of each client process
+USERS = 16  # of each client process
 TEMPLATE = ROOT / "export" / "templates" / "ray_app.py"
 
 
@@ -64,7 +64,8 @@ def served(files, tmp_path_factory):
     add_version(repository, 1, files[0])
     shutil.copy(TEMPLATE, repository)
     port = free_port()
-    with pytest.MonkeyPatch.context() as patch, cluster(1, 1, PYTHONPATH=str(repository)) as made:
+    environment = {"PYTHONPATH": str(repository), "RAY_SERVE_PROXY_PREFER_LOCAL_NODE_ROUTING": "0"}
+    with pytest.MonkeyPatch.context() as patch, cluster(1, 1, **environment) as made:
         patch.syspath_prepend(repository)
         serve.start(proxy_location="HeadOnly", http_options={"host": "127.0.0.1", "port": port})
         found = Served(
@@ -139,6 +140,13 @@ def test_a_thousand_requests_at_once(served, capsys) -> None:
     assert max(report["largest_batch"]) > 1
 
 
+def test_the_client_sees_wrong_answers(served) -> None:
+    """It compares with the other network."""
+    with Load(served._replace(files=served.files[::-1]), "--requests=5") as load:
+        report = load.stop()
+    assert (report["answered"], report["wrong"]) == (10, 10)
+
+
 def ask(served: Served, path: str, body: object = None) -> tuple[int, Any]:
     data = None if body is None else body if isinstance(body, bytes) else json.dumps(body).encode()
     try:
@@ -208,12 +216,14 @@ def test_a_node_dies_under_load(served, capsys) -> None:
     """The other node answers on, and starts a replica in the place of the lost one."""
     with Load(served, f"--users={USERS}") as load:
         time.sleep(5)
+        assert [len(pids) for pids in served.replicas()] == [1, 1]
         served.cluster.nodes[1].kill()
         seconds = wait_for(lambda: len(served.replicas()[0]) == 2, 60)
         time.sleep(5)
         report = load.stop()
     tell(capsys, f"replaced in {seconds:.1f} s:", report)
     healthy(report, served)
+    assert len({name for names in report["replicas"] for name in names}) == 3  # both, and the new one
     assert report["retried"] <= 2 * USERS  # those in flight
     assert report["answered"] > 100
     wait_for(lambda: served.cluster.alive() == 1, 60)
