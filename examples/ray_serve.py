@@ -101,7 +101,7 @@ def main() -> int:
                 runtime_env={"env_vars": {"PYTHONPATH": folder}},
             )
             app = importlib.import_module("ray_app")
-                    serve.start(
+            serve.start(
                 http_options={"host": "127.0.0.1", "port": PORT}, logging_config={"log_level": "ERROR"}
             )
             deploy(app)

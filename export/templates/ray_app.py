@@ -6,9 +6,8 @@ replicas one by one when a newer version has been added. Needs ray[serve] and on
 """
 
 import asyncio
-import itertools
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,33 +17,23 @@ import ray
 from pydantic import BaseModel, PositiveFloat, PositiveInt
 from ray import serve
 from ray.serve import Application
+from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 FOLDER = Path(__file__).resolve().parent
 TYPES = {  # of onnxruntime -> of the protocol, of numpy
-    "tensor(float)": ("FP32", np.float32),
-    "tensor(float16)": ("FP16", np.float16),
-    "tensor(double)": ("FP64", np.float64),
-    "tensor(int64)": ("INT64", np.int64),
-    "tensor(int32)": ("INT32", np.int32),
-    "tensor(int8)": ("INT8", np.int8),
-    "tensor(uint8)": ("UINT8", np.uint8),
-    "tensor(bool)": ("BOOL", np.bool_),
-}
-HEADER = "inference-header-content-length"
+    "tensor(float)": ("FP32", np.float32), "tensor(float16)": ("FP16", np.float16),
+    "tensor(double)": ("FP64", np.float64), "tensor(int64)": ("INT64", np.int64),
+    "tensor(int32)": ("INT32", np.int32), "tensor(int8)": ("INT8", np.int8),
+    "tensor(uint8)": ("UINT8", np.uint8), "tensor(bool)": ("BOOL", np.bool_),
+}  # fmt: skip
+EXTENSIONS, HEADER = ["binary_tensor_data"], "inference-header-content-length"
 MOST_ROWS = 32  # of one batch; a larger request runs alone
 LONGEST_WAIT = 0.002  # seconds that a request waits for others
 
 Arrays = dict[str, np.ndarray]
-
-
-class RefusedError(Exception):
-    """A request that is answered with `status` and the message."""
-
-    def __init__(self, message: str, status: int = 400) -> None:
-        super().__init__(message)
-        self.status = status
+Outcome = Sequence[np.ndarray] | Exception  # the outputs of a call, or why there are none
 
 
 class Options(BaseModel):
@@ -54,28 +43,24 @@ class Options(BaseModel):
     max_replicas: PositiveInt = 4
     target_ongoing_requests: PositiveFloat = 32  # of a replica; more add replicas ...
     upscale_delay_s: PositiveFloat = 10  # ... if they last
+    health_period_s: PositiveFloat = 5  # between health checks of a replica
+    health_timeout_s: PositiveFloat = 10  # of a check; the third that fails in a row ends the replica
     cpus: PositiveFloat = 1  # of a replica
     threads: PositiveInt = 1  # of onnxruntime in a replica
 
 
 def app(options: Options) -> Application:
-    """The application, for the versions that are newest now.
-
-    Raises:
-        FileNotFoundError: there is no model in the folder.
-        RuntimeError: onnxruntime does not load one; nothing is deployed then.
-    """
+    """The application, for the newest versions. Raises if there is no model, or one does not load."""
     versions = newest_versions(FOLDER)
     for name, version in versions.items():
         Model(name, version, options.threads)
-    scaling = {
-        "min_replicas": options.min_replicas,
-        "max_replicas": max(options.min_replicas, options.max_replicas),
-        "target_ongoing_requests": options.target_ongoing_requests,
-        "upscale_delay_s": options.upscale_delay_s,
-    }
-    actor = {"num_cpus": options.cpus}
-    deployment = Models.options(autoscaling_config=scaling, ray_actor_options=actor)
+    scaling = {"min_replicas", "max_replicas", "target_ongoing_requests", "upscale_delay_s"}
+    deployment = Models.options(
+        autoscaling_config=options.model_dump(include=scaling),
+        ray_actor_options={"num_cpus": options.cpus},
+        health_check_period_s=options.health_period_s,
+        health_check_timeout_s=options.health_timeout_s,
+    )
     return deployment.bind(versions, options.threads)
 
 
@@ -112,24 +97,27 @@ class Model:
             raise RuntimeError(f"{name} version {version} does not load: {error}") from None
         self.inputs = tensors(self.session.get_inputs())
         self.outputs = tensors(self.session.get_outputs())
-        everything = [*self.inputs.values(), *self.outputs.values()]
-        self.joins = all(shape[:1] == [-1] for _, shape, _ in everything)
+        self.joins = all(s[:1] == [-1] for _, s, _ in (*self.inputs.values(), *self.outputs.values()))
 
     def metadata(self) -> dict[str, Any]:
-        def table(tensors: dict[str, Any]) -> list[dict[str, Any]]:
-            return [{"name": n, "datatype": t, "shape": s} for n, (t, s, _) in tensors.items()]
+        about: dict[str, Any] = {"name": self.name, "platform": "onnxruntime"}
+        about["versions"] = [str(self.version)]
+        for side, table in (("inputs", self.inputs), ("outputs", self.outputs)):
+            about[side] = [{"name": n, "datatype": kind, "shape": s} for n, (kind, s, _) in table.items()]
+        return about
 
-        about = {"name": self.name, "versions": [str(self.version)], "platform": "onnxruntime_onnx"}
-        return about | {"inputs": table(self.inputs), "outputs": table(self.outputs)}
-
-    def run(self, arrays: Arrays) -> list[np.ndarray]:
-        return self.session.run(list(self.outputs), arrays)
+    def run(self, arrays: Arrays) -> Outcome:
+        try:
+            return self.session.run(list(self.outputs), arrays)
+        except Exception as error:
+            return error
 
     def probe(self) -> None:
-        """Runs on one row of zeros, where all but the batch axis is fixed. Raises if that fails."""
-        shapes = {name: [1, *shape[1:]] for name, (_, shape, _) in self.inputs.items()}
+        """Runs on one row of zeros, where only the batch axis is free. Raises if that fails."""
+        first = [1] if self.joins else []
+        shapes = {name: first + shape[len(first) :] for name, (_, shape, _) in self.inputs.items()}
         if all(size >= 0 for shape in shapes.values() for size in shape):
-            self.run({name: np.zeros(shape, self.inputs[name][2]) for name, shape in shapes.items()})
+            self.session.run(None, {n: np.zeros(shape, self.inputs[n][2]) for n, shape in shapes.items()})
 
 
 def tensors(values: Iterable[Any]) -> dict[str, tuple[str, list[int], Any]]:
@@ -149,17 +137,16 @@ class Call(NamedTuple):
     arrays: Arrays
     rows: int
 
+    @staticmethod
+    def count_rows(calls: "list[Call]") -> int:
+        return sum(call.rows for call in calls)
+
     def kind(self) -> tuple[Any, ...]:
-        """Calls of one kind can be one batch."""
+        """Calls of one kind can share a run."""
         return (self.model.name, *(self.arrays[name].shape[1:] for name in self.model.inputs))
 
 
-@serve.deployment(
-    max_ongoing_requests=128,
-    health_check_period_s=5,
-    health_check_timeout_s=10,
-    graceful_shutdown_timeout_s=30,
-)
+@serve.deployment(max_ongoing_requests=128, graceful_shutdown_timeout_s=30)
 class Models:
     """A replica: all models, in the versions that the application was made for."""
 
@@ -175,18 +162,13 @@ class Models:
     async def __call__(self, request: Request) -> Response:
         try:
             return await self.answer(request)
-        except RefusedError as error:
-            return JSONResponse({"error": str(error)}, error.status)
+        except HTTPException as error:
+            return JSONResponse({"error": error.detail}, error.status_code)
 
     async def answer(self, request: Request) -> Response:
         match request.method, *request.url.path.strip("/").split("/"):
             case "GET", "v2":
-                about = {
-                    "name": "ray-serve",
-                    "version": ray.__version__,
-                    "extensions": ["binary_tensor_data"],
-                }
-                return JSONResponse(about)
+                return JSONResponse({"name": "ray", "version": ray.__version__, "extensions": EXTENSIONS})
             case "GET", "v2", "health", "live" | "ready":
                 return Response()
             case "GET", "v2", "models", name, *rest if rest[-1:] == ["ready"]:
@@ -196,57 +178,54 @@ class Models:
                 return JSONResponse(self.find(name, rest).metadata())
             case "POST", "v2", "models", name, *rest if rest[-1:] == ["infer"]:
                 return await self.infer(self.find(name, rest[:-1]), request)
-        raise RefusedError(f"there is no {request.method} {request.url.path}", 404)
+        raise HTTPException(404, f"there is no {request.method} {request.url.path}")
 
     def find(self, name: str, rest: list[str]) -> Model:
         """The model at models/<name> or models/<name>/versions/<version>."""
         model = self.models.get(name)
         if model is None:
-            raise RefusedError(f"there is no model {name}: this server has {', '.join(self.models)}", 404)
+            raise HTTPException(404, f"there is no model {name}: this server has {', '.join(self.models)}")
         if rest not in ([], ["versions", str(model.version)]):
-            raise RefusedError(f"{name} is served in version {model.version}, not at {'/'.join(rest)}", 404)
+            raise HTTPException(404, f"{name} is served in version {model.version}, not at {'/'.join(rest)}")
         return model
 
     async def infer(self, model: Model, request: Request) -> Response:
         header, arrays = decode(await request.body(), request.headers.get(HEADER))
         call = checked(model, arrays)
         wanted = wanted_outputs(header, model)
-        outputs, together = (
-            await self.batch(call)
-            if model.joins and call.rows <= MOST_ROWS
-            else (await asyncio.to_thread(model.run, call.arrays), 1)
-        )
-        found = dict(zip(model.outputs, outputs, strict=True))
-        about = {
-            "model_name": model.name,
-            "model_version": str(model.version),
-            "parameters": {"replica": self.replica, "requests_in_batch": together},
-        } | ({"id": header["id"]} if "id" in header else {})
+        if model.joins and call.rows <= MOST_ROWS:
+            outcome, together = await self.batch(call)
+        else:
+            outcome, together = await asyncio.to_thread(model.run, call.arrays), 1
+        if isinstance(outcome, Exception):
+            raise HTTPException(400, f"onnxruntime does not run {model.name} on this: {outcome}")
+        found = dict(zip(model.outputs, outcome, strict=True))
+        about = {"model_name": model.name, "model_version": str(model.version)}
+        about |= {"parameters": {"replica": self.replica, "requests_in_batch": together}}
+        about |= {"id": header["id"]} if "id" in header else {}
         return encode(about, {name: found[name] for name in wanted}, model, wanted)
 
-    @serve.batch(
-        max_batch_size=MOST_ROWS,
-        batch_wait_timeout_s=LONGEST_WAIT,
-        batch_size_fn=lambda calls: sum(call.rows for call in calls),
-    )
-    async def batch(self, calls: list[Call]) -> list[tuple[list[np.ndarray], int]]:
-        """The outputs of each call, and how many calls shared its run."""
-        results: list[Any] = [None] * len(calls)
-        order = sorted(range(len(calls)), key=lambda i: calls[i].kind())
-        for _, group in itertools.groupby(order, key=lambda i: calls[i].kind()):
-            numbers = list(group)
-            parts = await asyncio.to_thread(run_together, [calls[i] for i in numbers])
-            for i, part in zip(numbers, parts, strict=True):
-                results[i] = (part, len(numbers))
-        return results
+    @serve.batch(max_batch_size=MOST_ROWS, batch_wait_timeout_s=LONGEST_WAIT, batch_size_fn=Call.count_rows)
+    async def batch(self, calls: list[Call]) -> list[tuple[Outcome, int]]:
+        """The outcome of each call, and how many calls shared its run."""
+        kinds = [call.kind() for call in calls]
+        found = {}
+        for kind in set(kinds):
+            together = [call for call, its in zip(calls, kinds, strict=True) if its == kind]
+            outcomes = await asyncio.to_thread(run_together, together)
+            found[kind] = iter([(outcome, len(together)) for outcome in outcomes])
+        return [next(found[kind]) for kind in kinds]
 
 
-def run_together(calls: list[Call]) -> Iterable[list[np.ndarray]]:
-    """One run for calls of one kind; their outputs."""
+def run_together(calls: list[Call]) -> list[Outcome]:
+    """One run for calls of one kind."""
     model = calls[0].model
     joined = {name: np.concatenate([call.arrays[name] for call in calls]) for name in model.inputs}
+    outcome = model.run(joined)
+    if isinstance(outcome, Exception):
+        return [outcome] * len(calls)
     ends = np.cumsum([call.rows for call in calls])[:-1]
-    return zip(*(np.split(output, ends) for output in model.run(joined)), strict=True)
+    return list(zip(*(np.split(output, ends) for output in outcome), strict=True))
 
 
 # The protocol: https://kserve.github.io/website/docs/concepts/architecture/data-plane/v2-protocol --------
@@ -268,24 +247,26 @@ def decode(body: bytes, length: str | None) -> tuple[dict[str, Any], Arrays]:
                 array = np.frombuffer(body[start : start + size], kind)
                 start += size
             arrays[name] = array.reshape(shape)
-    except (KeyError, TypeError, ValueError) as error:
-        raise RefusedError(f"the request is not one of the Open Inference Protocol: {error!r}") from error
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise HTTPException(
+            400, f"the request is not one of the Open Inference Protocol: {error!r}"
+        ) from error
     return header, arrays
 
 
 def checked(model: Model, arrays: Arrays) -> Call:
-    """Raises RefusedError where names, types or shapes are not those of the inputs."""
+    """Raises HTTPException where names, types or shapes are not those of the inputs."""
     if arrays.keys() != model.inputs.keys():
-        raise RefusedError(f"{model.name} has the inputs {sorted(model.inputs)}, not {sorted(arrays)}")
+        raise HTTPException(400, f"{model.name} has the inputs {sorted(model.inputs)}, not {sorted(arrays)}")
     for name, (kind, shape, dtype) in model.inputs.items():
         given = arrays[name]
         if given.dtype != dtype:
-            raise RefusedError(f"{name} is {kind}, and {given.dtype} was sent")
+            raise HTTPException(400, f"{name} is {kind}, and {given.dtype} was sent")
         if len(shape) != given.ndim or any(s not in (-1, n) for s, n in zip(shape, given.shape, strict=True)):
-            raise RefusedError(f"{name} has the shape {shape}, and {list(given.shape)} was sent")
+            raise HTTPException(400, f"{name} has the shape {shape}, and {list(given.shape)} was sent")
     rows = {len(array) for array in arrays.values()} if model.joins else {1}
     if len(rows) != 1 or not min(rows):
-        raise RefusedError(f"the inputs have {sorted(rows)} rows: expected one number above 0")
+        raise HTTPException(400, f"the inputs have {sorted(rows)} rows: expected one number above 0")
     return Call(model, arrays, rows.pop())
 
 
@@ -295,15 +276,16 @@ def wanted_outputs(header: dict[str, Any], model: Model) -> dict[str, bool]:
     asked = header.get("outputs") or [{"name": name} for name in model.outputs]
     wanted = {o["name"]: bool(o.get("parameters", {}).get("binary_data", binary)) for o in asked}
     if unknown := wanted.keys() - model.outputs.keys():
-        raise RefusedError(f"{model.name} has the outputs {sorted(model.outputs)}, not {sorted(unknown)}")
+        raise HTTPException(
+            400, f"{model.name} has the outputs {sorted(model.outputs)}, not {sorted(unknown)}"
+        )
     return wanted
 
 
 def encode(about: dict[str, Any], outputs: Arrays, model: Model, binary: dict[str, bool]) -> Response:
     described, blobs = [], []
     for name, array in outputs.items():
-        kind = model.outputs[name][0]
-        tensor: dict[str, Any] = {"name": name, "datatype": kind, "shape": list(array.shape)}
+        tensor = {"name": name, "datatype": model.outputs[name][0], "shape": list(array.shape)}
         if binary[name]:
             blobs.append(array.tobytes())
             tensor["parameters"] = {"binary_data_size": len(blobs[-1])}
@@ -313,5 +295,4 @@ def encode(about: dict[str, Any], outputs: Arrays, model: Model, binary: dict[st
     header = json.dumps(about | {"outputs": described}).encode()
     if not blobs:
         return Response(header, media_type="application/json")
-    content = b"".join([header, *blobs])
-    return Response(content, headers={HEADER: str(len(header))}, media_type="application/octet-stream")
+    return Response(b"".join([header, *blobs]), 200, {HEADER: str(len(header))}, "application/octet-stream")

@@ -15,6 +15,7 @@ from types import ModuleType
 from typing import Any, NamedTuple
 
 import numpy as np
+import onnx
 import onnxruntime
 import pytest
 import torch
@@ -22,7 +23,7 @@ import torch
 import pn_compiler
 from examples.digits_network import DigitsNet
 from pn_compiler.testing import randomize_batch_norms
-from tests.serving.ray_cluster import ROOT, Cluster, cluster, free_port, ray, wait_for
+from tests.serving.ray_cluster import ROOT, Cluster, cluster, free_port, wait_for
 
 serve: Any = importlib.import_module("ray.serve")
 REPLICA = "ServeReplica:default:Models"
@@ -38,7 +39,8 @@ class Served(NamedTuple):
     cluster: Cluster
 
     def deploy(self) -> None:
-        serve.run(self.app.app(self.app.Options(min_replicas=2, max_replicas=2, cpus=0.5)))
+        options = {"min_replicas": 2, "max_replicas": 2, "cpus": 0.3}
+        serve.run(self.app.app(self.app.Options(**options, health_period_s=2, health_timeout_s=3)))
 
     def replicas(self) -> list[list[int]]:
         """Process of each running replica, by node."""
@@ -47,14 +49,16 @@ class Served(NamedTuple):
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory) -> list[Path]:
-    """Two networks, compiled."""
+    """A network, compiled, and one with other biases at its end."""
     folder = tmp_path_factory.mktemp("files")
-    made = []
-    for seed in (1, 2):
-        torch.manual_seed(seed)
-        made.append(folder / f"{seed}.onnx")
-        converted = pn_compiler.transform(randomize_batch_norms(DigitsNet()).eval())
-        pn_compiler.export_onnx(converted, made[-1], torch.randn(1, 1, 8, 8))
+    made = [folder / "1.onnx", folder / "2.onnx"]
+    torch.manual_seed(1)
+    converted = pn_compiler.transform(randomize_batch_norms(DigitsNet()).eval())
+    pn_compiler.export_onnx(converted, made[0], torch.randn(1, 1, 8, 8))
+    other = onnx.load(made[0])
+    (bias,) = (tensor for tensor in other.graph.initializer if tensor.dims == [10])
+    bias.CopyFrom(onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(bias) + 1, bias.name))
+    onnx.save(other, made[1])
     return made
 
 
@@ -62,6 +66,8 @@ def files(tmp_path_factory) -> list[Path]:
 def served(files, tmp_path_factory):
     repository = tmp_path_factory.mktemp("repository")
     add_version(repository, 1, files[0])
+    (repository / "sums" / "1").mkdir(parents=True)
+    (repository / "sums" / "1" / "model.onnx").write_bytes(sums().SerializeToString())
     shutil.copy(TEMPLATE, repository)
     port = free_port()
     environment = {"PYTHONPATH": str(repository), "RAY_SERVE_PROXY_PREFER_LOCAL_NODE_ROUTING": "0"}
@@ -74,6 +80,15 @@ def served(files, tmp_path_factory):
         found.deploy()
         yield found
         serve.shutdown()
+
+
+def sums() -> onnx.ModelProto:
+    """x [batch, n] times ones [4, 2]: that n must be 4 does not stand in the shape."""
+    nodes = [onnx.helper.make_node("MatMul", ["x", "ones"], ["y"])]
+    x, y = (onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, ["batch", "n"]) for name in "xy")
+    ones = onnx.numpy_helper.from_array(np.ones((4, 2), np.float32), "ones")
+    graph = onnx.helper.make_graph(nodes, "sums", [x], [y], [ones])
+    return onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 20)], ir_version=10)
 
 
 def add_version(repository: Path, version: int, file: Path) -> None:
@@ -194,7 +209,17 @@ def test_what_does_not_fit_is_refused_in_words(served) -> None:
     assert (status, "not one of the Open Inference Protocol" in error) == (400, True)
     call = {"inputs": [zeros], "outputs": [{"name": "wrong"}]}
     assert "has the outputs" in ask(served, "/v2/models/digits/infer", call)[1]
-    assert ask(served, "/v2/models/letters") == (404, "there is no model letters: this server has digits")
+    assert ask(served, "/v2/models/letters") == (
+        404,
+        "there is no model letters: this server has digits, sums",
+    )
+    wide = {"name": "x", "datatype": "FP32", "shape": [1, 5], "data": [0.0] * 5}
+    status, error = ask(served, "/v2/models/sums/infer", {"inputs": [wide]})  # only onnxruntime can know
+    assert (status, "onnxruntime does not run sums on this" in error) == (400, True), error
+    status, answer = ask(
+        served, "/v2/models/sums/infer", {"inputs": [wide | {"shape": [1, 4], "data": [1] * 4}]}
+    )
+    assert (status, answer["outputs"][0]["data"]) == (200, [4, 4])
     assert ask(served, "/v2/models/digits/versions/9/ready")[0] == 404
     assert ask(served, "/v1/models")[0] == 404
 
@@ -257,4 +282,14 @@ def test_a_new_version_without_a_failed_request(served, capsys) -> None:
     assert report["retried"] == 0
     assert {version for versions in report["versions"] for version in versions} == {"1", "2"}
     assert ask(served, "/v2/models/digits")[1]["versions"] == ["2"]
-    assert ray.is_initialized()
+
+
+def test_a_replica_that_hangs_is_replaced(served, capsys) -> None:
+    """Its health checks are not answered."""
+    stuck, _ = old = served.replicas()[0]
+    os.kill(stuck, signal.SIGSTOP)
+    seconds = wait_for(lambda: len(set(served.replicas()[0]) - set(old)) == 1, 60)
+    tell(capsys, f"replaced in {seconds:.1f} s")
+    with Load(served, "--requests=20") as load:
+        report = load.stop()
+    assert (report["answered"], report["retried"], report["wrong"]) == (40, 0, 0)
