@@ -147,6 +147,7 @@ def connect() -> None:
     """To the cluster at RAY_ADDRESS, or to one of this process. Raises ValueError if it is too small."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     alone: dict[str, Any] = {
+        "address": "local",
         "_node_ip_address": "127.0.0.1",
         "include_dashboard": False,
         "num_cpus": max(LEAST_CPUS, os.cpu_count() or 1),

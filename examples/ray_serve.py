@@ -93,6 +93,7 @@ def main() -> int:
         sys.path.insert(0, folder)
         try:
             ray.init(
+                "local",
                 num_cpus=2,
                 include_dashboard=False,
                 _node_ip_address="127.0.0.1",
