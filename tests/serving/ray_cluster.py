@@ -105,7 +105,7 @@ class Cluster:
                     ray.init(self.nodes[0].address, _node_ip_address="127.0.0.1", log_to_driver=False)
             return ray.is_initialized() and self.alive() == len(self.nodes)
 
-        wait_for(connected, 90)
+        wait_for(connected, 120)
 
     def alive(self) -> int:
         return sum(node["Alive"] for node in ray.nodes())
@@ -118,7 +118,7 @@ def cluster(*cpus: int, **environment: str) -> Iterator[Cluster]:
         made = Cluster(Path(folder), environment)
         try:
             made.add(cpus[0])
-            wait_for(lambda: "Ray runtime started" in made.nodes[0].log.read_text(), 60)
+            wait_for(lambda: "Ray runtime started" in made.nodes[0].log.read_text(), 120)
             for count in cpus[1:]:
                 made.add(count)
             made.connect()

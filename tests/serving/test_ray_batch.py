@@ -10,9 +10,6 @@ from typing import Any
 
 import numpy as np
 import onnxruntime
-import pyarrow as pa
-import pyarrow.dataset
-import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
@@ -21,6 +18,10 @@ from torch import nn
 import pn_compiler
 from pn_compiler.testing import randomize_batch_norms
 from tests.serving.ray_cluster import MARK, ROOT, kill, wait_for
+
+pa = pytest.importorskip("pyarrow")  # Ray brings it
+dataset = pytest.importorskip("pyarrow.dataset")
+pq = pytest.importorskip("pyarrow.parquet")
 
 FILES, ROWS = 24, 200  # of parquet; rows of a file
 
@@ -56,7 +57,7 @@ class Run:
 
     def finish(self) -> tuple[int, str]:
         """(exit status, what it said in its last line)"""
-        out, err = self.process.communicate(timeout=100)
+        out, err = self.process.communicate(timeout=200)
         return self.process.returncode, (out or err).strip().splitlines()[-1]
 
 
@@ -66,7 +67,7 @@ def committed(output: Path) -> list[Path]:
 
 
 def rows_of(output: Path, identifier: str) -> tuple[list[Any], np.ndarray]:
-    table = pyarrow.dataset.dataset(output / "rows", format="parquet").to_table().sort_by(identifier)
+    table = dataset.dataset(output / "rows", format="parquet").to_table().sort_by(identifier)
     (name,) = set(table.column_names) - {identifier}
     return table[identifier].to_pylist(), np.array(table[name].to_pylist(), np.float32)
 
@@ -90,7 +91,7 @@ def test_killed_midway_and_resumed(model, tmp_path) -> None:
     arguments = (model, tmp_path / "input", output, "--part", ROWS, "--batch-size", 4)
 
     with Run(*arguments) as run:
-        wait_for(lambda: len(committed(output)) > 1, 60)
+        wait_for(lambda: len(committed(output)) > 1, 120)
         kill(run.mark, run.process)
         assert run.process.returncode == -9
     last, *kept = committed(output)

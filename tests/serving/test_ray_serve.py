@@ -243,7 +243,7 @@ def test_a_node_dies_under_load(served, capsys) -> None:
         time.sleep(5)
         assert [len(pids) for pids in served.replicas()] == [1, 1]
         served.cluster.nodes[1].kill()
-        seconds = wait_for(lambda: len(served.replicas()[0]) == 2, 60)
+        seconds = wait_for(lambda: len(served.replicas()[0]) == 2, 120)
         time.sleep(5)
         report = load.stop()
     tell(capsys, f"replaced in {seconds:.1f} s:", report)
@@ -251,7 +251,7 @@ def test_a_node_dies_under_load(served, capsys) -> None:
     assert len({name for names in report["replicas"] for name in names}) == 3  # both, and the new one
     assert report["retried"] <= 2 * USERS  # those in flight
     assert report["answered"] > 100
-    wait_for(lambda: served.cluster.alive() == 1, 60)
+    wait_for(lambda: served.cluster.alive() == 1, 120)
 
 
 def test_a_replica_dies_under_load(served, capsys) -> None:
@@ -259,7 +259,7 @@ def test_a_replica_dies_under_load(served, capsys) -> None:
         time.sleep(5)
         dead, _ = old = served.replicas()[0]
         os.kill(dead, signal.SIGKILL)
-        seconds = wait_for(lambda: len(set(served.replicas()[0]) - set(old)) == 1, 60)
+        seconds = wait_for(lambda: len(set(served.replicas()[0]) - set(old)) == 1, 120)
         time.sleep(5)
         report = load.stop()
     tell(capsys, f"replaced in {seconds:.1f} s:", report)
@@ -288,7 +288,7 @@ def test_a_replica_that_hangs_is_replaced(served, capsys) -> None:
     """Its health checks are not answered."""
     stuck, _ = old = served.replicas()[0]
     os.kill(stuck, signal.SIGSTOP)
-    seconds = wait_for(lambda: len(set(served.replicas()[0]) - set(old)) == 1, 60)
+    seconds = wait_for(lambda: len(set(served.replicas()[0]) - set(old)) == 1, 120)
     tell(capsys, f"replaced in {seconds:.1f} s")
     with Load(served, "--requests=20") as load:
         report = load.stop()
