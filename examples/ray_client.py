@@ -130,7 +130,7 @@ async def ask_until(client: Client, stop: asyncio.Event, *, users: int, seed: in
 
 
 def _http() -> aiohttp.ClientSession:
-    timeout = aiohttp.ClientTimeout(total=60)
+    timeout = aiohttp.ClientTimeout(total=120)
     return aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0), timeout=timeout)
 
 
