@@ -225,16 +225,24 @@ def test_what_does_not_fit_is_refused_in_words(served) -> None:
 
 
 def test_a_file_that_does_not_load_is_never_deployed(served) -> None:
-    folder = served.repository / "digits" / "3"
-    folder.mkdir()
-    content = served.files[0].read_bytes()
-    (folder / "model.onnx").write_bytes(content[: len(content) // 2])
+    folder = served.repository / "digits" / "3" / "model.onnx"  # where weights are in a file of their own
+    folder.mkdir(parents=True)
+    model = onnx.load(served.files[0])
+    onnx.save(model, folder / "model.onnx", save_as_external_data=True, location="weights", size_threshold=1024)
     try:
+        served.app.Model("digits", 3, 1).probe()
+        (folder / "weights").unlink()
+        with pytest.raises(RuntimeError, match="digits version 3 does not load"):
+            served.deploy()
+        shutil.rmtree(folder)
+        content = served.files[0].read_bytes()
+        folder.write_bytes(content[: len(content) // 2])
         with pytest.raises(RuntimeError, match="digits version 3 does not load"):
             served.deploy()
         assert ask(served, "/v2/models/digits/ready") == (200, None)
+        assert ask(served, "/v2/models/digits")[1]["versions"] == ["1"]
     finally:
-        shutil.rmtree(folder)
+        shutil.rmtree(folder.parent)
 
 
 def test_a_node_dies_under_load(served, capsys) -> None:
