@@ -60,12 +60,19 @@ class Node:
 
 def marked(mark: str, title: str = "") -> list[int]:
     """Processes that were started with `mark`, and whose command line holds `title`."""
-    found = []
+    parents, mine = {}, set()
     for path in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):  # it ended meanwhile
-            mine = f"{MARK}={mark}".encode() in (path / "environ").read_bytes().split(b"\0")
-            if mine and title.encode() in (path / "cmdline").read_bytes():
-                found.append(int(path.name))
+            parents[int(path.name)] = int((path / "stat").read_text().rpartition(")")[2].split()[1])
+            if f"{MARK}={mark}".encode() in (path / "environ").read_bytes().split(b"\0"):
+                mine.add(int(path.name))
+    while children := {pid for pid, parent in parents.items() if parent in mine} - mine:
+        mine |= children  # agents of Ray write their title over their environment
+    found = []
+    for pid in mine:
+        with contextlib.suppress(OSError):
+            if title.encode() in Path(f"/proc/{pid}/cmdline").read_bytes():
+                found.append(pid)
     return found
 
 
