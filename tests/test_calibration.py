@@ -1,6 +1,8 @@
 """The calibrated warm start: exact where it can be, streaming, and it leaves nothing behind."""
 
+import itertools
 import json
+import pickle
 
 import numpy as np
 import pytest
@@ -13,7 +15,8 @@ from torch import Tensor, nn
 import pn_compiler
 from pn_compiler.cli import main
 from pn_compiler.errors import ConfigError
-from pn_compiler.least_squares import ChannelFit
+from pn_compiler.evaluation import Shards
+from pn_compiler.least_squares import ChannelFit, merged
 from pn_compiler.testing import assert_same_outputs, randomize_batch_norms, relative_error
 from tests.zoo import torchvision
 
@@ -158,6 +161,27 @@ def test_streaming_gives_what_the_whole_gives(make) -> None:
     assert streamed == pytest.approx(whole, rel=1e-5)
 
 
+class TwoPlaces(Shards):
+    """Each with copies of its own of what is computed."""
+
+    def __init__(self, *places: list[Tensor]) -> None:
+        self.places = places
+
+    def __iter__(self):
+        return itertools.chain(*self.places)
+
+    def each(self, function):
+        return [pickle.loads(pickle.dumps(function))(place) for place in self.places]
+
+
+def test_sums_of_several_places_give_what_one_gives() -> None:
+    model, x = trained(Untraceable)
+    model, x = model.double(), x.double()
+    one = dict(calibrated(model, x.split(4)).named_parameters())
+    many = dict(calibrated(model, TwoPlaces([x[:4]], [x[4:8], x[8:]])).named_parameters())
+    assert max(relative_error(many[name], one[name]) for name in one) < 1e-5
+
+
 @given(
     sizes=st.lists(st.integers(0, 5), min_size=1, max_size=6).filter(sum),
     offset=st.sampled_from([0.0, 1e2, -1e3]),
@@ -168,17 +192,21 @@ def test_sums_do_not_depend_on_how_samples_come(sizes, offset, scale) -> None:
     generator = torch.Generator().manual_seed(sum(sizes))
     x = offset + scale * torch.randn(sum(sizes), 3, 4, generator=generator, dtype=torch.float64)
     y = 2 * x - 1 + scale * torch.randn(x.shape, generator=generator, dtype=torch.float64)
-    whole, parts = ChannelFit(), ChannelFit()
+    whole, in_turn = ChannelFit(), ChannelFit()
     whole.add(x, y)
+    shards = []
     for piece_x, piece_y in zip(x.split(sizes), y.split(sizes), strict=True):
-        parts.add(piece_x, piece_y)
+        in_turn.add(piece_x, piece_y)
+        shards.append({"": ChannelFit()})
+        shards[-1][""].add(piece_x, piece_y)
     default = torch.ones(3)
-    assert parts.count == whole.count == 4 * sum(sizes)
-    assert_same_outputs(parts.solve(default), whole.solve(default), tolerance=1e-8)
-    assert parts.difference() == pytest.approx(whole.difference(), rel=1e-6, abs=1e-12)
     variance = (y - y.mean((0, 2), keepdim=True)).square().sum()
-    expected = (x - y).square().sum() / variance if len(x) * 4 > 1 else 0
-    assert parts.difference() == pytest.approx(float(expected), rel=1e-6)
+    expected = float((x - y).square().sum() / variance)
+    for parts in (in_turn, merged(shards[::-1])[""]):
+        assert parts.count == whole.count == 4 * sum(sizes)
+        assert_same_outputs(parts.solve(default), whole.solve(default), tolerance=1e-8)
+        assert parts.difference() == pytest.approx(whole.difference(), rel=1e-6, abs=1e-12)
+        assert parts.difference() == pytest.approx(expected, rel=1e-6)
     for channel, slope in enumerate(whole.solve(default)[0]):
         expected = np.polyfit((x[:, channel].flatten() - x.mean()) / scale, y[:, channel].flatten(), 1)[0]
         assert float(slope) == pytest.approx(expected / scale, rel=1e-6)
