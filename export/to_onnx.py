@@ -17,7 +17,9 @@ from torch.utils import _pytree as pytree
 
 from pn_compiler.errors import ExportError, VerificationError
 from pn_compiler.export.files import check_writable, write_atomically
+from pn_compiler.export.names import Names, rename
 from pn_compiler.export.report import Report, count_onnx_operators, describe_values
+from pn_compiler.export.runtimes import DEFAULT_OPSET
 from pn_compiler.export.simplify import freeze_reshapes
 from pn_compiler.export.two_stage_norm import with_two_stage_norms
 from pn_compiler.export.verify import TOLERANCE, Verification, imitate, verify_onnx
@@ -27,9 +29,6 @@ from pn_compiler.pass_base import Progress
 
 logger = logging.getLogger(__name__)
 
-#: The newest opset whose GroupNorm lowering has CPU kernels; with IR 9, onnxruntime 1.17 and later load it.
-DEFAULT_OPSET = 20
-OPSETS = range(18, 25)
 VERIFIED_BATCHES = (1, 3)
 _MAX_BYTES = 2**31 - 2**20  # of a protobuf message, less room for the graph
 
@@ -42,6 +41,7 @@ def write_onnx(
     *,
     opset_version: int = DEFAULT_OPSET,
     dynamic_batch: bool = True,
+    names: Names | None = None,
     verify: bool = True,
     tolerance: float = TOLERANCE,
     report: Report | None = None,
@@ -56,6 +56,7 @@ def write_onnx(
         inputs: arguments of a call; the first axis of each tensor is the batch.
         opset_version: ONNX operator set, 18 to 24.
         dynamic_batch: whether the file takes any batch size; else that of the example.
+        names: of the inputs and outputs.
         verify: whether the result is compared, with onnxruntime, at batch 1 and 3.
         tolerance: largest relative error; see `pn_compiler.export.verify`.
         report: filled in, if given.
@@ -65,7 +66,7 @@ def write_onnx(
         ExportError: bad arguments, the exporter fails, or the file cannot be written.
         VerificationError: the ONNX model computes something else.
     """
-    _check_arguments(path, inputs, opset_version)
+    _check_arguments(path, inputs)
     report = Report() if report is None else report
     say = progress or (lambda stage: None)
     compare = None
@@ -75,7 +76,14 @@ def write_onnx(
             verify_onnx, model=reference, example=inputs, batches=batches, tolerance=tolerance
         )
     export = functools.partial(
-        _export_and_verify, inputs, opset_version, dynamic_batch, compare, report=report, say=say
+        _export_and_verify,
+        inputs,
+        opset_version,
+        dynamic_batch,
+        names or Names(),
+        compare,
+        report=report,
+        say=say,
     )
     try:
         proto = export(folded)
@@ -106,6 +114,7 @@ def _export_and_verify(
     inputs: Inputs,
     opset_version: int,
     dynamic_batch: bool,
+    names: Names,
     compare: Callable[[onnx.ModelProto], Verification] | None,
     model: nn.Module,
     *,
@@ -114,7 +123,7 @@ def _export_and_verify(
 ) -> onnx.ModelProto:
     """The ONNX model of `model`, checked and, by `compare`, verified; the report notes the result."""
     with timed(report, "export", say):
-        proto = _export(model, inputs, opset_version, dynamic_batch=dynamic_batch)
+        proto = _export(model, inputs, opset_version, names, dynamic_batch=dynamic_batch)
     with timed(report, "check", say):
         _check(proto)
     if compare is not None:
@@ -134,15 +143,15 @@ def timed(report: Report, stage: str, say: Progress) -> Iterator[None]:
     report.seconds[stage] = report.seconds.get(stage, 0.0) + time.perf_counter() - start
 
 
-def _check_arguments(path: Path, inputs: Inputs, opset_version: int) -> None:
+def _check_arguments(path: Path, inputs: Inputs) -> None:
     check_writable(path)
-    if opset_version not in OPSETS:
-        raise ExportError(f"opset {opset_version}: expected {OPSETS.start} to {OPSETS.stop - 1}")
     if not inputs.tensors():
         raise ExportError("example_inputs: expected a tensor or a tuple with tensors")
 
 
-def _export(model: nn.Module, inputs: Inputs, opset_version: int, *, dynamic_batch: bool) -> onnx.ModelProto:
+def _export(
+    model: nn.Module, inputs: Inputs, opset_version: int, names: Names, *, dynamic_batch: bool
+) -> onnx.ModelProto:
     """The ONNX model that torch.onnx makes, with the IR version of its opset and no traces of source."""
     dynamic_shapes = None
     # torch.export takes a batch of 1 for a constant, and one tensor in two places for one input
@@ -169,6 +178,7 @@ def _export(model: nn.Module, inputs: Inputs, opset_version: int, *, dynamic_bat
         hint = "; if the batch axis is the cause, try a static batch" if dynamic_batch else ""
         raise ExportError(f"torch.onnx cannot export the model: {_cause(error)}{hint}") from error
     assert program is not None
+    rename(program.model.graph, names)
     proto: onnx.ModelProto = program.model_proto
     _strip(proto)
     if dynamic_batch:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from pn_compiler.errors import VerificationError
+from pn_compiler.errors import ExportError, VerificationError
 from pn_compiler.export.report import Check
 from pn_compiler.inputs import Inputs
 
@@ -103,6 +103,24 @@ def make_session(
     level = onnxruntime.GraphOptimizationLevel
     options.graph_optimization_level = level.ORT_ENABLE_ALL if optimized else level.ORT_DISABLE_ALL
     return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+
+
+def load_session(path: str, *, optimized: bool = True) -> onnxruntime.InferenceSession:
+    """A session of a file, loaded as a server does: external data are found beside it or not at all.
+
+    Raises:
+        ExportError: onnxruntime cannot load it.
+    """
+    try:
+        return make_session(path, optimized=optimized)
+    except Exception as error:
+        raise ExportError(f"onnxruntime cannot load {path}: {str(error).splitlines()[0]}") from error
+
+
+def reference_outputs(model: nn.Module, inputs: Inputs, count: int) -> list[np.ndarray[Any, Any]]:
+    """The `count` outputs that the ONNX model of `model` must give, in float64 where that can be run."""
+    wide, dtype = _reference(model, inputs)
+    return _run(wide, _cast(inputs, dtype), count)
 
 
 def imitate(example: Inputs, batch: int | None) -> Inputs:
