@@ -154,6 +154,8 @@ class _Server:
             status = str(getattr(error, "status", lambda: "")())
             if isinstance(error, TimeoutError) or "DEADLINE_EXCEEDED" in status or "timed out" in text:
                 raise SmokeError(f"{self.url}: no answer within {self._timeout:g} s ({what})") from error
+            if "closed" in text.lower() or "reset by peer" in text:
+                raise SmokeError(f"{self.url} closed the connection ({what}): {text}") from error
             if isinstance(error, OSError) or "UNAVAILABLE" in status:
                 raise SmokeError(f"{self.url} cannot be reached ({what}): {text}") from error
             raise SmokeError(f"{self.url} refuses ({what}): {text}") from error

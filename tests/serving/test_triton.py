@@ -1,6 +1,7 @@
 """Triton's core serves repositories as they were written: HTTP, gRPC, batching, and what it refuses."""
 
 import contextlib
+import dataclasses
 import json
 import os
 import shutil
@@ -15,6 +16,7 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
+import torch
 import tritonclient.http
 from google.protobuf import text_format
 from tritonclient.grpc import model_config_pb2
@@ -61,7 +63,10 @@ def serving(repository: Path, log: Path, *options: str, ready: bool = True) -> I
     with running(command, log, env=triton.environment()) as process:
         server = Server(process, http, grpc)
         wait_for(server.ready if ready else server.live, "the server is ready")
-        yield server
+        try:
+            yield server
+        finally:
+            server.client.close()  # the server waits for open connections
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +86,9 @@ def test_smoke_of_an_unedited_repository(
 ) -> None:
     address = getattr(server, protocol)
     assert smoke(address, "--golden", golden(repository, model), "--protocol", protocol) == 0
-    assert capsys.readouterr().out.startswith(f"smoke: passed: {model} on {address} ({protocol}): largest error ")
+    assert capsys.readouterr().out.startswith(
+        f"smoke: passed: {model} on {address} ({protocol}): largest error "
+    )
 
 
 def test_load_of_two_clients_and_batches_across_their_requests(server: Server, repository: Path) -> None:
@@ -139,36 +146,49 @@ def lose_external_data(folder: Path) -> None:
     (file / "model.onnx.data").unlink()
 
 
-#: What someone did to the folder of a model, and what the server says of it.
-BROKEN = {
-    "name": (without("max_batch", 'name: "other" max_batch'), "expected model name"),
-    "field": (without("max_batch_size: 64", "max_batch: 64"), "failed to load"),
-    "datatype": (without("TYPE_FP32", "FP32"), "failed to load"),
+#: What someone did to the folder of a model, and the reason that the server tells, to clients or in its log.
+REFUSED = {
+    "gpu": (without("backend", "instance_group { kind: KIND_GPU } backend"), "no GPUs are available"),
+    "batch_in_dims": (
+        without("dims: 1\n", "dims: -1 dims: 1\n"),
+        "[-1, -1, 1, 8, 8] TYPE_FP32 in config.pbtxt",
+    ),
+    "output": (without('"output"', '"logits"'), "output logits is none of ['output']"),
+    "half": (
+        without("TYPE_FP32", "TYPE_FP16"),
+        "TYPE_FP16 in config.pbtxt, [-1, 1, 8, 8] TYPE_FP32 in the file",
+    ),
+    "corrupt": (corrupt, "Protobuf parsing failed"),
+    "external": (lose_external_data, "model.onnx.data failed:"),
+}
+UNREADABLE = {
+    "name": (
+        without("max_batch", 'name: "other" max_batch'),
+        "unexpected directory name 'name' for model 'other'",
+    ),
+    "field": (without("max_batch_size: 64", "max_batch: 64"), 'has no field named "max_batch"'),
+    "datatype": (without("TYPE_FP32", "FP32"), 'Unknown enumeration value of "FP32"'),
     "preferred": (
         without("dynamic_batching {", "dynamic_batching { preferred_batch_size: 128"),
         "dynamic batching preferred size must be <= max batch size",
     ),
-    "gpu": (without("backend", "instance_group { kind: KIND_GPU } backend"), "GPU"),
-    "batch_in_dims": (without("dims: 1\n", "dims: -1 dims: 1\n"), "[-1, -1, 1, 8, 8] TYPE_FP32 in config.pbtxt"),
-    "output": (without('"output"', '"logits"'), "output logits is none of ['output']"),
-    "half": (without("TYPE_FP32", "TYPE_FP16"), "TYPE_FP16 in config.pbtxt"),
-    "corrupt": (corrupt, "Protobuf parsing failed"),
-    "external": (lose_external_data, "model.onnx.data"),
-}  # fmt: skip
+}
 
 
 def test_what_is_broken_is_refused_with_its_reason(
     repository: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    folder = tmp_path / "model_repository"
-    for name, (break_it, _) in BROKEN.items():
+    folder, log = tmp_path / "model_repository", tmp_path / "log.txt"
+    for name, (break_it, _) in (REFUSED | UNREADABLE).items():
         shutil.copytree(repository / "digits", folder / name)
         break_it(folder / name)
     shutil.copytree(repository / "digits", folder / "digits")
-    with serving(folder, tmp_path / "log.txt", "--exit-on-error=false", ready=False) as server:
-        assert smoke(server.http, "--golden", golden(repository), "--wait", 30) == 0
+    with serving(folder, log, "--exit-on-error=false", ready=False) as server:
+        assert (
+            smoke(server.http, "--golden", golden(repository), "--wait", 30) == 0
+        )  # the others suffer nothing
         capsys.readouterr()
-        for name, (_, reason) in BROKEN.items():
+        for name in REFUSED | UNREADABLE:
             for protocol in ("http", "grpc"):
                 address = getattr(server, protocol)
                 arguments = ("--golden", golden(repository), "--protocol", protocol, "--model", name)
@@ -176,4 +196,111 @@ def test_what_is_broken_is_refused_with_its_reason(
                 message = capsys.readouterr().err
                 assert message.startswith(f"smoke: error: {address}: model {name} is not ready")
                 assert message.count("\n") == 1
-                assert reason in message or reason in (tmp_path / "log.txt").read_text()
+                if name in REFUSED:
+                    assert REFUSED[name][1] in message
+        for _, reason in UNREADABLE.values():
+            assert reason in log.read_text()
+
+
+def changed(golden: Golden, change: str) -> Golden:
+    """A golden file that does not fit the server."""
+    if change == "values":
+        calls = tuple((x, {name: y + 0.01 for name, y in outputs.items()}) for x, outputs in golden.calls)
+        return dataclasses.replace(golden, version=7, calls=calls)
+    edit = {
+        "dtype": lambda x: {"x": x["x"].astype(np.float64)},
+        "shape": lambda x: {"x": x["x"][:, :, :4]},
+        "rank": lambda x: {"x": x["x"][0]},
+        "input name": lambda x: {"image": x["x"]},
+    }[change]
+    return dataclasses.replace(golden, calls=tuple((edit(x), y) for x, y in golden.calls))
+
+
+@pytest.mark.parametrize("protocol", ["http", "grpc"])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("values", "limit 1.0e-04) (it serves version 1, the golden file is of 7)"),
+        ("dtype", "digits: input x is FP32, the golden one FP64"),
+        ("shape", "digits: input x has shape [-1, 1, 8, 8], the golden one [5, 1, 4, 8]"),
+        ("rank", "digits: input x has shape [-1, 1, 8, 8], the golden one [1, 8, 8]"),
+        ("input name", "digits: the server's inputs are x, not image"),
+    ],
+)
+def test_a_golden_file_that_does_not_fit(
+    server: Server, repository: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],
+    change: str, message: str, protocol: str,
+) -> None:  # fmt: skip
+    file = tmp_path / "golden.npz"
+    file.write_bytes(changed(Golden.load(golden(repository)), change).to_bytes())
+    assert smoke(getattr(server, protocol), "--golden", file, "--protocol", protocol) == 1
+    told = capsys.readouterr().err
+    assert message in told
+    assert told.count("\n") == 1
+
+
+@pytest.mark.parametrize("protocol", ["http", "grpc"])
+def test_the_golden_file_of_another_model(
+    server: Server, repository: Path, capsys: pytest.CaptureFixture[str], protocol: str
+) -> None:
+    address = getattr(server, protocol)
+    arguments = ("--golden", golden(repository, "pair"), "--protocol", protocol)
+    assert smoke(address, *arguments, "--model", "digits") == 1
+    assert "the server's inputs are x, not signal_in, marks_in" in capsys.readouterr().err
+    assert smoke(address, *arguments, "--model", "absent") == 1
+    assert "there is no model absent; the server has digits, pair" in capsys.readouterr().err
+
+
+def test_a_port_in_use(server: Server, repository: Path) -> None:
+    port = int(server.http.rpartition(":")[2])
+    command = triton.command(repository, port, *free_ports(1), "--model-control-mode=explicit")
+    done = subprocess.run(
+        command, env=triton.environment(), capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.returncode != 0
+    assert f"Socket '127.0.0.1:{port}' already in use" in done.stdout + done.stderr
+    assert server.ready()
+
+
+@pytest.mark.parametrize("protocol", ["http", "grpc"])
+def test_a_server_that_dies_or_hangs_while_it_is_asked(
+    repository: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], protocol: str
+) -> None:
+    folder = tmp_path / "model_repository"
+    shutil.copytree(repository / "digits", folder / "digits")
+    slow = "dynamic_batching { preferred_batch_size: 64 max_queue_delay_microseconds: 60000000"
+    without("dynamic_batching {\n  max_queue_delay_microseconds: 2000", slow)(folder / "digits")
+    with serving(folder, tmp_path / "log.txt") as server:
+        address = getattr(server, protocol)
+        backends = children(server.process.pid)
+        arguments = (address, "--golden", golden(repository), "--protocol", protocol)
+        assert smoke(*arguments, "--timeout", 1) == 1
+        assert f"{address}: no answer within 1 s (batch of 1)" in capsys.readouterr().err
+        threading.Timer(1, server.process.kill).start()
+        assert smoke(*arguments) == 1
+        told = capsys.readouterr().err
+        assert told.startswith(f"smoke: error: {address} closed the connection (batch of 1): ")
+        assert told.count("\n") == 1
+        for pid in backends:  # which nobody ended
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+
+
+def test_a_new_version_under_a_running_server(
+    repository: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Triton polls the folder while a second version with other weights is written into it."""
+    folder = tmp_path / "model_repository"
+    shutil.copytree(repository / "digits", folder / "digits")
+    options = ("--model-control-mode=poll", "--repository-poll-secs=1")
+    with serving(folder, tmp_path / "log.txt", *options) as server:
+        assert smoke(server.http, "--golden", golden(folder)) == 0
+        other = digits_network()
+        with torch.no_grad():
+            other.head.bias.add_(1)
+        report = pn_compiler.export_model_repository(other, folder, "digits", IMAGES, max_batch_size=64)
+        assert Path(report.repository) == folder / "digits" / "2"
+        new = golden(folder, version=2)
+        wait_for(lambda: smoke(server.http, "--golden", new) == 0, "version 2 is served")
+        assert smoke(server.http, "--golden", golden(folder)) == 1
+        assert "(it serves version 2, the golden file is of 1)" in capsys.readouterr().err

@@ -20,7 +20,7 @@ def command(repository: Path, http: int, grpc: int, *more: str) -> list[str]:
         f"--model-repository={repository}", f"--backend-directory={_backends()}",
         "--http-address=127.0.0.1", f"--http-port={http}",
         "--grpc-address=127.0.0.1", f"--grpc-port={grpc}",
-        "--allow-metrics=false", *more,
+        "--allow-metrics=false", "--exit-timeout-secs=5", *more,
     ]  # fmt: skip
 
 
