@@ -16,13 +16,7 @@ from pn_compiler.config import ModelRepository
 from pn_compiler.errors import ExportError
 from pn_compiler.export.files import check_writable, write_atomically
 from pn_compiler.export.golden_calls import Reference, check_golden, golden_calls, why_no_batching
-from pn_compiler.export.manifests import (
-    SERVER_SETTINGS,
-    inference_service,
-    model_settings,
-    templates,
-    to_json,
-)
+from pn_compiler.export.manifests import model_files, server_files, to_json
 from pn_compiler.export.onnx_file import OnnxFile
 from pn_compiler.export.runtimes import oldest_onnxruntime
 from pn_compiler.export.triton_config import config_text, parse_config, triton_config
@@ -97,14 +91,8 @@ def write_repository(
         (version / "golden.npz").write_bytes(golden.to_bytes())
         (version / "report.json").write_bytes(to_json(report))
         place = file.relative_to(folder)
-        settings = model_settings(repository.name, number, place.as_posix(), limit)
-        service = inference_service(repository.name, repository.directory.resolve().name)
-        shared = {
-            "config.pbtxt": config_text(config).encode(),
-            "model-settings.json": to_json(settings),
-            "kserve.yaml": service.encode(),
-            **templates(),
-        }
+        shared = model_files(repository.name, number, place.as_posix(), limit)
+        shared["config.pbtxt"] = config_text(config).encode()
         _publish(repository, version, shared, spare=stage / "replaced")
     target = repository.directory / repository.name
     return WrittenVersion(target / str(number), target / place, batching)
@@ -176,13 +164,13 @@ def _publish(repository: ModelRepository, version: Path, shared: dict[str, bytes
 
     Args:
         version: in the staging folder.
-        shared: name -> content of the files beside the versions. A config.pbtxt that is there is kept, for
-            someone may have tuned it.
+        shared: name -> content of the files beside the versions. A config.pbtxt that is there is kept, as are
+            the files beside the models, for someone may have tuned them.
         spare: where a version that is replaced goes.
     """
-    settings = repository.directory / "settings.json"
-    if not settings.exists():
-        write_atomically(settings, to_json(SERVER_SETTINGS))
+    for name, content in server_files(repository.directory.resolve().name).items():
+        if repository.force or not (repository.directory / name).exists():
+            write_atomically(repository.directory / name, content)
     target = repository.directory / repository.name
     if not target.exists():
         for name, content in shared.items():

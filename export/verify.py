@@ -165,8 +165,14 @@ def _cast(inputs: Inputs, dtype: torch.dtype) -> Inputs:
 
 def _run(model: nn.Module, inputs: Inputs, count: int) -> list[np.ndarray[Any, Any]]:
     """The `count` outputs of `model` that the ONNX model has: its tensors, and sizes if they vary."""
-    with torch.no_grad():
-        outputs = pytree.tree_leaves(inputs.call(model))
+    try:
+        with torch.no_grad():
+            outputs = pytree.tree_leaves(inputs.call(model))
+    except Exception as error:  # whatever its forward raises
+        raise VerificationError(
+            f"the PyTorch model fails at batch {_batch(inputs)}: {str(error).splitlines()[0]}; if it takes "
+            "one batch size only, try a static batch"
+        ) from error
     tensors = [output for output in outputs if isinstance(output, Tensor)]
     if len(tensors) != count:
         tensors = [torch.as_tensor(output) for output in outputs if isinstance(output, Tensor | int)]

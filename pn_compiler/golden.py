@@ -49,7 +49,7 @@ class Golden:
             LoadError: there is no such file, or it is something else.
         """
         try:
-            with np.load(path, allow_pickle=False) as file:
+            with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as file:
                 arrays = {key: file[key] for key in file.files}
             calls: list[tuple[Arrays, Arrays]] = [({}, {}) for _ in range(int(arrays["calls"]))]
             for key in [key for key in arrays if "/" in key]:

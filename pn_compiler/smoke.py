@@ -101,6 +101,7 @@ class _Server:
         with self._told("is it live?"):
             if not self._client.is_server_live(**self._limit()):
                 return "the server is not live, or speaks another protocol"
+        with self._told(f"is {model} ready?"):
             if self._client.is_model_ready(model, **self._limit()):
                 return ""
         known = self._index()

@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pn_compiler.smoke
 
+ROOT = Path(__file__).parent.parent.parent
+
 
 def free_ports(count: int) -> list[int]:
     with contextlib.ExitStack() as stack:
