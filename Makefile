@@ -7,8 +7,9 @@ INSTALLED := $(VENV)/.installed
 
 TRITON := .venv-triton
 MLSERVER := .venv-mlserver
+OPENVINO := .venv-openvino
 
-.PHONY: demo test test-serving lint triton mlserver clean
+.PHONY: demo test test-serving lint triton mlserver openvino clean
 
 demo: $(INSTALLED)
 	$(BIN)/python examples/digits.py
@@ -16,7 +17,7 @@ demo: $(INSTALLED)
 test: lint triton
 	$(BIN)/python -m pytest -m "not servers"
 
-test-serving: $(INSTALLED) triton mlserver
+test-serving: $(INSTALLED) triton mlserver openvino
 	$(BIN)/python -m pytest tests/serving
 
 lint: $(INSTALLED)
@@ -34,6 +35,7 @@ $(INSTALLED): pyproject.toml constraints.txt requirements-models.txt
 
 triton: $(TRITON)/.installed
 mlserver: $(MLSERVER)/.installed
+openvino: $(OPENVINO)/.installed
 
 # A server in an environment of its own, from the file of its name in tests/serving/.
 .venv-%/.installed: tests/serving/requirements-%.txt
@@ -42,4 +44,4 @@ mlserver: $(MLSERVER)/.installed
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(TRITON) $(MLSERVER) build dist demo_output .pytest_cache .mypy_cache .ruff_cache *.egg-info
+	rm -rf $(VENV) $(TRITON) $(MLSERVER) $(OPENVINO) build dist demo_output model_repository .pytest_cache .mypy_cache .ruff_cache *.egg-info

@@ -300,6 +300,25 @@ def test_a_file_newer_than_the_target(folder: Path, file: Path, tmp_path: Path) 
     assert not folder.exists()
 
 
+def test_types_are_those_of_the_file(folder: Path, tmp_path: Path) -> None:
+    """Complaint 7: float16 in the model, FP32 in the configuration."""
+    half = helper.make_tensor_value_info("x", TensorProto.FLOAT16, ["batch", 2])
+    index = helper.make_tensor_value_info("i", TensorProto.INT64, ["batch", 1])
+    output = helper.make_tensor_value_info("y", TensorProto.FLOAT16, ["batch", 1])
+    node = helper.make_node("GatherElements", ["x", "i"], ["y"], axis=1)
+    graph = helper.make_graph([node], "g", [half, index], [output])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=8)
+    onnx.save(model, tmp_path / "half.onnx")
+    with pytest.raises(ConfigError, match=r"input x \['batch', 2\] float16: give example_inputs"):
+        pn_compiler.export_model_repository(tmp_path / "half.onnx", folder, "half")
+    inputs = (torch.randn(2, 2).half(), torch.randint(0, 2, (2, 1)))
+    pn_compiler.export_model_repository(tmp_path / "half.onnx", folder, "half", inputs)
+    config = config_of(folder, "half")
+    assert [v.data_type for v in (*config.input, *config.output)] == [
+        model_config_pb2.TYPE_FP16, model_config_pb2.TYPE_INT64, model_config_pb2.TYPE_FP16,
+    ]  # fmt: skip
+
+
 class Named(nn.Module):
     """Two inputs, one of them unused, and a parameter with a name that an output would like."""
 
