@@ -7,9 +7,10 @@ INSTALLED := $(VENV)/.installed
 
 TRITON := .venv-triton
 MLSERVER := .venv-mlserver
+KSERVE := .venv-kserve
 OPENVINO := .venv-openvino
 
-.PHONY: demo test test-serving lint triton mlserver openvino clean
+.PHONY: demo test test-serving lint triton mlserver kserve openvino clean
 
 demo: $(INSTALLED)
 	$(BIN)/python examples/digits.py
@@ -17,7 +18,7 @@ demo: $(INSTALLED)
 test: lint triton
 	$(BIN)/python -m pytest -m "not servers"
 
-test-serving: $(INSTALLED) triton mlserver openvino
+test-serving: $(INSTALLED) triton mlserver kserve openvino
 	$(BIN)/python -m pytest tests/serving
 
 lint: $(INSTALLED)
@@ -35,6 +36,7 @@ $(INSTALLED): pyproject.toml constraints.txt requirements-models.txt
 
 triton: $(TRITON)/.installed
 mlserver: $(MLSERVER)/.installed
+kserve: $(KSERVE)/.installed
 openvino: $(OPENVINO)/.installed
 
 # A server in an environment of its own, from the file of its name in tests/serving/.
@@ -44,4 +46,4 @@ openvino: $(OPENVINO)/.installed
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(TRITON) $(MLSERVER) $(OPENVINO) build dist demo_output model_repository .pytest_cache .mypy_cache .ruff_cache *.egg-info
+	rm -rf $(VENV) $(TRITON) $(MLSERVER) $(KSERVE) $(OPENVINO) build dist demo_output model_repository .pytest_cache .mypy_cache .ruff_cache *.egg-info

@@ -6,6 +6,7 @@
 import argparse
 import os
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -39,6 +40,9 @@ def _backends() -> Path:
     folder = VENV / "backends"
     version = _triton().parent.parent.parent.name.removeprefix("python")
     stub = _triton() / "python_backend_stubs" / version / "triton_python_backend_stub"
+    libraries = subprocess.run(["ldd", stub], capture_output=True, text=True, check=True).stdout
+    if f"libpython{version}.so.1.0 => not found" in libraries:
+        sys.exit(f"Triton's Python backend needs libpython{version}: apt-get install libpython{version}")
     if not folder.exists():
         new = VENV / f"backends.{os.getpid()}"
         shutil.copytree(_triton() / "backends" / "python", new / "python")
