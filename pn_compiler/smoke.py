@@ -6,8 +6,10 @@ For any server of the Open Inference Protocol, version 2, such as Triton, MLServ
 
 import argparse
 import contextlib
+import os
 import sys
 import time
+import urllib.parse
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
@@ -46,7 +48,7 @@ def smoke_test(
         One line about what was compared.
 
     Raises:
-        ConfigError: tritonclient is not installed.
+        ConfigError: `url` is no address, or tritonclient is not installed.
         LoadError: `golden` is not such a file.
         SmokeError: the server cannot be reached, is not ready, or answers something else.
     """
@@ -82,7 +84,7 @@ class _Server:
             raise ConfigError(
                 "the smoke test needs tritonclient: pip install 'pn-compiler[serving]'"
             ) from error
-        scheme, _, address = url.rpartition("://")
+        scheme, address = _split(url)
         self.url, self._http, self._timeout = url, protocol == "http", timeout
         limits: dict[str, Any] = {"ssl": scheme in ("https", "grpcs")}
         if self._http:
@@ -90,7 +92,7 @@ class _Server:
         self._library = client
         self._binary = False
         with self._told("connect"):
-            self._client = client.InferenceServerClient(address.rstrip("/"), **limits)
+            self._client = client.InferenceServerClient(address, **limits)
 
     def close(self) -> None:
         with contextlib.suppress(Exception):
@@ -160,6 +162,19 @@ class _Server:
             if isinstance(error, OSError) or "UNAVAILABLE" in status:
                 raise SmokeError(f"{self.url} cannot be reached ({what}): {text}") from error
             raise SmokeError(f"{self.url} refuses ({what}): {text}") from error
+
+
+def _split(url: str) -> tuple[str, str]:
+    """Scheme and address. Raises ConfigError if it is none."""
+    scheme, _, address = url.rpartition("://")
+    try:
+        found = urllib.parse.urlsplit(f"//{address}")
+        right = bool(found.hostname) and found.port != 0  # reading a wrong port raises
+    except ValueError:
+        right = False
+    if not right:
+        raise ConfigError(f"url {url!r}: expected an address such as 127.0.0.1:8000")
+    return scheme, address.rstrip("/")
 
 
 def _datatype(value: "ndarray[Any, Any]") -> str:
@@ -247,6 +262,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--timeout", type=float, default=60, metavar="S", help="seconds for an answer")
     parser.add_argument("--wait", type=float, default=0, metavar="S", help="seconds to become ready")
     arguments = parser.parse_args(argv)
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # its own lines; what matters comes as an error
     try:
         line = smoke_test(**vars(arguments))
     except PnCompilerError as error:

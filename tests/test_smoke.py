@@ -45,6 +45,13 @@ def test_nobody_listens(golden: Path, capsys: pytest.CaptureFixture[str], protoc
     assert "Connection refused" in told(capsys, *arguments, "--wait", "0.5")
 
 
+@pytest.mark.parametrize("protocol", ["http", "grpc"])
+@pytest.mark.parametrize("url", ["", "localhost:abc", "127.0.0.1:99999", "http://"])
+def test_no_address(golden: Path, capsys: pytest.CaptureFixture[str], url: str, protocol: str) -> None:
+    message = told(capsys, url, "--golden", golden, "--protocol", protocol)
+    assert f"url {url!r}: expected an address such as 127.0.0.1:8000" in message
+
+
 def test_a_server_of_something_else(golden: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with http.server.HTTPServer(("127.0.0.1", 0), Quiet) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
