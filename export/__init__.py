@@ -1,17 +1,22 @@
 """From a folded PyTorch graph to a verified ONNX file, and the report about it."""
 
 from pn_compiler.export.files import check_writable, write_atomically
+from pn_compiler.export.golden_calls import golden_calls
+from pn_compiler.export.half import DType, check_dtype
 from pn_compiler.export.names import Names
 from pn_compiler.export.onnx_file import OnnxFile
 from pn_compiler.export.report import Check, Report, count_onnx_operators
 from pn_compiler.export.repository import check_repository, write_repository
 from pn_compiler.export.runtimes import DEFAULT_OPSET, check_loadable, choose_opset, oldest_onnxruntime
-from pn_compiler.export.to_onnx import timed, write_onnx
+from pn_compiler.export.to_onnx import timed, verified_batches, write_onnx
 from pn_compiler.export.verify import (
     TOLERANCE,
+    Expected,
+    default_tolerance,
+    expect,
+    imitate,
     load_session,
     make_session,
-    reference_outputs,
     relative_error,
     verify_onnx,
 )
@@ -20,20 +25,27 @@ __all__ = [
     "DEFAULT_OPSET",
     "TOLERANCE",
     "Check",
+    "DType",
+    "Expected",
     "Names",
     "OnnxFile",
     "Report",
+    "check_dtype",
     "check_loadable",
     "check_repository",
     "check_writable",
     "choose_opset",
     "count_onnx_operators",
+    "default_tolerance",
+    "expect",
+    "golden_calls",
+    "imitate",
     "load_session",
     "make_session",
     "oldest_onnxruntime",
-    "reference_outputs",
     "relative_error",
     "timed",
+    "verified_batches",
     "verify_onnx",
     "write_atomically",
     "write_onnx",

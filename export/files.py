@@ -1,7 +1,10 @@
 """Writing a file so that it is there whole or not at all."""
 
+import contextlib
 import os
+import shutil
 import tempfile
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from pn_compiler.errors import ExportError
@@ -41,6 +44,54 @@ def write_atomically(path: Path, content: bytes) -> None:
     finally:
         if name and os.path.exists(name):
             os.unlink(name)
+
+
+@contextlib.contextmanager
+def staging_folder(path: Path) -> Iterator[Path]:
+    """A hidden folder beside `path` for what is not whole yet; it and what is left in it goes at the end.
+
+    Raises:
+        ExportError: it cannot be made, or what is done in it fails, for example because the disk is full.
+    """
+    check_writable(path)
+    folder = None
+    try:
+        folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
+        yield folder
+    except OSError as error:
+        raise ExportError(f"cannot write {path}: {error.strerror or error}") from error
+    finally:
+        if folder is not None:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def publish(staged: Sequence[Path], folder: Path) -> None:
+    """Moves files that belong together to `folder`, the one that names the others last.
+
+    Whenever this is cut off, that one is not there, or all are: the new ones, or the old ones.
+
+    Raises:
+        OSError: a file cannot be moved; the old ones are back then.
+    """
+    for path in staged:
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+        path.chmod(0o666 & ~_umask())
+    old = staged[0].parent / "old"
+    old.mkdir()
+    done: list[tuple[Path, Path]] = []
+    try:
+        for path in reversed(staged):
+            if (target := folder / path.name).exists():
+                target.rename(old / path.name)
+                done.append((target, old / path.name))
+        for path in staged:
+            path.rename(folder / path.name)
+            done.append((path, folder / path.name))
+    except BaseException:
+        for source, moved in reversed(done):
+            moved.rename(source)
+        raise
 
 
 def _umask() -> int:

@@ -1,6 +1,6 @@
 """Golden inputs and outputs of an ONNX file, and what a server may do with its batch."""
 
-from collections.abc import Callable
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -8,35 +8,26 @@ import onnxruntime
 
 from pn_compiler.errors import ExportError, VerificationError
 from pn_compiler.export.onnx_file import OnnxFile
-from pn_compiler.export.verify import imitate, relative_error
+from pn_compiler.export.verify import relative_error
 from pn_compiler.golden import Arrays
 from pn_compiler.inputs import Inputs
 
 Calls = tuple[tuple[Arrays, Arrays], ...]
 
-#: What a model answers: inputs -> its outputs, in order.
-Reference = Callable[[Inputs], list[np.ndarray[Any, Any]]]
 
-_BATCHES = (1, 2, 5)
-
-
-def golden_calls(model: OnnxFile, example: Inputs, reference: Reference, max_batch_size: int) -> Calls:
-    """Random inputs like the example in batches of 1, 2 and 5, or in that of the file, and their outputs."""
-    fixed = any(isinstance(value["shape"][0], int) for value in model.inputs if value["shape"])
-    batches = (None,) if fixed else sorted({min(batch, max_batch_size) for batch in _BATCHES})
+def golden_calls(
+    model: OnnxFile, inputs: Mapping[int, Inputs], outputs: Mapping[int, list[np.ndarray[Any, Any]]]
+) -> Calls:
+    """The calls of an ONNX file whose inputs and outputs are given by batch size."""
     calls = []
-    for batch in batches:
-        inputs = imitate(example, batch)
-        given = [tensor.numpy() for tensor in inputs.tensors()]
+    for batch, call in inputs.items():
+        given = [tensor.numpy() for tensor in call.tensors()]
         if len(given) != len(model.inputs):
             raise ExportError(f"{len(given)} example inputs for a file with {len(model.inputs)} inputs")
-        outputs = reference(inputs)
+        found = [y.astype(dtype) for y, dtype in zip(outputs[batch], model.output_types, strict=True)]
         calls.append((
             {value["name"]: array for value, array in zip(model.inputs, given, strict=True)},
-            {
-                value["name"]: output.astype(dtype)
-                for value, output, dtype in zip(model.outputs, outputs, model.output_types, strict=True)
-            },
+            {value["name"]: array for value, array in zip(model.outputs, found, strict=True)},
         ))  # fmt: skip
     return tuple(calls)
 

@@ -42,12 +42,14 @@ class Report:
         operators_before, operators_after: operators of the traced input model and of the ONNX file.
         checks: the comparisons that were made; empty with ``verify=False``.
         tolerance: largest relative error that was accepted.
-        float32_error: relative error of PyTorch's own float32 result, for comparison.
+        float32_error: relative error of PyTorch's own result in `dtype`, for comparison.
+        dtype: of weights and activations.
+        runtime: what the file was run in.
         reference: dtype of the PyTorch model that the file was compared with.
         norms: how the normalizers were lowered, if not as torch.onnx does.
         distillation: the report of `pn_compiler.distill`; None if there was none.
         static: that of `pn_compiler.freeze_statistics`.
-        file_bytes: size of the ONNX file.
+        file_bytes, data_bytes: size of the ONNX file, and of the file beside it with the weights, if any.
         repository: the folder of the version that was written for servers.
         batching: what a server may do with several requests, in words.
         seconds: duration of each stage.
@@ -69,11 +71,14 @@ class Report:
     checks: tuple[Check, ...] = ()
     tolerance: float | None = None
     float32_error: float | None = None
+    dtype: str = "float32"
+    runtime: str = "onnxruntime"
     reference: str | None = None
     norms: str = ""
     distillation: Any = None
     static: Any = None
     file_bytes: int = 0
+    data_bytes: int = 0
     repository: str = ""
     batching: str = ""
     seconds: dict[str, float] = dataclasses.field(default_factory=dict)
@@ -110,8 +115,9 @@ class Report:
         lines.append(self._verdict())
         stages = ", ".join(f"{name} {seconds:.1f}" for name, seconds in self.seconds.items())
         lines.append(f"seconds     {stages}")
+        data = f" and {self.data_bytes / 1e6:.2f} MB in {self.path}.data" if self.data_bytes else ""
         lines.append(
-            f"wrote       {self.path} ({self.file_bytes / 1e6:.2f} MB, opset {self.opset_version}, "
+            f"wrote       {self.path} ({self.file_bytes / 1e6:.2f} MB{data}, opset {self.opset_version}, "
             f"IR {self.ir_version})"
         )
         if self.repository:
@@ -125,7 +131,8 @@ class Report:
         return (
             f"verified    largest error {self.max_error:.1e} (relative, limit {self.tolerance:.1e}) to "
             f"{self.reference} PyTorch at batch {' and '.join(map(str, batches))}; "
-            f"PyTorch's own in float32: {self.float32_error:.1e}"
+            f"PyTorch's own in {self.dtype}: {self.float32_error:.1e}"
+            + ("" if self.runtime == "onnxruntime" else f"; run in {self.runtime}, for onnxruntime cannot")
         )
 
 

@@ -15,14 +15,13 @@ from google.protobuf.message import Message
 from pn_compiler.config import ModelRepository
 from pn_compiler.errors import ExportError
 from pn_compiler.export.files import check_writable, write_atomically
-from pn_compiler.export.golden_calls import Reference, check_golden, golden_calls, why_no_batching
+from pn_compiler.export.golden_calls import Calls, check_golden, why_no_batching
 from pn_compiler.export.manifests import model_files, server_files, to_json
 from pn_compiler.export.onnx_file import OnnxFile
 from pn_compiler.export.runtimes import oldest_onnxruntime
 from pn_compiler.export.triton_config import config_text, parse_config, triton_config
 from pn_compiler.export.verify import load_session
-from pn_compiler.golden import Golden
-from pn_compiler.inputs import Inputs
+from pn_compiler.golden import Arrays, Golden
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -50,9 +49,8 @@ def check_repository(repository: ModelRepository) -> None:
 
 def write_repository(
     repository: ModelRepository,
-    source: Path,
-    example: Inputs,
-    reference: Reference,
+    model: OnnxFile,
+    calls: Calls,
     *,
     tolerance: float,
     made: dict[str, Any],
@@ -61,9 +59,8 @@ def write_repository(
 
     Args:
         repository: where, under which name, and how many samples a server may put into a batch.
-        source: the ONNX file; external data beside it come along.
-        example: arguments whose shapes and statistics the golden inputs imitate.
-        reference: tells the golden outputs.
+        model: the ONNX file; external data beside it come along.
+        calls: golden inputs and outputs, the largest batch last.
         tolerance: largest relative error that is accepted, here and by the smoke test.
         made: how the file was made, for ``report.json``.
 
@@ -71,8 +68,6 @@ def write_repository(
         ExportError: the folder cannot be written, or holds another interface under this name.
         VerificationError: the file, loaded from its place, does not give the golden outputs.
     """
-    model = OnnxFile.read(source)
-    calls = golden_calls(model, example, reference, repository.max_batch_size)
     number = _next_version(repository)
     with _staging(repository) as stage:
         folder = stage / repository.name
@@ -86,7 +81,7 @@ def write_repository(
         batching = f"no batching by the server: {reason}" if reason else f"batches of {limit} at most"
         config = triton_config(model.inputs, model.outputs, limit)
         _check_interface(repository, config)
-        golden = Golden(repository.name, number, tolerance, calls)
+        golden = Golden(repository.name, number, tolerance, tuple(c for c in calls if _fits(c, limit)))
         report = _report(golden, model, limit, batching, made)
         (version / "golden.npz").write_bytes(golden.to_bytes())
         (version / "report.json").write_bytes(to_json(report))
@@ -96,6 +91,11 @@ def write_repository(
         _publish(repository, version, shared, spare=stage / "replaced")
     target = repository.directory / repository.name
     return WrittenVersion(target / str(number), target / place, batching)
+
+
+def _fits(call: tuple[Arrays, Arrays], max_batch_size: int) -> bool:
+    """Whether a server takes the batch of a call; 0 is any."""
+    return not max_batch_size or len(next(iter(call[0].values()))) <= max_batch_size
 
 
 def _next_version(repository: ModelRepository) -> int:

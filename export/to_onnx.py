@@ -16,13 +16,15 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from pn_compiler.errors import ExportError, VerificationError
-from pn_compiler.export.files import check_writable, write_atomically
+from pn_compiler.export.external_data import data_file, move_weights_out, needs_external_data
+from pn_compiler.export.files import check_writable, publish, staging_folder, write_atomically
+from pn_compiler.export.half import DTYPES, DType, check_dtype, in_half
 from pn_compiler.export.names import Names, rename
 from pn_compiler.export.report import Report, count_onnx_operators, describe_values
 from pn_compiler.export.runtimes import DEFAULT_OPSET
 from pn_compiler.export.simplify import freeze_reshapes
 from pn_compiler.export.two_stage_norm import with_two_stage_norms
-from pn_compiler.export.verify import TOLERANCE, Verification, imitate, verify_onnx
+from pn_compiler.export.verify import Expected, Verification, expect, imitate, verify_onnx
 from pn_compiler.graph_utils import count_parameters
 from pn_compiler.inputs import Inputs
 from pn_compiler.pass_base import Progress
@@ -30,20 +32,21 @@ from pn_compiler.pass_base import Progress
 logger = logging.getLogger(__name__)
 
 VERIFIED_BATCHES = (1, 3)
-_MAX_BYTES = 2**31 - 2**20  # of a protobuf message, less room for the graph
 
 
 def write_onnx(
     folded: nn.Module,
-    reference: nn.Module,
+    reference: nn.Module | Expected,
     path: Path,
     inputs: Inputs,
     *,
     opset_version: int = DEFAULT_OPSET,
     dynamic_batch: bool = True,
     names: Names | None = None,
+    external_data: bool = False,
+    dtype: DType = "float32",
     verify: bool = True,
-    tolerance: float = TOLERANCE,
+    tolerance: float | None = None,
     report: Report | None = None,
     progress: Progress | None = None,
 ) -> Report:
@@ -51,12 +54,14 @@ def write_onnx(
 
     Args:
         folded: what is exported, in eval mode.
-        reference: what it is compared with, in eval mode.
+        reference: what it is compared with: the model in eval mode, or what `expect` gave for it.
         path: written whole or not at all, at the very end.
         inputs: arguments of a call; the first axis of each tensor is the batch.
         opset_version: ONNX operator set, 18 to 24.
         dynamic_batch: whether the file takes any batch size; else that of the example.
         names: of the inputs and outputs.
+        external_data: whether the weights go to ``<path>.data``, as they do anyway if they exceed 2 GB.
+        dtype: of weights and activations; normalizers, inputs and outputs are float32.
         verify: whether the result is compared, with onnxruntime, at batch 1 and 3.
         tolerance: largest relative error; see `pn_compiler.export.verify`.
         report: filled in, if given.
@@ -67,37 +72,38 @@ def write_onnx(
         VerificationError: the ONNX model computes something else.
     """
     _check_arguments(path, inputs)
+    check_dtype(dtype, opset_version)
     report = Report() if report is None else report
     say = progress or (lambda stage: None)
-    compare = None
-    if verify:
-        batches: tuple[int | None, ...] = VERIFIED_BATCHES if dynamic_batch else (None,)
-        compare = functools.partial(
-            verify_onnx, model=reference, example=inputs, batches=batches, tolerance=tolerance
-        )
-    export = functools.partial(
-        _export_and_verify,
-        inputs,
-        opset_version,
-        dynamic_batch,
-        names or Names(),
-        compare,
-        report=report,
-        say=say,
-    )
-    try:
-        proto = export(folded)
-    except VerificationError as error:
-        careful = with_two_stage_norms(folded)
-        if careful is None:
-            raise
-        logger.info("%s; trying again with two-stage sums in the normalizers", error)
-        proto = export(careful)
-        report.norms = "two-stage sums, for InstanceNormalization was too far off"
-    with timed(report, "write", say):
-        content = proto.SerializeToString()
-        write_atomically(path, content)
-    report.path, report.file_bytes = str(path), len(content)
+    with contextlib.ExitStack() as stack:
+        staged = None
+        if external_data or needs_external_data(folded):
+            staged = stack.enter_context(staging_folder(path)) / path.name
+        compare = None
+        if verify and not isinstance(reference, Expected):
+            with timed(report, "reference", say):
+                reference = expect(reference, inputs, verified_batches(dynamic_batch))
+        if dtype != "float32":
+            folded = in_half(folded, DTYPES[dtype])
+        if isinstance(reference, Expected):
+            if dtype != "float32":
+                reference = reference.in_dtype(folded, DTYPES[dtype])
+            compare = functools.partial(verify_onnx, model=reference, tolerance=tolerance, path=staged)
+        export = functools.partial(
+            _export_and_verify, inputs, opset_version, dynamic_batch, names or Names(), staged, compare,
+            report=report, say=say,
+        )  # fmt: skip
+        try:
+            proto = export(folded)
+        except VerificationError as error:
+            careful = with_two_stage_norms(folded)
+            if careful is None:
+                raise
+            logger.info("%s; trying again with two-stage sums in the normalizers", error)
+            proto = export(careful)
+            report.norms = "two-stage sums, for InstanceNormalization was too far off"
+        with timed(report, "write", say):
+            _write(proto, path, staged, report)
     report.opset_version, report.ir_version = opset_version, proto.ir_version
     report.inputs = describe_values(proto.graph.input)
     report.outputs = describe_values(proto.graph.output)
@@ -110,11 +116,30 @@ def write_onnx(
     return report
 
 
+def verified_batches(dynamic_batch: bool) -> tuple[int | None, ...]:
+    """The batch sizes at which a file is compared; None is that of the example."""
+    return VERIFIED_BATCHES if dynamic_batch else (None,)
+
+
+def _write(proto: onnx.ModelProto, path: Path, staged: Path | None, report: Report) -> None:
+    """Puts the verified model in its place: one file, or the pair that lies in the staging folder."""
+    report.path = str(path)
+    data = staged and data_file(proto, staged)
+    if staged is None or data is None:
+        content = proto.SerializeToString()
+        report.file_bytes = len(content)
+        write_atomically(path, content)
+        return
+    report.file_bytes, report.data_bytes = staged.stat().st_size, data.stat().st_size
+    publish([data, staged], path.parent)
+
+
 def _export_and_verify(
     inputs: Inputs,
     opset_version: int,
     dynamic_batch: bool,
     names: Names,
+    staged: Path | None,
     compare: Callable[[onnx.ModelProto], Verification] | None,
     model: nn.Module,
     *,
@@ -123,14 +148,15 @@ def _export_and_verify(
 ) -> onnx.ModelProto:
     """The ONNX model of `model`, checked and, by `compare`, verified; the report notes the result."""
     with timed(report, "export", say):
-        proto = _export(model, inputs, opset_version, names, dynamic_batch=dynamic_batch)
+        proto = _export(model, inputs, opset_version, names, dynamic_batch=dynamic_batch, staged=staged)
     with timed(report, "check", say):
-        _check(proto)
+        _check(proto, staged)
     if compare is not None:
         with timed(report, "verify", say):
             result = compare(proto)
         report.checks, report.tolerance = result.checks, result.tolerance
         report.float32_error, report.reference = result.float32_error, result.reference
+        report.dtype, report.runtime = result.dtype, result.runtime
     return proto
 
 
@@ -150,7 +176,13 @@ def _check_arguments(path: Path, inputs: Inputs) -> None:
 
 
 def _export(
-    model: nn.Module, inputs: Inputs, opset_version: int, names: Names, *, dynamic_batch: bool
+    model: nn.Module,
+    inputs: Inputs,
+    opset_version: int,
+    names: Names,
+    *,
+    dynamic_batch: bool,
+    staged: Path | None,
 ) -> onnx.ModelProto:
     """The ONNX model that torch.onnx makes, with the IR version of its opset and no traces of source."""
     dynamic_shapes = None
@@ -179,6 +211,8 @@ def _export(
         raise ExportError(f"torch.onnx cannot export the model: {_cause(error)}{hint}") from error
     assert program is not None
     rename(program.model.graph, names)
+    if staged is not None:
+        move_weights_out(program.model, staged)
     proto: onnx.ModelProto = program.model_proto
     _strip(proto)
     if dynamic_batch:
@@ -240,12 +274,12 @@ def _cause(error: BaseException) -> str:
     return f"{type(error).__name__}: {lines[0] if lines else ''}"
 
 
-def _check(proto: onnx.ModelProto) -> None:
-    size = sum(len(tensor.raw_data) for tensor in proto.graph.initializer)
-    if size > _MAX_BYTES:
-        raise ExportError(f"{size / 1e9:.1f} GB of parameters: one ONNX file holds 2 GB at most")
+def _check(proto: onnx.ModelProto, staged: Path | None) -> None:
+    """Raises ExportError if `proto`, saved as `staged` if its weights are beside it, is not valid."""
+    if staged is not None:
+        staged.write_bytes(proto.SerializeToString())
     try:
-        onnx.checker.check_model(proto, full_check=True)
+        onnx.checker.check_model(proto if staged is None else str(staged), full_check=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
         raise ExportError(f"the ONNX checker refuses the model: {error}") from error
     domains = {node.domain for node in proto.graph.node} - {"", "ai.onnx"}

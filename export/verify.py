@@ -1,8 +1,8 @@
 """Whether an ONNX model computes what the PyTorch model computes."""
 
-import copy
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,12 +14,15 @@ from torch.utils import _pytree as pytree
 
 from pn_compiler.errors import ExportError, VerificationError
 from pn_compiler.export.report import Check
+from pn_compiler.export.wide import Float64
 from pn_compiler.inputs import Inputs
 
 #: Relative to the largest magnitude of an output. onnxruntime's InstanceNormalization sums in float32: deep
 #: networks were seen to reach 1.1e-5 (fcn_resnet50, maxvit_t at 224 pixels).
 TOLERANCE = 1e-4
-_FLOAT32_FACTOR = 4.0
+_OWN_FACTOR = 4.0
+_EPS_FACTOR = 4.0  # of a dtype shorter than float32
+_LARGEST_OWN = 0.25  # beyond it there is nothing to compare
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -28,69 +31,176 @@ class Verification:
     tolerance: float
     float32_error: float
     reference: str
+    dtype: str = "float32"
+    runtime: str = "onnxruntime"
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Expected:
+    """What a PyTorch model gives, to compare ONNX models with.
+
+    Attributes:
+        inputs: arguments of a call, by batch size.
+        wide: the outputs for each, computed in `reference`, mostly float64.
+        narrow: those of PyTorch in `dtype`.
+        reference: name of the dtype of `wide`.
+        dtype: of the ONNX model.
+    """
+
+    inputs: dict[int, Inputs]
+    wide: dict[int, list[Any]]
+    narrow: dict[int, list[Any]]
+    reference: str
+    dtype: torch.dtype = torch.float32
+
+    def in_dtype(self, model: nn.Module, dtype: torch.dtype) -> "Expected":
+        """What to expect of an ONNX model in `dtype`, of which `model` is the original in PyTorch."""
+        narrow = {batch: _leaves(model, x) for batch, x in self.inputs.items()}
+        return dataclasses.replace(self, narrow=narrow, dtype=dtype)
+
+    def outputs(self, count: int) -> dict[int, list[np.ndarray[Any, Any]]]:
+        """The `count` outputs that the ONNX model must give, by batch size."""
+        return {batch: _arrays(leaves, count) for batch, leaves in self.wide.items()}
+
+    @property
+    def dtype_name(self) -> str:
+        return str(self.dtype).removeprefix("torch.")
+
+
+def default_tolerance(dtype: torch.dtype) -> float:
+    """Relative to the largest magnitude: a multiple of the rounding of a single result in `dtype`."""
+    return TOLERANCE if dtype == torch.float32 else _EPS_FACTOR * torch.finfo(dtype).eps
+
+
+def expect(model: nn.Module, example: Inputs, batches: Sequence[int | None]) -> Expected:
+    """Runs `model` on random inputs of each batch size, in float64 and as it is.
+
+    Args:
+        model: the PyTorch model, in eval mode.
+        example: arguments whose shapes and statistics are imitated.
+        batches: batch sizes to try; None is that of the example.
+    """
+    inputs = {_batch(x): x for x in (imitate(example, batch) for batch in batches)}
+    narrow = {batch: _own_leaves(model, x) for batch, x in inputs.items()}
+    reference = torch.float64
+    try:
+        with Float64(model):
+            wide = {batch: _leaves(model, _cast(x, torch.float64)) for batch, x in inputs.items()}
+    except (RuntimeError, TypeError):  # a dtype is written into the forward
+        reference = torch.float32
+        wide = narrow
+    return Expected(inputs, wide, narrow, str(reference).removeprefix("torch."))
 
 
 def verify_onnx(
     proto: onnx.ModelProto,
-    model: nn.Module,
-    example: Inputs,
-    batches: Sequence[int | None],
+    model: nn.Module | Expected,
+    example: Inputs | None = None,
+    batches: Sequence[int | None] = (),
     *,
-    tolerance: float = TOLERANCE,
+    tolerance: float | None = None,
+    path: Path | None = None,
 ) -> Verification:
-    """Compares an ONNX model with `model` in float64, onnxruntime's optimizations off and on.
+    """Compares an ONNX model with PyTorch in float64, onnxruntime's optimizations off and on.
 
-    The limit is `tolerance`, or four times the error of PyTorch's own float32 result where the network
-    amplifies rounding so much that this is more.
+    The limit is `tolerance`, or four times the error of PyTorch's own result in the dtype of the ONNX model
+    where the network amplifies rounding so much that this is more. onnxruntime has no bfloat16 on the CPU:
+    such a model runs in ONNX's reference evaluator instead.
 
     Args:
         proto: the ONNX model.
-        model: the PyTorch model, not folded, in eval mode.
-        example: arguments whose shapes and statistics are imitated.
-        batches: batch sizes to try; None is that of the example.
-        tolerance: see above.
+        model: what `expect` gave, or else the PyTorch model, not folded, in eval mode.
+        example, batches: as for `expect`.
+        tolerance: see above; by default `default_tolerance` of the dtype.
+        path: the file of `proto`, if its weights are in a file beside it.
 
     Raises:
         VerificationError: an output differs by more than the limit, is not finite, or cannot be computed.
     """
-    wide, reference_dtype = _reference(model, imitate(example, batches[0]))
+    if not isinstance(model, Expected):
+        assert example is not None
+        model = expect(model, example, batches)
     names = [value.name for value in proto.graph.output]
-    input_names = [value.name for value in proto.graph.input]
-    serialized = proto.SerializeToString()
-    inputs = {_batch(x): x for x in (imitate(example, batch) for batch in batches)}
-    count = len(names)
-    expected = {batch: _run(wide, _cast(x, reference_dtype), count) for batch, x in inputs.items()}
-    narrow = {batch: _run(model, x, count) for batch, x in inputs.items()}
-    float32_error = max(_worst(narrow[b], expected[b], names)[1] for b in inputs)
-    if not np.isfinite(float32_error):
-        raise VerificationError("the PyTorch model's own output is not finite on random inputs")
-    limit = max(tolerance, _FLOAT32_FACTOR * float32_error)
+    expected = model.outputs(len(names))
+    narrow = {batch: _arrays(leaves, len(names)) for batch, leaves in model.narrow.items()}
+    float32_error = _own_error(model, narrow, expected, names)
+    limit = max(
+        default_tolerance(model.dtype) if tolerance is None else tolerance, _OWN_FACTOR * float32_error
+    )
+    source = proto.SerializeToString() if path is None else str(path)
     checks = []
-    for optimized in (False, True):
-        try:
-            session = make_session(serialized, optimized=optimized)  # one at a time
-        except Exception as error:
-            raise VerificationError(
-                f"onnxruntime cannot load the model: {str(error).splitlines()[0]}"
-            ) from error
-        for batch, x in inputs.items():
-            feed = dict(zip(input_names, (value.numpy() for value in x.tensors()), strict=True))
-            try:
-                outputs = [np.asarray(output) for output in session.run(names, feed)]
-            except Exception as error:
-                raise VerificationError(
-                    f"onnxruntime fails at batch {batch}: {str(error).splitlines()[0]}"
-                ) from error
+    in_reference = model.dtype == torch.bfloat16
+    for optimized in (False,) if in_reference else (False, True):
+        how = "in ONNX's reference evaluator" if in_reference else (
+            f"onnxruntime's optimizations {'on' if optimized else 'off'}"
+        )  # fmt: skip
+        runs = _evaluate(source, proto, model.inputs) if in_reference else _outputs(
+            source, proto, model.inputs, optimized=optimized
+        )  # fmt: skip
+        for batch, outputs in runs:
             output, worst = _worst(outputs, expected[batch], names)
             if not worst <= limit:
                 raise VerificationError(
                     f"output {output} differs from PyTorch by {worst:.1e} relative to its largest "
-                    f"magnitude at batch {batch} (limit {limit:.1e}), onnxruntime's optimizations "
-                    f"{'on' if optimized else 'off'}; nothing was written"
+                    f"magnitude at batch {batch} (limit {limit:.1e}), {how}; nothing was written"
                 )
             checks.append(Check(batch, optimized, output, worst))
-        del session
-    return Verification(tuple(checks), limit, float32_error, str(reference_dtype).removeprefix("torch."))
+    runtime = "ONNX's reference evaluator" if in_reference else "onnxruntime"
+    return Verification(tuple(checks), limit, float32_error, model.reference, model.dtype_name, runtime)
+
+
+def _own_error(
+    model: Expected, narrow: dict[int, list[Any]], expected: dict[int, list[Any]], names: list[str]
+) -> float:
+    """Error of PyTorch itself in the dtype of the file. Raises VerificationError if it tells nothing."""
+    error = max(_worst(narrow[b], expected[b], names)[1] for b in expected)
+    if not np.isfinite(error):
+        own = "" if model.dtype == torch.float32 else f" in {model.dtype_name}"
+        raise VerificationError(f"the PyTorch model's own output{own} is not finite on random inputs")
+    if model.dtype != torch.float32 and error > _LARGEST_OWN:
+        raise VerificationError(
+            f"in {model.dtype_name} PyTorch's own output is off by {error:.0%} on random inputs: "
+            "use float32 for this network"
+        )
+    return error
+
+
+def _outputs(
+    source: bytes | str, proto: onnx.ModelProto, inputs: Mapping[int, Inputs], *, optimized: bool
+) -> Iterator[tuple[int, list[np.ndarray[Any, Any]]]]:
+    """Batch size and onnxruntime's outputs for each of `inputs`; one session at a time."""
+    try:
+        session = make_session(source, optimized=optimized)
+    except Exception as error:
+        raise VerificationError(f"onnxruntime cannot load the model: {str(error).splitlines()[0]}") from error
+    names = [value.name for value in proto.graph.input]
+    for batch, x in inputs.items():
+        feed = dict(zip(names, (value.numpy() for value in x.tensors()), strict=True))
+        try:
+            yield batch, [np.asarray(output) for output in session.run(None, feed)]
+        except Exception as error:
+            raise VerificationError(
+                f"onnxruntime fails at batch {batch}: {str(error).splitlines()[0]}"
+            ) from error
+
+
+def _evaluate(
+    source: bytes | str, proto: onnx.ModelProto, inputs: Mapping[int, Inputs]
+) -> Iterator[tuple[int, list[np.ndarray[Any, Any]]]]:
+    """Batch size and the outputs of ONNX's reference evaluator for each of `inputs`."""
+    from onnx.reference import ReferenceEvaluator
+
+    names = [value.name for value in proto.graph.input]
+    try:
+        evaluator = ReferenceEvaluator(source)
+        for batch, x in inputs.items():
+            feed = dict(zip(names, (value.numpy() for value in x.tensors()), strict=True))
+            yield batch, [np.asarray(output) for output in evaluator.run(None, feed)]
+    except Exception as error:
+        raise VerificationError(
+            f"ONNX's reference evaluator cannot run the model: {(str(error).splitlines() or [''])[0]}; "
+            "without verification it can be written"
+        ) from error
 
 
 def make_session(
@@ -115,12 +225,6 @@ def load_session(path: str, *, optimized: bool = True) -> onnxruntime.InferenceS
         return make_session(path, optimized=optimized)
     except Exception as error:
         raise ExportError(f"onnxruntime cannot load {path}: {str(error).splitlines()[0]}") from error
-
-
-def reference_outputs(model: nn.Module, inputs: Inputs, count: int) -> list[np.ndarray[Any, Any]]:
-    """The `count` outputs that the ONNX model of `model` must give, in float64 where that can be run."""
-    wide, dtype = _reference(model, inputs)
-    return _run(wide, _cast(inputs, dtype), count)
 
 
 def imitate(example: Inputs, batch: int | None) -> Inputs:
@@ -148,34 +252,32 @@ def _batch(inputs: Inputs) -> int:
     return first.shape[0] if first.dim() else 1
 
 
-@torch.no_grad()
-def _reference(model: nn.Module, inputs: Inputs) -> tuple[nn.Module, torch.dtype]:
-    """`model` in float64, or as it is if it cannot be run so, and the dtype that its inputs take."""
-    wide = copy.deepcopy(model).double()
-    try:
-        _cast(inputs, torch.float64).call(wide)
-    except (RuntimeError, TypeError):  # a dtype is written into the forward
-        return model, torch.float32
-    return wide, torch.float64
-
-
 def _cast(inputs: Inputs, dtype: torch.dtype) -> Inputs:
     return inputs.map(lambda x: x.to(dtype) if x.is_floating_point() else x)
 
 
-def _run(model: nn.Module, inputs: Inputs, count: int) -> list[np.ndarray[Any, Any]]:
-    """The `count` outputs of `model` that the ONNX model has: its tensors, and sizes if they vary."""
+@torch.no_grad()
+def _leaves(model: nn.Module, inputs: Inputs) -> list[Any]:
+    """The tensors and numbers that `model` gives."""
+    leaves = pytree.tree_leaves(inputs.call(model))
+    return [leaf for leaf in leaves if isinstance(leaf, Tensor | int)]
+
+
+def _own_leaves(model: nn.Module, inputs: Inputs) -> list[Any]:
     try:
-        with torch.no_grad():
-            outputs = pytree.tree_leaves(inputs.call(model))
+        return _leaves(model, inputs)
     except Exception as error:  # whatever its forward raises
         raise VerificationError(
             f"the PyTorch model fails at batch {_batch(inputs)}: {str(error).splitlines()[0]}; if it takes "
             "one batch size only, try a static batch"
         ) from error
-    tensors = [output for output in outputs if isinstance(output, Tensor)]
+
+
+def _arrays(leaves: list[Any], count: int) -> list[np.ndarray[Any, Any]]:
+    """Those `count` of `leaves` that the ONNX model has: the tensors, and sizes if they vary."""
+    tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
     if len(tensors) != count:
-        tensors = [torch.as_tensor(output) for output in outputs if isinstance(output, Tensor | int)]
+        tensors = [torch.as_tensor(leaf) for leaf in leaves]
     if len(tensors) != count:
         raise VerificationError(f"the ONNX model has {count} outputs, PyTorch gives {len(tensors)}")
     return [tensor.numpy() for tensor in tensors]

@@ -18,7 +18,7 @@ from pn_compiler.inputs import Inputs
 from pn_compiler.pass_base import Progress, run_pipeline
 from pn_compiler.passes import fold_pipeline, preparation_pipeline, transform_pipeline
 from pn_compiler.ranks import infer_ranks, record_pixels
-from pn_compiler.regions import Region, Trace, fake_mode, trace, unwrap
+from pn_compiler.regions import Region, Trace, copy_model, fake_mode, trace, unwrap
 from pn_compiler.site_table import take_sites
 
 logger = logging.getLogger(__name__)
@@ -231,9 +231,13 @@ def fold(model: nn.Module, *, progress: Progress | None = None) -> nn.Module:
     Raises:
         TraceError: torch.fx cannot follow the forward of `model`.
     """
-    model = unwrap(model)
+    return fold_in_place(copy_model(unwrap(model)), progress=progress)
+
+
+def fold_in_place(model: nn.Module, *, progress: Progress | None = None) -> nn.Module:
+    """`fold` without a copy: `model` cannot be used afterwards."""
     with fake_mode(model):
-        traced = trace(model)
+        traced = trace(model, in_place=True)
         traced.root.eval()
         for region in traced.regions:
             infer_ranks(region.graph)

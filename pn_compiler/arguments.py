@@ -133,6 +133,14 @@ def make_parser() -> argparse.ArgumentParser:
     export.add_argument("--input-names", type=_names, default=(), metavar="A,B", help="in the file")
     export.add_argument("--output-names", type=_names, default=(), metavar="A,B", help="in the file")
     export.add_argument(
+        "--dtype", choices=("float32", "float16", "bfloat16"), default="float32",
+        help="of weights and activations; inputs, outputs and normalizers stay float32",
+    )  # fmt: skip
+    export.add_argument(
+        "--external-data", action="store_true",
+        help="write the weights to FILE.data, beside the ONNX file; above 2 GB this is done in any case",
+    )  # fmt: skip
+    export.add_argument(
         "--verify", action=argparse.BooleanOptionalAction, default=True,
         help="compare with PyTorch before writing",
     )  # fmt: skip

@@ -172,6 +172,8 @@ def _compile(loaded: "LoadedModel", arguments: argparse.Namespace, say: Callable
         output_names=arguments.output_names,
         repository=_repository(arguments),
         dynamic_batch=not arguments.static_batch and loaded.fixed_batch is None,
+        external_data=arguments.external_data,
+        dtype=arguments.dtype,
         verify=arguments.verify,
         progress=say,
         distill_steps=arguments.distill or 0,

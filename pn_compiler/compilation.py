@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from torch import nn
 
-from pn_compiler.api import calibrate_model, convert, first_sample, fold
+from pn_compiler.api import calibrate_model, convert, first_sample, fold_in_place
 from pn_compiler.config import ModelRepository, Norm, ProxyPadding, TransformConfig, WarmStart, one_of
 from pn_compiler.distillation import distill
 from pn_compiler.errors import ConfigError
@@ -25,7 +25,7 @@ from pn_compiler.repository import add_to_repository
 from pn_compiler.static_statistics import freeze_statistics
 
 if TYPE_CHECKING:
-    from pn_compiler.export import Names, Report
+    from pn_compiler.export import DType, Names, Report
 
 StaticStatistics = Literal["auto", "all"]
 ERROR_BUDGET = 0.01
@@ -40,6 +40,8 @@ def export_onnx(
     opset_version: int | None = None,
     target_ort: str | None = None,
     dynamic_batch: bool = True,
+    external_data: bool = False,
+    dtype: "DType" = "float32",
     input_names: Sequence[str] = (),
     output_names: Sequence[str] = (),
     repository: ModelRepository | None = None,
@@ -58,6 +60,9 @@ def export_onnx(
             onnxruntime 1.17 and later.
         target_ort: an onnxruntime such as "1.18" that must load the file.
         dynamic_batch: whether the file takes any batch size, or only that of the example.
+        external_data: write the weights to ``<path>.data``. Above 2 GB this is done in any case.
+        dtype: of weights and activations: "float32", "float16" or "bfloat16" (opset 22 or later). Inputs,
+            outputs and normalizers stay float32: see docs/precision.md.
         input_names, output_names: in the file. Default: as the parameters of forward; "output", or "output_0"
             and so on.
         repository: where the model is written for servers, too: see `export_model_repository`.
@@ -73,16 +78,17 @@ def export_onnx(
         ExportError: the model cannot be exported, or the file not written.
         VerificationError: the ONNX model computes something else; there is no file then.
     """
-    from pn_compiler.export import Names, Report, choose_opset  # onnx is only imported when it is needed
+    from pn_compiler.export import Names, Report, check_dtype, choose_opset  # onnx only when it is needed
 
     _check_targets(path, repository)
     opset_version = choose_opset(opset_version, target_ort)
+    check_dtype(dtype, opset_version)
     inputs = Inputs.of(example_inputs, example_kwargs) or Inputs()
     report = Report(parameters_before=count_parameters(model))
     return _export(
-        copy_model(unwrap(model)).cpu().eval(), path, repository, inputs, report, progress,
-        opset_version=opset_version, dynamic_batch=dynamic_batch, verify=verify,
-        names=Names(tuple(input_names), tuple(output_names)),
+        _on_cpu(unwrap(model), share=not _has_sites(model)), path, repository, inputs, report, progress,
+        opset_version=opset_version, dynamic_batch=dynamic_batch, external_data=external_data,
+        dtype=dtype, verify=verify, names=Names(tuple(input_names), tuple(output_names)),
     )  # fmt: skip
 
 
@@ -107,6 +113,8 @@ def compile(  # noqa: A001  # the name that users of torch.compile look for
     opset_version: int | None = None,
     target_ort: str | None = None,
     dynamic_batch: bool = True,
+    external_data: bool = False,
+    dtype: "DType" = "float32",
     input_names: Sequence[str] = (),
     output_names: Sequence[str] = (),
     repository: ModelRepository | None = None,
@@ -139,16 +147,17 @@ def compile(  # noqa: A001  # the name that users of torch.compile look for
         ConfigError: an impossible option, or an input shape that is missing or does not fit.
         Others: as `transform` and `export_onnx`.
     """
-    from pn_compiler.export import Names, Report, choose_opset, timed
+    from pn_compiler.export import Names, Report, check_dtype, choose_opset, timed
 
     _check_targets(path, repository)
     opset_version = choose_opset(opset_version, target_ort)
+    check_dtype(dtype, opset_version)
     names = Names(tuple(input_names), tuple(output_names))
     config = TransformConfig(
         norm=norm, num_groups=num_groups, proxy=proxy,
         proxy_padding=proxy_padding, warm_start=warm_start,
     )  # fmt: skip
-    model = copy_model(unwrap(model)).cpu().eval()
+    model = _on_cpu(unwrap(model), share=True)
     if is_converted(model) and (leaves or config != TransformConfig()):
         raise ConfigError("the model is already converted: options of transform have no effect")
     if is_converted(model) and distill_steps:
@@ -183,7 +192,8 @@ def compile(  # noqa: A001  # the name that users of torch.compile look for
     report.sites, report.notes = sites(converted), notes(converted)
     return _export(
         converted, path, repository, inputs, report, say,
-        opset_version=opset_version, dynamic_batch=dynamic_batch, names=names, verify=verify,
+        opset_version=opset_version, dynamic_batch=dynamic_batch, external_data=external_data,
+        dtype=dtype, names=names, verify=verify,
     )  # fmt: skip
 
 
@@ -197,6 +207,21 @@ def _check_targets(path: str | os.PathLike[str] | None, repository: ModelReposit
         check_writable(Path(path))
     if repository is not None:
         check_repository(repository)
+
+
+def _on_cpu(model: nn.Module, *, share: bool) -> nn.Module:
+    """A copy of `model` on the CPU, in eval mode.
+
+    Args:
+        model: left untouched.
+        share: whether nothing will write to its parameters, so that they need no copy if they are there.
+    """
+    share = share and all(p.device.type == "cpu" for p in model.parameters())
+    return copy_model(model, share_parameters=share).cpu().eval()
+
+
+def _has_sites(model: nn.Module) -> bool:
+    return any(isinstance(module, ProxyNormAct) for module in model.modules())
 
 
 def _check_calibration(
@@ -230,24 +255,36 @@ def _export(
     *,
     opset_version: int,
     dynamic_batch: bool,
+    external_data: bool,
+    dtype: "DType",
     names: "Names",
     verify: bool,
 ) -> "Report":
-    """Writes the ONNX file to `path`, or without it to a temporary place, then the repository from there."""
-    from pn_compiler.export import timed, write_onnx
+    """Folds `model`, which cannot be used afterwards, and writes the file, and from it the repository.
 
-    folded = model
-    if any(isinstance(module, ProxyNormAct) for module in model.modules()):
-        with timed(report, "fold", progress or (lambda stage: None)):
-            folded = fold(model)
+    Without `path` the file is a temporary one.
+    """
+    from pn_compiler.export import expect, timed, verified_batches, write_onnx
+
+    say = progress or (lambda stage: None)
+    reference: Any = model
+    if (_has_sites(model) and verify) or repository is not None:
+        with timed(
+            report, "reference", say
+        ):  # before folding, which needs no second copy of the weights then
+            reference = expect(model, inputs, verified_batches(dynamic_batch))
+    if _has_sites(model):
+        with timed(report, "fold", say):
+            model = fold_in_place(model)
     with contextlib.ExitStack() as stack:
         folder = stack.enter_context(tempfile.TemporaryDirectory()) if path is None else ""
         file = Path(path or Path(folder, "model.onnx"))
         write_onnx(
-            folded, model, file, inputs, report=report, progress=progress,
-            opset_version=opset_version, dynamic_batch=dynamic_batch, names=names, verify=verify,
+            model, reference if verify else model, file, inputs, report=report, progress=progress,
+            opset_version=opset_version, dynamic_batch=dynamic_batch, external_data=external_data,
+            dtype=dtype, names=names, verify=verify,
         )  # fmt: skip
         if repository is not None:
-            add_to_repository(repository, file, inputs, report, progress, model=model)
+            add_to_repository(repository, file, reference, report, dtype, progress)
             report.path = str(path or report.path)
     return report

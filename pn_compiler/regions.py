@@ -73,14 +73,19 @@ class Trace:
 
 
 def trace(
-    model: nn.Module, inputs: Inputs | None = None, leaves: Sequence[str | type[nn.Module]] = ()
+    model: nn.Module,
+    inputs: Inputs | None = None,
+    leaves: Sequence[str | type[nn.Module]] = (),
+    *,
+    in_place: bool = False,
 ) -> Trace:
     """Traces a copy of `model`, in regions where it cannot be traced as a whole.
 
     Args:
-        model: left untouched.
+        model: left untouched, unless `in_place`.
         inputs: arguments of a call; parameters of forward beyond them keep their defaults.
         leaves: paths or classes of modules that stay whole, as if they could not be traced.
+        in_place: trace `model` itself, whose parts become those of the result.
 
     Raises:
         ConfigError: the inputs do not fit the forward, or `leaves` names nothing.
@@ -88,7 +93,7 @@ def trace(
         UnsupportedModelError: a lazy module is not initialised yet, or the model cannot be copied.
     """
     _check_fit(model, inputs)
-    model = copy_model(model)
+    model = model if in_place else copy_model(model)
     traced = Trace(model, leaves=resolve_leaves(model, leaves))
     for name, module in model.named_modules(remove_duplicate=False):
         traced.paths.setdefault(id(module), []).append(name)
@@ -126,8 +131,12 @@ def unwrap(model: nn.Module) -> nn.Module:
         model = inner
 
 
-def copy_model(model: nn.Module) -> nn.Module:
+def copy_model(model: nn.Module, *, share_parameters: bool = False) -> nn.Module:
     """A deep copy of `model`.
+
+    Args:
+        model: left untouched.
+        share_parameters: let the copy hold the same parameters, for use where nothing writes to them.
 
     Raises:
         UnsupportedModelError: it has uninitialised lazy modules, or cannot be copied.
@@ -137,7 +146,7 @@ def copy_model(model: nn.Module) -> nn.Module:
         raise UnsupportedModelError("the model is a BatchNorm itself: wrap it, as in nn.Sequential(model)")
     if isinstance(model, torch.jit.ScriptModule):
         raise UnsupportedModelError("TorchScript has no modules to convert: use the original nn.Module")
-    memo: dict[int, Any] = {}
+    memo: dict[int, Any] = {id(p): p for p in model.parameters()} if share_parameters else {}
     for module in model.modules():
         for value in vars(module).values():  # by hooks that compute them anew before each call: weight_norm,
             if isinstance(value, torch.Tensor) and not value.is_leaf:  # spectral_norm, pruning
@@ -145,7 +154,7 @@ def copy_model(model: nn.Module) -> nn.Module:
         if isinstance(module, torch.jit.ScriptModule):
             memo[id(module)] = _copy_script(module)
     for tensor in (*model.parameters(), *model.buffers()):
-        if isinstance(tensor, FakeTensor):  # their own deepcopy fails
+        if isinstance(tensor, FakeTensor) and id(tensor) not in memo:  # their own deepcopy fails
             memo[id(tensor)] = _copy_fake(tensor)
     try:
         return copy.deepcopy(model, memo)

@@ -16,7 +16,7 @@ from pn_compiler.pass_base import Progress
 from pn_compiler.repository import add_to_repository
 
 if TYPE_CHECKING:
-    from pn_compiler.export import OnnxFile, Report
+    from pn_compiler.export import DType, OnnxFile, Report
 
 
 def export_model_repository(
@@ -31,6 +31,8 @@ def export_model_repository(
     opset_version: int | None = None,
     target_ort: str | None = None,
     dynamic_batch: bool = True,
+    external_data: bool = False,
+    dtype: "DType" = "float32",
     input_names: Sequence[str] = (),
     output_names: Sequence[str] = (),
     verify: bool = True,
@@ -68,7 +70,8 @@ def export_model_repository(
         return export_onnx(
             model, None, example_inputs, example_kwargs=example_kwargs, repository=repository,
             opset_version=opset_version, target_ort=target_ort, dynamic_batch=dynamic_batch,
-            input_names=input_names, output_names=output_names, verify=verify, progress=progress,
+            input_names=input_names, output_names=output_names, external_data=external_data, dtype=dtype,
+            verify=verify, progress=progress,
         )  # fmt: skip
     if opset_version is not None or input_names or output_names or not dynamic_batch:
         raise ConfigError(f"{model} is exported already: its opset, names and batch are what they are")
@@ -92,7 +95,7 @@ def _add_file(
         path=str(path), opset_version=file.opset_version, ir_version=file.ir_version,
         inputs=file.inputs, outputs=file.outputs, file_bytes=path.stat().st_size,
     )  # fmt: skip
-    add_to_repository(repository, path, example or _random_inputs(file), report, progress)
+    add_to_repository(repository, path, example or _random_inputs(file), report, progress=progress)
     return report
 
 

@@ -88,7 +88,7 @@ def test_golden_outputs_are_those_of_pytorch(folder: Path) -> None:
     pn_compiler.export_model_repository(net, folder, "net", IMAGES)
     golden = Golden.load(folder / "net/1/golden.npz")
     assert (golden.model, golden.version) == ("net", 1)
-    assert [len(inputs["input"]) for inputs, _ in golden.calls] == [1, 2, 5]
+    assert [len(inputs["input"]) for inputs, _ in golden.calls] == [1, 3]
     for inputs, outputs in golden.calls:
         with torch.no_grad():
             wide = net.double()(torch.from_numpy(inputs["input"]).double())
@@ -125,8 +125,11 @@ def test_a_new_version_leaves_the_old_one(folder: Path, file: Path) -> None:
     report = pn_compiler.export_model_repository(file, folder, "net", force=True, max_batch_size=8)
     assert Path(report.repository).name == "2"
     assert config_of(folder).max_batch_size == 8
+    report = pn_compiler.export_model_repository(file, folder, "small", max_batch_size=2)
+    calls = Golden.load(folder / "small/1/golden.npz").calls
+    assert [len(inputs["input"]) for inputs, _ in calls] == [1]  # no server of it takes the others
     assert content(folder)["net/2/model.onnx"] == before["net/1/model.onnx"]
-    assert sorted(p.name for p in folder.iterdir()) == ["kserve.yaml", "net", "settings.json"]
+    assert sorted(p.name for p in folder.iterdir()) == ["kserve.yaml", "net", "settings.json", "small"]
 
 
 def test_versions_share_an_interface(folder: Path, file: Path, tmp_path: Path) -> None:
@@ -317,6 +320,22 @@ def test_types_are_those_of_the_file(folder: Path, tmp_path: Path) -> None:
     assert [v.data_type for v in (*config.input, *config.output)] == [
         model_config_pb2.TYPE_FP16, model_config_pb2.TYPE_INT64, model_config_pb2.TYPE_FP16,
     ]  # fmt: skip
+
+
+def test_half_precision_is_float32_to_clients(folder: Path) -> None:
+    """Complaint 7, for our own files: float16 stays inside."""
+    report = pn_compiler.export_model_repository(network(), folder, "net", IMAGES, dtype="float16")
+    config = config_of(folder)
+    assert {v.data_type for v in (*config.input, *config.output)} == {model_config_pb2.TYPE_FP32}
+    weights = onnx.load(report.path).graph.initializer
+    assert TensorProto.FLOAT16 in {tensor.data_type for tensor in weights}
+    assert Golden.load(folder / "net/1/golden.npz").tolerance == report.tolerance
+
+
+def test_weights_beside_a_file_that_is_compiled(folder: Path) -> None:
+    report = pn_compiler.export_model_repository(network(), folder, "net", IMAGES, external_data=True)
+    assert report.path == str(folder / "net/1/model.onnx/model.onnx")
+    assert {p.name for p in (folder / "net/1/model.onnx").iterdir()} == {"model.onnx", "model.onnx.data"}
 
 
 class Named(nn.Module):
