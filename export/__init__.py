@@ -8,6 +8,7 @@ from pn_compiler.export.onnx_file import OnnxFile
 from pn_compiler.export.report import Check, Report, count_onnx_operators
 from pn_compiler.export.repository import check_repository, write_repository
 from pn_compiler.export.runtimes import DEFAULT_OPSET, check_loadable, choose_opset, oldest_onnxruntime
+from pn_compiler.export.sessions import load_session, make_session
 from pn_compiler.export.to_onnx import timed, verified_batches, write_onnx
 from pn_compiler.export.verify import (
     TOLERANCE,
@@ -15,8 +16,6 @@ from pn_compiler.export.verify import (
     default_tolerance,
     expect,
     imitate,
-    load_session,
-    make_session,
     relative_error,
     verify_onnx,
 )

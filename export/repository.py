@@ -19,8 +19,8 @@ from pn_compiler.export.golden_calls import Calls, check_golden, why_no_batching
 from pn_compiler.export.manifests import model_files, server_files, to_json
 from pn_compiler.export.onnx_file import OnnxFile
 from pn_compiler.export.runtimes import oldest_onnxruntime
+from pn_compiler.export.sessions import load_session
 from pn_compiler.export.triton_config import config_text, parse_config, triton_config
-from pn_compiler.export.verify import load_session
 from pn_compiler.golden import Arrays, Golden
 
 
