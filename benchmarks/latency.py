@@ -1,17 +1,20 @@
 """How long an ONNX file takes, beside that of the same network with BatchNorm, in onnxruntime on a CPU.
 
-    python -m benchmarks.latency --mode static --threads 1,2 --json latency.json
+    python -m benchmarks.latency --mode exact --json latency.json
+    python -m benchmarks.latency --mode static --models resnet50,mobilenet_v2,efficientnet_b0
 
-Each mode compares several files made from one network of torchvision, the first with BatchNorm folded into
-the convolutions. Weights and running statistics are random, which is no matter for the time. Sessions are
-opened one after the other, never two at a time, for the threads of an idle one spin. In each round every
-file gets a session, forwards in one round and backwards in the next; its time is the median of its runs. A
-ratio is the median over all rounds of the time to that of the first file in the same round.
+Each mode compares several files made from one network of torchvision, or the U-Net of `benchmarks.networks`,
+the first with BatchNorm folded into the convolutions. Weights and running statistics are random, which is no
+matter for the time. Sessions are opened one after the other, never two at a time, for the threads of an idle
+one spin. In each round every file gets a session, forwards in one round and backwards in the next; its time
+is the median of its runs. A ratio is the median over all rounds of the time to that of the first file in the
+same round.
 """
 
 import argparse
 import dataclasses
 import io
+import itertools
 import json
 import os
 import statistics
@@ -28,11 +31,12 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import pn_compiler
+from benchmarks.networks import UNet
 from pn_compiler.export import DEFAULT_OPSET, make_session
 from pn_compiler.testing import randomize_batch_norms
 from tests import zoo
 
-_CALIBRATION = (4, 3, 64, 64)  # what the constants are does not matter
+NETWORKS = ("resnet18", "resnet50", "mobilenet_v2", "efficientnet_b0", "densenet121", "unet")
 _WARM_UP = 3  # runs
 
 #: makes a file of the network with a name, for images of a size
@@ -41,20 +45,61 @@ Variant = Callable[[str, int], bytes]
 
 def build(name: str) -> nn.Module:
     torch.manual_seed(0)
-    return randomize_batch_norms(zoo.torchvision().models.get_model(name, weights=None)).eval()
+    network = UNet(classes=11) if name == "unet" else zoo.torchvision().models.get_model(name, weights=None)
+    return randomize_batch_norms(network).eval()
 
 
 def batch_norm(name: str, pixels: int) -> bytes:
     """As torch exports it; onnxruntime folds the normalization when it loads the file."""
+    return _plain_export(build(name), _image(name, pixels), DEFAULT_OPSET)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Plain:
+    """What `torch.onnx.export` makes of the converted network, with none of our work on it.
+
+    Attributes:
+        proxy: with proxy normalization, computed from its parameters in each run; else normalizers alone.
+        opset_version: of the file.
+    """
+
+    proxy: bool
+    opset_version: int = DEFAULT_OPSET
+
+    def __call__(self, name: str, pixels: int) -> bytes:
+        image = _image(name, pixels)
+        converted = pn_compiler.transform(build(name), image, proxy=self.proxy, warm_start="none")
+        return _plain_export(converted.eval(), image, self.opset_version)
+
+
+def _plain_export(network: nn.Module, image: Tensor, opset_version: int) -> bytes:
     batch = torch.export.Dim("batch", min=1)
     program = torch.onnx.export(
-        build(name), (_image(pixels),), dynamo=True, opset_version=DEFAULT_OPSET, verbose=False,
+        network, (image,), dynamo=True, opset_version=opset_version, verbose=False,
         dynamic_shapes=({0: batch},),
     )  # fmt: skip
     assert program is not None
     content = io.BytesIO()
     program.save(content)
     return content.getvalue()
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Compiled:
+    """What pn_compiler makes of it, with these options of `pn_compiler.transform`."""
+
+    options: Mapping[str, Any]
+
+    def __call__(self, name: str, pixels: int) -> bytes:
+        image = _image(name, pixels)
+        return _exported(pn_compiler.transform(build(name), image, **self.options), image)
+
+
+def _exported(network: nn.Module, image: Tensor) -> bytes:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "model.onnx"
+        pn_compiler.export_onnx(network, path, image)  # verified, too
+        return path.read_bytes()
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -65,20 +110,27 @@ class Frozen:
 
     def __call__(self, name: str, pixels: int) -> bytes:
         converted = pn_compiler.transform(build(name), **self.options)
-        frozen, report = pn_compiler.freeze_statistics(converted, torch.randn(_CALIBRATION))
+        samples = _image(name, 64, batch=4)  # what the constants are does not matter
+        frozen, report = pn_compiler.freeze_statistics(converted, samples)
         assert report.frozen == len(report.sites)
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder) / "model.onnx"
-            pn_compiler.export_onnx(frozen, path, _image(pixels))  # verified, too
-            return path.read_bytes()
+        return _exported(frozen, _image(name, pixels))
 
 
-def _image(pixels: int) -> Tensor:
-    return torch.randn(2, 3, pixels, pixels, generator=torch.Generator().manual_seed(0))
+def _image(name: str, pixels: int, batch: int = 2) -> Tensor:
+    channels = 1 if name == "unet" else 3
+    return torch.randn(batch, channels, pixels, pixels, generator=torch.Generator().manual_seed(0))
 
 
 #: what is compared; the first is what the others are measured by
 MODES: dict[str, dict[str, Variant]] = {
+    "exact": {
+        "BatchNorm": batch_norm,
+        "normalizer, plain export": Plain(proxy=False),
+        "the same, opset 24": Plain(proxy=False, opset_version=24),
+        "normalizer + PN, plain export": Plain(proxy=True),
+        "pn_compiler, PN everywhere": Compiled({"warm_start": "none"}),
+        "pn_compiler, after a warm start": Compiled({}),
+    },
     "static": {
         "BatchNorm": batch_norm,
         "warm start": Frozen({}),
@@ -114,17 +166,18 @@ def _session(content: bytes, image: Tensor, threads: int, runs: int) -> float:
 
 
 def rows(
-    name: str, files: Mapping[str, bytes], arguments: argparse.Namespace, threads: int
+    name: str, files: Mapping[str, bytes], arguments: argparse.Namespace, batch: int, threads: int
 ) -> list[dict[str, Any]]:
     """One for each file."""
     seconds = measure(
-        files, _image(arguments.pixels)[:1], threads=threads, rounds=arguments.rounds, runs=arguments.runs,
-        title=f"{name}, {threads} threads",
+        files, _image(name, arguments.pixels, batch), threads=threads, rounds=arguments.rounds,
+        runs=arguments.runs, title=f"{name}, {threads} threads",
     )  # fmt: skip
     base = next(iter(seconds.values()))
     return [
         {
             "model": name,
+            "batch": batch,
             "threads": threads,
             "variant": variant,
             "milliseconds": 1e3 * statistics.median(times),
@@ -137,7 +190,8 @@ def rows(
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--mode", choices=list(MODES), required=True)
-    parser.add_argument("--models", default="resnet50,mobilenet_v2,efficientnet_b0")
+    parser.add_argument("--models", default=",".join(NETWORKS))
+    parser.add_argument("--batches", default="1", help="batch sizes")
     parser.add_argument("--threads", default="1,2")
     parser.add_argument("--pixels", type=int, default=224)
     parser.add_argument("--rounds", type=int, default=20)
@@ -147,21 +201,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     warnings.simplefilter("ignore")
     found = []
     print(f"load average {os.getloadavg()[0]:.1f} at the start; what else runs changes ratios, too")
-    print(f"{'model':<17}{'threads':>8}  {'variant':<34}{'ms':>8}{'ratio':>8}")
+    print(f"{'model':<17}{'batch':>6}{'threads':>8}  {'variant':<34}{'ms':>8}{'ratio':>8}")
     for name in arguments.models.split(","):
         variants = MODES[arguments.mode]
         bar = tqdm(variants.items(), desc=f"{name}: files", disable=None, leave=False)
         files = {variant: make(name, arguments.pixels) for variant, make in bar}
-        for threads in map(int, arguments.threads.split(",")):
-            for row in rows(name, files, arguments, threads):
+        sizes, threads = (map(int, text.split(",")) for text in (arguments.batches, arguments.threads))
+        for batch, number in itertools.product(sizes, threads):
+            for row in rows(name, files, arguments, batch, number):
                 found.append(row)
                 print(
-                    f"{name:<17}{threads:>8}  {row['variant']:<34}{row['milliseconds']:>8.2f}"
+                    f"{name:<17}{batch:>6}{number:>8}  {row['variant']:<34}{row['milliseconds']:>8.2f}"
                     f"{row['ratio']:>8.3f}",
                     flush=True,
                 )
     print(
-        f"1 x 3 x {arguments.pixels} x {arguments.pixels}, float32, {arguments.rounds} sessions of "
+        f"{arguments.pixels} x {arguments.pixels} pixels, float32, {arguments.rounds} sessions of "
         f"{arguments.runs} runs each, load average {os.getloadavg()[0]:.1f} at the end"
     )
     if arguments.json is not None:

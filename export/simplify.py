@@ -17,7 +17,7 @@ def freeze_reshapes(model: onnx.ModelProto) -> int:
         How many Shape nodes went.
     """
     graph = model.graph
-    shapes = {v.name: _dims(v) for v in (*graph.value_info, *graph.input, *graph.output)}
+    values = {v.name: v for v in (*graph.value_info, *graph.input, *graph.output)}
     readers: dict[str, list[tuple[onnx.NodeProto, int]]] = {}
     for node in graph.node:
         for index, name in enumerate(node.input):
@@ -25,13 +25,17 @@ def freeze_reshapes(model: onnx.ModelProto) -> int:
     outputs = {value.name for value in graph.output}
     frozen = 0
     for node in [n for n in graph.node if _is_whole_shape(n)]:
-        dims = shapes.get(node.input[0])
-        result = node.output[0]
+        source, result = node.input[0], node.output[0]
+        dims = _dims(values[source]) if source in values else None
         only_reshapes = all(n.op_type == "Reshape" and i == 1 for n, i in readers.get(result, []))
         if dims is None or dims.count(-1) > 1 or 0 in dims or not only_reshapes or result in outputs:
             continue
         graph.initializer.append(onnx.numpy_helper.from_array(np.array(dims, np.int64), result))
         graph.node.remove(node)
+        for reshape, _ in readers.get(result, []):
+            if reshape.output[0] in values:  # so far of unknown sizes
+                shape = values[reshape.output[0]].type.tensor_type.shape
+                shape.CopyFrom(values[source].type.tensor_type.shape)
         frozen += 1
     return frozen
 

@@ -16,6 +16,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from pn_compiler.errors import ExportError, VerificationError
+from pn_compiler.export.depthwise_affine import use_depthwise_affines
 from pn_compiler.export.external_data import data_file, move_weights_out, needs_external_data
 from pn_compiler.export.files import check_writable, publish, staging_folder, write_atomically
 from pn_compiler.export.half import DTYPES, DType, check_dtype, in_half
@@ -218,6 +219,7 @@ def _export(
     if dynamic_batch:
         _name_batch(proto)
     freeze_reshapes(proto)
+    use_depthwise_affines(proto, str(staged.parent) if staged else "")
     proto.ir_version = min(
         proto.ir_version, max(8, onnx.helper.OP_SET_ID_VERSION_MAP[("ai.onnx", opset_version)])
     )

@@ -19,6 +19,7 @@ from pn_compiler.passes.remove_dead_modules import RemoveDeadModules
 from pn_compiler.passes.replace_batch_norm import ReplaceBatchNorm
 from pn_compiler.passes.route_affine import RouteAffine
 from pn_compiler.passes.share_statistics import ShareStatistics
+from pn_compiler.passes.sink_affine import SinkAffine
 from pn_compiler.passes.split_clips import SplitClips
 from pn_compiler.passes.split_gates import SplitGates
 from pn_compiler.passes.unshare_statistics import UnshareStatistics
@@ -57,6 +58,7 @@ def fold_pipeline() -> tuple[GraphPass, ...]:
     return (
         UnshareStatistics(),  # a site is folded with its own constants
         RouteAffine(through_padding=False),  # what is still whole sinks as far as it exactly can
+        SinkAffine(),  # what is left of that goes through branches, as far as all of it can
         FoldProxyNorm(),  # constants go into weights, biases and bounds
         RemoveDeadModules(),  # last: drops what the rewrites orphaned
     )

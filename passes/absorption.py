@@ -81,19 +81,19 @@ class Router:
             for user in value.users:
                 if reads_shape(user):
                     continue
-                if _commutes(self.graph, user, value, through_padding=self.through_padding):
+                if commutes(self.graph, user, value, through_padding=self.through_padding):
                     if user not in seen:
                         seen.add(user)
                         values.append(user)
                     continue
-                reason = self._refusal(user, value, num_channels)
+                reason = self.refusal(user, value, num_channels)
                 if reason is None:
                     absorbers[user] = None
                 else:
                     blocked.append(Blocked(value, user, reason))
         return Route(tuple(absorbers), tuple(blocked))
 
-    def _refusal(self, user: fx.Node, value: fx.Node, num_channels: int) -> str | None:
+    def refusal(self, user: fx.Node, value: fx.Node, num_channels: int) -> str | None:
         """Why `user` cannot take in the affine of `value`; None if it can."""
         module = called_module(self.graph, user)
         if module is None:
@@ -156,7 +156,7 @@ def _refusal_of_linear(module: nn.Linear, where: str, known: int | None, num_cha
     return None if module.in_features % num_channels == 0 else f"{where} reads other channels"
 
 
-def _commutes(graph: fx.GraphModule, user: fx.Node, value: fx.Node, *, through_padding: bool) -> bool:
+def commutes(graph: fx.GraphModule, user: fx.Node, value: fx.Node, *, through_padding: bool) -> bool:
     """Whether the affine of `value` can be applied to the output of `user` instead."""
     if not user.args or user.args[0] is not value:
         return False

@@ -8,8 +8,9 @@ from torch import Tensor, fx, nn
 from pn_compiler.activations import clip_bounds
 from pn_compiler.affine import absorb_affine
 from pn_compiler.consumers import MEMO
+from pn_compiler.diagnostics import Diagnostic
 from pn_compiler.errors import PostconditionError
-from pn_compiler.graph_utils import add_module, call_module_after, module_calls, replace_module
+from pn_compiler.graph_utils import add_module, call_module_after, called_module, module_calls, replace_module
 from pn_compiler.nn import (
     INPUT_AFFINE,
     ChannelAffine,
@@ -22,7 +23,7 @@ from pn_compiler.nn import (
 from pn_compiler.pass_base import GraphPass, PassResult
 from pn_compiler.passes.absorption import set_weight_and_bias
 from pn_compiler.passes.route_affine import RouteAffine
-from pn_compiler.passes.site_outputs import site_outputs
+from pn_compiler.passes.site_outputs import site_outputs, where_it_went
 
 _PLAIN = {folded: plain for plain, folded in INPUT_AFFINE.items()}
 
@@ -44,10 +45,12 @@ class FoldProxyNorm(GraphPass):
     @torch.no_grad()
     def run(self, graph: fx.GraphModule) -> PassResult:
         constants: dict[fx.Node, Tensor] = {}
+        notes: list[Diagnostic] = []
         rewritten = 0
         for path, calls in module_calls(graph).items():
             site = graph.get_submodule(path)
             if isinstance(site, ProxyNormAct):
+                notes += _notes(graph, path, site, calls)
                 _fold_site(graph, path, site, calls, constants)
                 rewritten += 1
         for path, calls in module_calls(graph).items():
@@ -56,13 +59,28 @@ class FoldProxyNorm(GraphPass):
                 _fold_channel_affine(graph, path, calls, constants)
             elif type(module) in _PLAIN:
                 _fold_consumer(module, calls, constants)
-        return PassResult(rewritten)
+        return PassResult(rewritten, tuple(notes))
 
     def ensures(self, graph: fx.GraphModule) -> None:
         for name in module_calls(graph):  # a region inside a leaf is a graph of its own
             module = graph.get_submodule(name)
             if isinstance(module, ProxyNormAct | ChannelAffine) or type(module) in _PLAIN:
                 raise PostconditionError(f"{name} ({type(module).__name__}) is not folded")
+
+
+def _notes(graph: fx.GraphModule, path: str, site: ProxyNormAct, calls: list[fx.Node]) -> list[Diagnostic]:
+    """Where scale and shift of the site go: into consumers, before other readers, or nowhere."""
+    if "output" in site.outputs:
+        bounds = clip_bounds(site.activation) is not None and "affine" not in site.outputs
+        return [where_it_went(path, "into its bounds" if bounds else "behind its activation", ())]
+    reads = [read for call in calls for read in site_outputs(graph, call).get("shift", ())]
+    users = list(dict.fromkeys(user for read in reads for user in read.users))
+    into = [user for user in users if type(called_module(graph, user)) in _PLAIN]
+    applied = [user for user in users if user not in into]
+    gates = [user for user in applied if len(user.args) > 3]
+    before = [reader for user in applied if user not in gates for reader in user.users]
+    found = {"into": into, "before": before, "with the gate before": [g for u in gates for g in u.users]}
+    return [where_it_went(path, how, places) for how, places in found.items() if places]
 
 
 def _fold_site(

@@ -55,7 +55,7 @@ class InsertProxyNorm(GraphPass):
         for name, site in list(site_table(graph).items()):
             if site.kind == "skipped":
                 continue
-            matched = _match(graph, calls[name], name)
+            matched = _match(graph, calls.get(name, []), name)
             refusal = matched if isinstance(matched, Diagnostic) else None
             if not isinstance(matched, Diagnostic):
                 act = called_module(graph, matched[0].activation)
@@ -105,6 +105,8 @@ class InsertProxyNorm(GraphPass):
 
 def _match(graph: fx.GraphModule, norms: list[fx.Node], name: str) -> list[_Call] | Diagnostic:
     """Each call of one normalizer with the activation behind it, or why there is no such pairing."""
+    if not norms:
+        return Diagnostic("PN102", name, "nothing reads its output in the traced forward")
     matched: list[_Call | None] = []
     for norm in norms:
         activations = [user for user in norm.users if _is_activation_call(graph, user)]

@@ -1,9 +1,11 @@
 """Reading the several outputs of a ProxyNormAct in a graph."""
 
 import operator
+from collections.abc import Iterable
 
 from torch import fx
 
+from pn_compiler.diagnostics import Diagnostic
 from pn_compiler.graph_utils import called_module
 from pn_compiler.nn import Output, ProxyNormAct
 
@@ -35,3 +37,10 @@ def read_outputs(graph: fx.GraphModule, call: fx.Node) -> dict[Output, fx.Node]:
         if name in nodes:
             nodes[name].meta = dict(call.meta)
     return nodes
+
+
+def where_it_went(site: str, how: str, places: Iterable[fx.Node]) -> Diagnostic:
+    """The remark that scale and shift of `site` are now `how` ("into", "before") the calls `places`."""
+    names = list(dict.fromkeys(str(p.target if p.op == "call_module" else p.name) for p in places))
+    more = f" and {len(names) - 2} more" if len(names) > 3 else ""
+    return Diagnostic("PN210", site, f"{how} {', '.join(names[: 2 if more else 3])}{more}".strip())

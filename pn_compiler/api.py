@@ -239,9 +239,12 @@ def fold_in_place(model: nn.Module, *, progress: Progress | None = None) -> nn.M
     with fake_mode(model):
         traced = trace(model, in_place=True)
         traced.root.eval()
+        went: dict[str, list[str]] = {}
         for region in traced.regions:
             infer_ranks(region.graph)
-            run_pipeline(fold_pipeline(), region.graph, progress)
+            for note in run_pipeline(fold_pipeline(), region.graph, progress).notes:
+                went.setdefault(region.prefix + note.site, []).append(note.message)
     if is_converted(model):
-        record(traced.root, sites(model), notes(model))
+        found = (dataclasses.replace(s, affine=", ".join(went.get(s.name, ()))) for s in sites(model))
+        record(traced.root, tuple(found), notes(model))
     return traced.root.requires_grad_(False)

@@ -1,9 +1,11 @@
 """Weight and bias of normalizers, from unlabelled samples: the calibrated warm start."""
 
+import collections
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Iterable, Iterator, Mapping
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -11,11 +13,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pn_compiler.errors import ConfigError
-from pn_compiler.evaluation import batches_of, each_batch, run, untouched
-from pn_compiler.least_squares import ChannelFit
+from pn_compiler.evaluation import batches_of, each_batch, of_each_shard, untouched
+from pn_compiler.least_squares import ChannelFit, merged
+from pn_compiler.output_error import Batches, Norms, OutputError, observed, owner, put, values_of
 from pn_compiler.tracing import refuse_uninitialised
 
-SWEEPS = 2  # more change nothing that can be measured: docs/calibration.md
+EVALUATIONS = 12  # of the error and its gradient; more gain little: docs/calibration.md
 LARGE_RESIDUAL = 0.1  # is reported
 
 
@@ -25,7 +28,7 @@ class Calibrated:
 
     Attributes:
         weight, bias: float64 [C].
-        residual: share of the variance of the BatchNorm's output that they do not explain.
+        residual: mean square of what they leave of the BatchNorm's output, relative to its variance.
     """
 
     weight: Tensor
@@ -33,31 +36,33 @@ class Calibrated:
     residual: float
 
 
+@torch.inference_mode(False)  # whatever the caller's mode: there are gradients
 def calibrate(
     student: nn.Module,
     teacher: nn.Module,
     names: Iterable[str],
     batches: Iterable[Any],
     *,
-    sweeps: int = SWEEPS,
+    evaluations: int = EVALUATIONS,
 ) -> dict[str, Calibrated]:
-    """Fits weight and bias of each normalizer to what the BatchNorm at its place computes.
+    """Fits weight and bias of all normalizers together, to the outputs of the BatchNorm network.
 
-    With n the normalized input of a site (before weight and bias) and t the output of the BatchNorm, over all
-    samples and pixels, per channel::
+    What is minimized is |s - t|^2 / |t|^2 over all samples, with s the outputs of `student` and t those of
+    `teacher`; see `OutputError`. The descent (L-BFGS) begins at the better of two points: weight and bias
+    as they are, and for each site alone, per channel, the least squares of the BatchNorm's output on the
+    normalized input n that the site has in `teacher`::
 
         weight = cov(n, t) / var(n)        bias = mean(t) - weight mean(n)
 
-    The first sweep over the data normalizes the inputs that the BatchNorms have in `teacher`: all sites are
-    fitted at once, and exactly wherever a normalizer can be exact. The others normalize what the sites get in
-    `student`, as the last sweep left it, so that a site also makes up for errors of those before it.
+    These are exact wherever a normalizer can be, but add up to more than they must where it cannot.
 
     Args:
         student: a network with GroupNorms in the place of BatchNorms. It is changed.
-        teacher: the BatchNorm network; it runs in eval mode and is as before at the end.
+        teacher: the BatchNorm network; it runs in eval mode. Values in half precision become float32.
         names: paths of those.
-        batches: unlabelled samples, read once in each sweep.
-        sweeps: passes over the data.
+        batches: unlabelled samples, read once for the least squares, for each evaluation and at the end.
+            Random numbers of torch are the same each time.
+        evaluations: of the error and its gradient.
 
     Returns:
         The result for each site that the data reaches, by path.
@@ -66,69 +71,147 @@ def calibrate(
         ConfigError: no batch, values that are nan or infinite, or batches that the networks do not take.
     """
     refuse_uninitialised(teacher)
-    batches = batches_of(batches, again=sweeps > 1)
-    norms = {name: cast("nn.GroupNorm", student.get_submodule(name)) for name in names}
-    found: dict[str, Calibrated] = {}
-    with untouched(teacher), untouched(student):
-        for number in range(sweeps):
-            sweep = _Sweep(norms)
-            with sweep.hooked(teacher, student if number else None):
-                for name, inputs in each_batch(teacher, batches, f"calibration {number + 1}/{sweeps}"):
-                    run(teacher, inputs, name)
-                    if number:
-                        run(student, inputs, name)
-            for name, fit in sweep.fits.items():
-                found[name] = _solve(norms[name], fit)
-    return found
+    batches = batches_of(batches, again=True)
+    _widen(student)
+    _widen(teacher)
+    student.requires_grad_(requires_grad=False)
+    sites = {name: cast("nn.GroupNorm", student.get_submodule(name)) for name in names}
+    surveys = of_each_shard(functools.partial(_survey, teacher, sites), batches)
+    fits = merged(fits for fits, _ in surveys)
+    norms = {name: norm for name, norm in sites.items() if name in fits}
+    if not norms:
+        return {}
+    powers = sum((collections.Counter(powers) for _, powers in surveys), collections.Counter[str]())
+    error = OutputError(student, teacher, norms, powers)
+
+    def evaluate(values: Tensor) -> tuple[float, Tensor]:
+        put(norms, values)
+        parts = of_each_shard(functools.partial(_evaluate, error), batches)
+        return sum(value for value, _ in parts), torch.stack([gradient for _, gradient in parts]).sum(0)
+
+    starts = [values_of(norms), _solutions(norms, fits)]
+    put(norms, _descend(evaluate, starts, _scale(norms), evaluations))
+    compared = merged(of_each_shard(functools.partial(_compare, student, teacher, tuple(norms)), batches))
+    return {
+        name: Calibrated(norm.weight.double().cpu(), norm.bias.double().cpu(), compared[name].difference())
+        for name, norm in norms.items()
+    }
 
 
-def _solve(norm: nn.GroupNorm, fit: ChannelFit) -> Calibrated:
-    """Puts the result of `fit` into `norm`."""
-    weight, bias = fit.solve(norm.weight)
-    norm.weight.copy_(weight)
-    norm.bias.copy_(bias)
-    return Calibrated(weight, bias, fit.residual())
+def _widen(model: nn.Module) -> None:
+    """Half precision is too coarse for gradients."""
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.dtype in (torch.float16, torch.bfloat16):
+            tensor.data = tensor.float()
 
 
-class _Sweep:
-    """The sums of one pass over the data.
+def _read(model: nn.Module, batches: Iterable[Any], title: str) -> Batches:
+    """All `batches`, drawn with the same random numbers each time; within `untouched`."""
+    torch.manual_seed(0)
+    for name, inputs in each_batch(model, batches, title):
+        yield name, inputs.map(lambda x: x.float() if x.dtype in (torch.float16, torch.bfloat16) else x)
 
-    Memory, beyond the networks: in all sweeps but the first the outputs of all BatchNorms for one batch.
-    """
 
-    def __init__(self, norms: Mapping[str, nn.GroupNorm]) -> None:
-        self.norms = norms
-        self.fits: dict[str, ChannelFit] = {}
-        self.targets: dict[str, list[Tensor]] = {name: [] for name in norms}  # one for each call, in order
+# What follows is additive: shards of the data can be summed up where they are.
 
-    @contextlib.contextmanager
-    def hooked(self, teacher: nn.Module, student: nn.Module | None) -> Iterator[None]:
-        pairs = [(teacher, self._fit_teacher if student is None else self._keep)]
-        pairs += [] if student is None else [(student, self._fit_student)]
-        handles = [
-            model.get_submodule(name).register_forward_hook(functools.partial(hook, name))
-            for model, hook in pairs
-            for name in self.norms
-        ]
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
 
-    def _fit_teacher(self, name: str, module: nn.Module, args: tuple[Tensor], output: Tensor) -> None:
-        self._add(name, args[0], output)
+def _survey(
+    teacher: nn.Module, sites: Norms, batches: Iterable[Any]
+) -> tuple[dict[str, ChannelFit], dict[str, float]]:
+    """(least squares of each site that is reached, sum of squares of each output and site)."""
+    fits: dict[str, ChannelFit] = {}
+    powers: dict[str, float] = collections.defaultdict(float)
 
-    def _keep(self, name: str, module: nn.Module, args: tuple[Tensor], output: Tensor) -> None:
-        self.targets[name].append(output.clone())  # what follows may work in place
-
-    def _fit_student(self, name: str, module: nn.Module, args: tuple[Tensor], output: Tensor) -> None:
-        self._add(name, args[0], self.targets[name].pop(0))
-
-    def _add(self, name: str, x: Tensor, target: Tensor) -> None:
-        norm = self.norms[name]
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        n = F.group_norm(wide, norm.num_groups, None, None, norm.eps)
-        if not (n.isfinite().all() and target.isfinite().all()):
+    def add(name: str, module: nn.Module, args: tuple[Tensor], output: Tensor) -> None:
+        norm = sites[name]
+        n = F.group_norm(args[0], norm.num_groups, None, None, norm.eps)
+        if not (n.isfinite().all() and output.isfinite().all()):
             raise ConfigError(f"the calibration data makes values that are nan or infinite at {name}")
-        self.fits.setdefault(name, ChannelFit()).add(n, target)
+        fits.setdefault(name, ChannelFit()).add(n, output)
+        powers[name] += _power(output)
+
+    with untouched(teacher), contextlib.ExitStack() as stack:
+        for name in sites:
+            hook = teacher.get_submodule(name).register_forward_hook(functools.partial(add, name))
+            stack.callback(hook.remove)
+        for name, inputs in _read(teacher, batches, "calibration: sites"):
+            for place, output in observed(teacher, (), inputs, name).items():
+                if not output.isfinite().all():
+                    raise ConfigError(f"{name} makes values that are nan or infinite at {place}")
+                powers[place] += _power(output)
+    return fits, powers
+
+
+def _evaluate(error: OutputError, batches: Iterable[Any]) -> tuple[float, Tensor]:
+    """Error of the outputs and its gradient."""
+    with untouched(error.teacher), untouched(error.student):
+        return error(_read(error.teacher, batches, "calibration: outputs"))
+
+
+def _compare(
+    student: nn.Module, teacher: nn.Module, names: Sequence[str], batches: Iterable[Any]
+) -> dict[str, ChannelFit]:
+    """What each site gives, beside its BatchNorm."""
+    fits = {name: ChannelFit() for name in names}
+    with untouched(teacher), untouched(student):
+        for name, inputs in _read(teacher, batches, "calibration: residuals"):
+            wanted = observed(teacher, names, inputs.map(torch.clone), name)
+            got = observed(student, names, inputs, name)
+            for place, target in wanted.items():
+                if place in got and got[place].shape == target.shape:
+                    fits[owner(place)].add(got[place], target)
+    return fits
+
+
+def _power(x: Tensor) -> float:
+    return float(x.detach().double().square().sum())
+
+
+def _solutions(norms: Norms, fits: Mapping[str, ChannelFit]) -> Tensor:
+    """The least squares of each site, as `values_of` has them."""
+    return torch.cat([part for name, norm in norms.items() for part in fits[name].solve(norm.weight)])
+
+
+def _scale(norms: Norms) -> Tensor:
+    """The size of each weight, for its bias, too, as `values_of` has them."""
+    sizes = [norm.weight.detach().double().cpu().abs() for norm in norms.values()]
+    return torch.cat([part for size in sizes for part in (size, size)])
+
+
+def _descend(
+    evaluate: Callable[[Tensor], tuple[float, Tensor]],
+    starts: Sequence[Tensor],
+    scale: Tensor,
+    evaluations: int,
+) -> Tensor:
+    """The values of least error that L-BFGS comes by, beginning at the better one of `starts`.
+
+    Args:
+        evaluate: error and gradient at some values.
+        starts: two points, of which one may be out of range.
+        scale: of a change of each value.
+        evaluations: how many it takes, besides those of `starts`.
+
+    Source: Nocedal & Wright, "Numerical Optimization", 2nd ed., section 7.2; strong Wolfe conditions: 3.5.
+    """
+    known = [(values, *evaluate(values)) for values in starts]
+    start, least, slope = min(known, key=lambda point: point[1] if math.isfinite(point[1]) else math.inf)
+    best, ceiling = start, 10 * least
+    ready = [(least, slope)]  # what is known already
+    change = torch.zeros_like(start, requires_grad=True)
+
+    def closure() -> float:
+        nonlocal best, least
+        values = start + scale * change.detach()
+        error, gradient = ready.pop() if ready else evaluate(values)
+        if not math.isfinite(error):
+            error, gradient = ceiling, torch.zeros_like(values)
+        if error < least:
+            best, least = values, error
+        change.grad = gradient * scale
+        return error
+
+    torch.optim.LBFGS(
+        [change], max_iter=evaluations, max_eval=evaluations + 1, line_search_fn="strong_wolfe"
+    ).step(closure)  # type: ignore[no-untyped-call]
+    return best

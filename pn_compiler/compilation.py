@@ -271,11 +271,12 @@ def _export(
     if (_has_sites(model) and verify) or repository is not None:
         with timed(
             report, "reference", say
-        ):  # before folding, which needs no second copy of the weights then
+        ):  # before folding, which then needs no second copy of the weights
             reference = expect(model, inputs, verified_batches(dynamic_batch))
     if _has_sites(model):
         with timed(report, "fold", say):
             model = fold_in_place(model)
+        report.sites = sites(model) if report.sites else ()
     with contextlib.ExitStack() as stack:
         folder = stack.enter_context(tempfile.TemporaryDirectory()) if path is None else ""
         file = Path(path or Path(folder, "model.onnx"))

@@ -32,6 +32,7 @@ CODES: dict[str, tuple[Severity, str]] = {
     "PN207": ("note", "warm start inexact at the border of a zero-padded convolution"),
     "PN208": ("note", "several activations read the BatchNorm's output"),
     "PN209": ("note", "calibration leaves more than a tenth of the BatchNorm's variance unexplained"),
+    "PN210": ("note", "where the scale and shift of proxy normalization went, in the folded network"),
 }
 
 
@@ -75,6 +76,7 @@ class Site:
         warm_start: whether weight and bias were computed from running statistics or calibration data.
         residual: share of the variance of the BatchNorm's output, on the calibration data, that no weight
             and bias of the normalizer reproduces; None if it was not calibrated.
+        affine: where scale and shift of proxy normalization went, once folded; empty before.
         static: whether the normalizer became a constant scale and shift, by `pn_compiler.freeze_statistics`.
     """
 
@@ -88,6 +90,7 @@ class Site:
     warm_start: bool = False
     residual: float | None = None
     static: bool = False
+    affine: str = ""
 
 
 def skipped(diagnostic: Diagnostic) -> Site:
@@ -99,7 +102,8 @@ def skipped(diagnostic: Diagnostic) -> Site:
 def format_sites(sites: tuple[Site, ...]) -> str:
     """A table of `sites` for a terminal, one line a BatchNorm."""
     calibrated = any(s.residual is not None for s in sites)
-    extra = ("residual",) if calibrated else ()
+    folded = any(s.affine for s in sites)
+    extra = (*(("residual",) if calibrated else ()), *(("scale and shift",) if folded else ()))
     header = ("site", "kind", "norm", "groups", "activation", *extra, "remark")
     rows = [
         (
@@ -109,6 +113,7 @@ def format_sites(sites: tuple[Site, ...]) -> str:
             str(s.num_groups or "-"),
             s.activation or "-",
             *(("-" if s.residual is None else f"{100 * s.residual:.1f} %",) if calibrated else ()),
+            *((s.affine or "-",) if folded else ()),
             f"{s.code} {s.reason}" if s.code else "",
         )
         for s in sites

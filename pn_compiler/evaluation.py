@@ -1,8 +1,9 @@
 """Running a model on batches of samples, and leaving it as it was."""
 
+import abc
 import contextlib
-from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +14,25 @@ from pn_compiler.errors import ConfigError, PnCompilerError
 from pn_compiler.graph_utils import has_values
 from pn_compiler.inputs import Inputs
 from pn_compiler.module_state import ModuleState
+
+T = TypeVar("T")
+
+
+class Shards(abc.ABC):
+    """Batches that lie in several places, such as the machines of a cluster: see `integrations.ray`."""
+
+    @abc.abstractmethod
+    def __iter__(self) -> Iterator[Any]:
+        """All batches, here."""
+
+    @abc.abstractmethod
+    def each(self, function: Callable[[Iterable[Any]], T]) -> list[T]:
+        """`function` of the batches of each shard, computed where they are."""
+
+
+def of_each_shard(function: Callable[[Iterable[Any]], T], batches: Iterable[Any]) -> list[T]:
+    """`function` of all batches, or, where these lie in several places, of those of each place."""
+    return batches.each(function) if isinstance(batches, Shards) else [function(batches)]
 
 
 def inputs_of(batch: Any) -> Inputs:

@@ -1,5 +1,7 @@
 """Least squares of one tensor on another, per channel, over batches that come one after the other."""
 
+from collections.abc import Iterable, Mapping
+
 import torch
 from torch import Tensor
 
@@ -27,19 +29,26 @@ class ChannelFit:
     def add(self, x: Tensor, y: Tensor) -> None:
         """Takes in x and y, each [N, C, *]."""
         x, y = _by_channel(x), _by_channel(y)
-        count = x.shape[1]
-        if not count:
+        if not x.shape[1]:
             return
-        mean_x, mean_y = x.mean(1), y.mean(1)
-        dx, dy = x - mean_x[:, None], y - mean_y[:, None]
-        total = self.count + count
-        share = self.count * count / total
-        away_x, away_y = mean_x - self.mean_x, mean_y - self.mean_y
-        self.xx = self.xx + (dx * dx).sum(1) + share * away_x * away_x
-        self.xy = self.xy + (dx * dy).sum(1) + share * away_x * away_y
-        self.yy = self.yy + (dy * dy).sum(1) + share * away_y * away_y
-        self.mean_x = self.mean_x + away_x * (count / total)
-        self.mean_y = self.mean_y + away_y * (count / total)
+        batch = ChannelFit()
+        batch.count, batch.mean_x, batch.mean_y = x.shape[1], x.mean(1), y.mean(1)
+        dx, dy = x - batch.mean_x[:, None], y - batch.mean_y[:, None]
+        batch.xx, batch.xy, batch.yy = (dx * dx).sum(1), (dx * dy).sum(1), (dy * dy).sum(1)
+        self.merge(batch)
+
+    def merge(self, other: "ChannelFit") -> None:
+        """Takes in what `other` has, for example from samples on another machine."""
+        total = self.count + other.count
+        if not total:
+            return
+        share = self.count * other.count / total
+        away_x, away_y = other.mean_x - self.mean_x, other.mean_y - self.mean_y
+        self.xx = self.xx + other.xx + share * away_x * away_x
+        self.xy = self.xy + other.xy + share * away_x * away_y
+        self.yy = self.yy + other.yy + share * away_y * away_y
+        self.mean_x = self.mean_x + away_x * (other.count / total)
+        self.mean_y = self.mean_y + away_y * (other.count / total)
         self.count = total
 
     def solve(self, default: Tensor) -> tuple[Tensor, Tensor]:
@@ -50,11 +59,11 @@ class ChannelFit:
         slope = torch.where(self._varies(self.xx, self.mean_x), self.xy / self.xx, default.double().cpu())
         return slope, self.mean_y - slope * self.mean_x
 
-    def residual(self) -> float:
-        """Share of the variance of y, summed over channels, that the fit does not explain, from 0 to 1."""
-        explained = torch.where(self._varies(self.xx, self.mean_x), self.xy**2 / self.xx, 0)
+    def difference(self) -> float:
+        """Mean square of x - y relative to the variance of y, both over all channels."""
+        squares = self.xx - 2 * self.xy + self.yy + self.count * (self.mean_x - self.mean_y) ** 2
         varies = self._varies(self.yy, self.mean_y)
-        left, total = (self.yy - explained)[varies].clamp_min(0).sum(), self.yy[varies].sum()
+        left, total = squares[varies].clamp_min(0).sum(), self.yy[varies].sum()
         return float(left / total) if total > 0 else 0.0
 
     def _varies(self, squares: Tensor, mean: Tensor) -> Tensor:
@@ -65,3 +74,12 @@ class ChannelFit:
 def _by_channel(x: Tensor) -> Tensor:
     """[N, C, *] -> [C, N * S], float64 on the CPU: not every device has it."""
     return x.detach().transpose(0, 1).flatten(1).cpu().double()
+
+
+def merged(parts: Iterable[Mapping[str, ChannelFit]]) -> dict[str, ChannelFit]:
+    """The fits of all `parts`, by name."""
+    fits: dict[str, ChannelFit] = {}
+    for part in parts:
+        for name, fit in part.items():
+            fits.setdefault(name, ChannelFit()).merge(fit)
+    return fits

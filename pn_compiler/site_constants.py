@@ -35,11 +35,29 @@ def estimate(network: nn.Module, norms: Norms, batches: Iterable[Inputs], *, fro
     Raises:
         ConfigError: the network does not run on a batch.
     """
+    return solved(norms, _sums_behind(network, norms, batches) if frozen else sums(network, norms, batches))
+
+
+def sums(network: nn.Module, norms: Norms, batches: Iterable[Inputs]) -> dict[str, ChannelFit]:
+    """What each site gets and gives in `network`. It is additive: shards of the data can be merged."""
     fits = {name: ChannelFit() for name in norms}
-    outputs: dict[str, list[Tensor]] = {name: [] for name in norms}  # one for each call, in order
 
     def add(name: str, norm: nn.GroupNorm, x: Tensor, output: Tensor) -> None:
         fits[name].add(x, output)
+
+    for inputs in batches:
+        with _hooked(norms, add):
+            run(network, inputs, "the calibration data")
+    return fits
+
+
+def _sums_behind(network: nn.Module, norms: Norms, batches: Iterable[Inputs]) -> dict[str, ChannelFit]:
+    """What each site gets behind the constants found so far, and gives in `network`.
+
+    Not additive: what a batch adds depends on the batches before it.
+    """
+    fits = {name: ChannelFit() for name in norms}
+    outputs: dict[str, list[Tensor]] = {name: [] for name in norms}  # one for each call, in order
 
     def keep(name: str, norm: nn.GroupNorm, x: Tensor, output: Tensor) -> None:
         outputs[name].append(output.clone())  # what follows may work in place
@@ -49,11 +67,15 @@ def estimate(network: nn.Module, norms: Norms, batches: Iterable[Inputs], *, fro
         return channel_affine(x, *_solve(norm, fits[name]))
 
     for inputs in batches:
-        with _hooked(norms, keep if frozen else add):
+        with _hooked(norms, keep):
             run(network, inputs, "the calibration data")
-        if frozen:
-            with _hooked(norms, replace):
-                run(network, inputs, "the calibration data")
+        with _hooked(norms, replace):
+            run(network, inputs, "the calibration data")
+    return fits
+
+
+def solved(norms: Norms, fits: Mapping[str, ChannelFit]) -> Constants:
+    """The constants of each site that data reached."""
     return {name: _solve(norms[name], fit) for name, fit in fits.items() if fit.count}
 
 

@@ -48,6 +48,20 @@ class Functional(nn.Module):
         return self.shared(F.silu(self.shared(x), inplace=True))
 
 
+class Selecting(nn.Module):
+    """Gives as many rows as it finds, as a detector does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.features = nn.Sequential(
+            nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.features(x).flatten(2).transpose(1, 2).flatten(0, 1)
+        return x[x[:, 0] > 0]
+
+
 def resnet() -> nn.Module:
     return torchvision().models.resnet18(num_classes=10)
 
@@ -79,12 +93,12 @@ def test_it_is_exact_where_instances_have_the_statistics_of_the_population(make,
     converted = calibrated(model, [x, x[:2]], num_groups=num_groups)
     sites = pn_compiler.sites(converted)
     assert all(site.warm_start for site in sites)
-    if make is Functional:  # two populations in one module: the best it can, and it says how good that is
-        assert {site.name: site.residual > 1e-3 for site in sites} == {"norm": False, "shared": True}
+    plain = pn_compiler.transform(model, warm_start="running_stats", num_groups=num_groups)
+    if make is Functional:  # two populations in one module: the best it can
+        assert relative_error(converted(x), model(x)) < 0.5 * relative_error(plain(x), model(x))
         return
     assert_same_outputs(converted(x), model(x), tolerance=1e-8)
     assert max(site.residual for site in sites) < 1e-12
-    plain = pn_compiler.transform(model, warm_start="running_stats", num_groups=num_groups)
     assert relative_error(plain(x), model(x)) > 0.01  # it is the calibration that does it
 
 
@@ -106,27 +120,42 @@ def test_weight_and_bias_are_the_least_squares() -> None:
     assert site.residual == pytest.approx(left / total, rel=1e-4)
 
 
-def test_the_second_sweep_makes_up_for_the_sites_before() -> None:
-    """A deep site is fitted to what it gets in the converted network, not in the original."""
+def test_sites_make_up_for_each_other() -> None:
+    """All are fitted together, to the outputs of the network: nearer than by running statistics."""
     model, x = trained(lambda: nn.Sequential(*[
         layer for _ in range(4) for layer in (nn.Conv2d(3, 3, 3, padding=1), nn.BatchNorm2d(3), nn.ReLU())
     ]))  # fmt: skip
     x = x * torch.linspace(0.3, 3, 12)[:, None, None, None]  # instances unlike each other
     converted = calibrated(model, x.split(4))
     plain = pn_compiler.transform(model, warm_start="running_stats")
-    assert relative_error(converted(x), model(x)) < relative_error(plain(x), model(x))
+    assert relative_error(converted(x), model(x)) < 0.5 * relative_error(plain(x), model(x))
     assert all(site.residual > 0 for site in pn_compiler.sites(converted))
+
+
+def test_outputs_that_cannot_be_compared_are_replaced_by_the_sites() -> None:
+    model, x = trained(Selecting)
+    model, x = model.double(), x[:1].double().expand(4, -1, -1, -1).contiguous()
+    plain = pn_compiler.transform(model, warm_start="running_stats")
+    assert len(plain(x)) != len(model(x))
+    converted = calibrated(model, [x, x[:2]])
+    assert_same_outputs(converted(x), model(x), tolerance=1e-8)
+
+
+def test_a_model_without_batch_norm_has_nothing_to_calibrate() -> None:
+    converted = calibrated(nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU()), [torch.randn(2, 3, 8, 8)])
+    assert {note.code for note in pn_compiler.notes(converted)} == {"PN100"}
 
 
 @pytest.mark.parametrize("make", [resnet, Untraceable, Functional])
 def test_streaming_gives_what_the_whole_gives(make) -> None:
     model, x = trained(make)
+    model, x = model.double(), x.double()  # a descent goes far with the rounding of float32
     whole, streamed = calibrated(model, [x]), calibrated(model, x.split([1, 2, 4, 5]))
-    assert_same_outputs(streamed(x), whole(x), tolerance=1e-4)
+    assert_same_outputs(streamed(x), whole(x), tolerance=1e-6)
     whole, streamed = (
         {s.name: s.residual for s in pn_compiler.sites(m)} for m in (whole, streamed)
     )  # fmt: skip
-    assert streamed == pytest.approx(whole, rel=1e-3)
+    assert streamed == pytest.approx(whole, rel=1e-5)
 
 
 @given(
@@ -146,7 +175,10 @@ def test_sums_do_not_depend_on_how_samples_come(sizes, offset, scale) -> None:
     default = torch.ones(3)
     assert parts.count == whole.count == 4 * sum(sizes)
     assert_same_outputs(parts.solve(default), whole.solve(default), tolerance=1e-8)
-    assert parts.residual() == pytest.approx(whole.residual(), rel=1e-6, abs=1e-12)
+    assert parts.difference() == pytest.approx(whole.difference(), rel=1e-6, abs=1e-12)
+    variance = (y - y.mean((0, 2), keepdim=True)).square().sum()
+    expected = (x - y).square().sum() / variance if len(x) * 4 > 1 else 0
+    assert parts.difference() == pytest.approx(float(expected), rel=1e-6)
     for channel, slope in enumerate(whole.solve(default)[0]):
         expected = np.polyfit((x[:, channel].flatten() - x.mean()) / scale, y[:, channel].flatten(), 1)[0]
         assert float(slope) == pytest.approx(expected / scale, rel=1e-6)
@@ -158,7 +190,7 @@ def test_a_channel_that_is_constant_keeps_its_slope() -> None:
     slope, intercept = fit.solve(torch.tensor([3.0, -1.0]))
     assert slope.tolist() == [3, -1]
     assert intercept.tolist() == [-1, 7]
-    assert fit.residual() == 0
+    assert fit.difference() == 0
     model, x = trained(linear, (6,))
     converted = calibrated(model, [torch.zeros_like(x)])  # every channel is constant
     assert all(p.isfinite().all() for p in converted.parameters())

@@ -22,13 +22,14 @@ def tiny(name: str) -> nn.Module:
     return randomize_batch_norms(net).eval()
 
 
-def test_the_command_compares_all_variants_of_a_mode(tmp_path, monkeypatch, capsys) -> None:
+@pytest.mark.parametrize("mode", list(latency.MODES))
+def test_the_command_compares_all_variants_of_a_mode(mode, tmp_path, monkeypatch, capsys) -> None:
     monkeypatch.setattr(latency, "build", tiny)
     path = tmp_path / "rows.json"
-    arguments = ["--mode", "static", "--models", "tiny", "--threads", "1,2", "--pixels", "16"]
+    arguments = ["--mode", mode, "--models", "tiny", "--threads", "1,2", "--pixels", "16"]
     assert latency.main([*arguments, "--rounds", "2", "--runs", "2", "--json", str(path)]) == 0
     rows = json.loads(path.read_text())
-    variants = list(latency.MODES["static"])
+    variants = list(latency.MODES[mode])
     assert [(row["threads"], row["variant"]) for row in rows] == [(t, v) for t in (1, 2) for v in variants]
     assert all(row["ratio"] == 1 for row in rows if row["variant"] == "BatchNorm")
     assert all(row["milliseconds"] > 0 for row in rows)
