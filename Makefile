@@ -1,18 +1,26 @@
 # Two commands: `make demo` and `make test`. Each makes .venv and installs what it needs, once.
+# `make test-serving` runs the tests on all servers, each in an environment of its own.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
+TRITON := .venv-triton
+MLSERVER := .venv-mlserver
+KSERVE := .venv-kserve
+OPENVINO := .venv-openvino
 RAY := .venv-ray
 
-.PHONY: demo test test-ray lint clean
+.PHONY: demo test test-serving test-ray lint triton mlserver kserve openvino clean
 
 demo: $(INSTALLED)
 	$(BIN)/python examples/digits.py
 
-test: lint
-	$(BIN)/python -m pytest
+test: lint triton
+	$(BIN)/python -m pytest -m "not servers"
+
+test-serving: $(INSTALLED) triton mlserver kserve openvino test-ray
+	$(BIN)/python -m pytest tests/serving
 
 # Ray Serve and Ray Data, on a cluster of two nodes on this machine. Ray warns of itself: -W default.
 test-ray: $(RAY)/.installed
@@ -36,5 +44,16 @@ $(RAY)/.installed: pyproject.toml constraints.txt
 	$(RAY)/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[images,ray]' pytest pytest-timeout
 	touch $@
 
+triton: $(TRITON)/.installed
+mlserver: $(MLSERVER)/.installed
+kserve: $(KSERVE)/.installed
+openvino: $(OPENVINO)/.installed
+
+# A server in an environment of its own, from the file of its name in tests/serving/.
+.venv-%/.installed: tests/serving/requirements-%.txt
+	test -x .venv-$*/bin/python || $(PYTHON) -m venv .venv-$*
+	.venv-$*/bin/python -m pip install --quiet --requirement $<
+	touch $@
+
 clean:
-	rm -rf $(VENV) $(RAY) build dist demo_output .pytest_cache .mypy_cache .ruff_cache *.egg-info
+	rm -rf $(VENV) $(TRITON) $(MLSERVER) $(KSERVE) $(OPENVINO) $(RAY) build dist demo_output model_repository .pytest_cache .mypy_cache .ruff_cache *.egg-info

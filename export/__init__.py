@@ -1,10 +1,24 @@
 """From a folded PyTorch graph to a verified ONNX file, and the report about it."""
 
 from pn_compiler.export.files import check_writable, write_atomically
+from pn_compiler.export.golden_calls import golden_calls
 from pn_compiler.export.half import DType, check_dtype
+from pn_compiler.export.names import Names
+from pn_compiler.export.onnx_file import OnnxFile
 from pn_compiler.export.report import Check, Report, count_onnx_operators
-from pn_compiler.export.to_onnx import DEFAULT_OPSET, timed, verified_batches, write_onnx
-from pn_compiler.export.verify import TOLERANCE, Expected, expect, make_session, relative_error, verify_onnx
+from pn_compiler.export.repository import check_repository, write_repository
+from pn_compiler.export.runtimes import DEFAULT_OPSET, check_loadable, choose_opset, oldest_onnxruntime
+from pn_compiler.export.sessions import load_session, make_session
+from pn_compiler.export.to_onnx import timed, verified_batches, write_onnx
+from pn_compiler.export.verify import (
+    TOLERANCE,
+    Expected,
+    default_tolerance,
+    expect,
+    imitate,
+    relative_error,
+    verify_onnx,
+)
 
 __all__ = [
     "DEFAULT_OPSET",
@@ -12,16 +26,27 @@ __all__ = [
     "Check",
     "DType",
     "Expected",
+    "Names",
+    "OnnxFile",
     "Report",
     "check_dtype",
+    "check_loadable",
+    "check_repository",
     "check_writable",
+    "choose_opset",
     "count_onnx_operators",
+    "default_tolerance",
     "expect",
+    "golden_calls",
+    "imitate",
+    "load_session",
     "make_session",
+    "oldest_onnxruntime",
     "relative_error",
     "timed",
     "verified_batches",
     "verify_onnx",
     "write_atomically",
     "write_onnx",
+    "write_repository",
 ]

@@ -50,6 +50,8 @@ class Report:
         distillation: the report of `pn_compiler.distill`; None if there was none.
         static: that of `pn_compiler.freeze_statistics`.
         file_bytes, data_bytes: size of the ONNX file, and of the file beside it with the weights, if any.
+        repository: the folder of the version that was written for servers.
+        batching: what a server may do with several requests, in words.
         seconds: duration of each stage.
         versions: of the packages that took part.
     """
@@ -77,6 +79,8 @@ class Report:
     static: Any = None
     file_bytes: int = 0
     data_bytes: int = 0
+    repository: str = ""
+    batching: str = ""
     seconds: dict[str, float] = dataclasses.field(default_factory=dict)
     versions: dict[str, str] = dataclasses.field(default_factory=dict)
 
@@ -116,6 +120,8 @@ class Report:
             f"wrote       {self.path} ({self.file_bytes / 1e6:.2f} MB{data}, opset {self.opset_version}, "
             f"IR {self.ir_version})"
         )
+        if self.repository:
+            lines.append(f"repository  {self.repository} ({self.batching})")
         return "\n".join(lines)
 
     def _verdict(self) -> str:

@@ -20,7 +20,9 @@ from pn_compiler.export.depthwise_affine import use_depthwise_affines
 from pn_compiler.export.external_data import data_file, move_weights_out, needs_external_data
 from pn_compiler.export.files import check_writable, publish, staging_folder, write_atomically
 from pn_compiler.export.half import DTYPES, DType, check_dtype, in_half
+from pn_compiler.export.names import Names, rename
 from pn_compiler.export.report import Report, count_onnx_operators, describe_values
+from pn_compiler.export.runtimes import DEFAULT_OPSET
 from pn_compiler.export.simplify import freeze_reshapes
 from pn_compiler.export.two_stage_norm import with_two_stage_norms
 from pn_compiler.export.verify import Expected, Verification, expect, imitate, verify_onnx
@@ -30,9 +32,6 @@ from pn_compiler.pass_base import Progress
 
 logger = logging.getLogger(__name__)
 
-#: The newest opset whose GroupNorm lowering has CPU kernels; with IR 9, onnxruntime 1.17 and later load it.
-DEFAULT_OPSET = 20
-OPSETS = range(18, 25)
 VERIFIED_BATCHES = (1, 3)
 
 
@@ -44,6 +43,7 @@ def write_onnx(
     *,
     opset_version: int = DEFAULT_OPSET,
     dynamic_batch: bool = True,
+    names: Names | None = None,
     external_data: bool = False,
     dtype: DType = "float32",
     verify: bool = True,
@@ -60,6 +60,7 @@ def write_onnx(
         inputs: arguments of a call; the first axis of each tensor is the batch.
         opset_version: ONNX operator set, 18 to 24.
         dynamic_batch: whether the file takes any batch size; else that of the example.
+        names: of the inputs and outputs.
         external_data: whether the weights go to ``<path>.data``, as they do anyway if they exceed 2 GB.
         dtype: of weights and activations; normalizers, inputs and outputs are float32.
         verify: whether the result is compared, with onnxruntime, at batch 1 and 3.
@@ -71,7 +72,7 @@ def write_onnx(
         ExportError: bad arguments, the exporter fails, or the file cannot be written.
         VerificationError: the ONNX model computes something else.
     """
-    _check_arguments(path, inputs, opset_version)
+    _check_arguments(path, inputs)
     check_dtype(dtype, opset_version)
     report = Report() if report is None else report
     say = progress or (lambda stage: None)
@@ -90,8 +91,9 @@ def write_onnx(
                 reference = reference.in_dtype(folded, DTYPES[dtype])
             compare = functools.partial(verify_onnx, model=reference, tolerance=tolerance, path=staged)
         export = functools.partial(
-            _export_and_verify, inputs, opset_version, dynamic_batch, staged, compare, report=report, say=say
-        )
+            _export_and_verify, inputs, opset_version, dynamic_batch, names or Names(), staged, compare,
+            report=report, say=say,
+        )  # fmt: skip
         try:
             proto = export(folded)
         except VerificationError as error:
@@ -137,6 +139,7 @@ def _export_and_verify(
     inputs: Inputs,
     opset_version: int,
     dynamic_batch: bool,
+    names: Names,
     staged: Path | None,
     compare: Callable[[onnx.ModelProto], Verification] | None,
     model: nn.Module,
@@ -146,7 +149,7 @@ def _export_and_verify(
 ) -> onnx.ModelProto:
     """The ONNX model of `model`, checked and, by `compare`, verified; the report notes the result."""
     with timed(report, "export", say):
-        proto = _export(model, inputs, opset_version, dynamic_batch=dynamic_batch, staged=staged)
+        proto = _export(model, inputs, opset_version, names, dynamic_batch=dynamic_batch, staged=staged)
     with timed(report, "check", say):
         _check(proto, staged)
     if compare is not None:
@@ -167,16 +170,20 @@ def timed(report: Report, stage: str, say: Progress) -> Iterator[None]:
     report.seconds[stage] = report.seconds.get(stage, 0.0) + time.perf_counter() - start
 
 
-def _check_arguments(path: Path, inputs: Inputs, opset_version: int) -> None:
+def _check_arguments(path: Path, inputs: Inputs) -> None:
     check_writable(path)
-    if opset_version not in OPSETS:
-        raise ExportError(f"opset {opset_version}: expected {OPSETS.start} to {OPSETS.stop - 1}")
     if not inputs.tensors():
         raise ExportError("example_inputs: expected a tensor or a tuple with tensors")
 
 
 def _export(
-    model: nn.Module, inputs: Inputs, opset_version: int, *, dynamic_batch: bool, staged: Path | None
+    model: nn.Module,
+    inputs: Inputs,
+    opset_version: int,
+    names: Names,
+    *,
+    dynamic_batch: bool,
+    staged: Path | None,
 ) -> onnx.ModelProto:
     """The ONNX model that torch.onnx makes, with the IR version of its opset and no traces of source."""
     dynamic_shapes = None
@@ -204,6 +211,7 @@ def _export(
         hint = "; if the batch axis is the cause, try a static batch" if dynamic_batch else ""
         raise ExportError(f"torch.onnx cannot export the model: {_cause(error)}{hint}") from error
     assert program is not None
+    rename(program.model.graph, names)
     if staged is not None:
         move_weights_out(program.model, staged)
     proto: onnx.ModelProto = program.model_proto

@@ -7,13 +7,13 @@ from typing import Any
 
 import numpy as np
 import onnx
-import onnxruntime
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from pn_compiler.errors import VerificationError
 from pn_compiler.export.report import Check
+from pn_compiler.export.sessions import make_session
 from pn_compiler.export.wide import Float64
 from pn_compiler.inputs import Inputs
 
@@ -58,14 +58,18 @@ class Expected:
         narrow = {batch: _leaves(model, x) for batch, x in self.inputs.items()}
         return dataclasses.replace(self, narrow=narrow, dtype=dtype)
 
-    @property
-    def tolerance(self) -> float:
-        """Relative to the largest magnitude: a multiple of the rounding of a single result."""
-        return TOLERANCE if self.dtype == torch.float32 else _EPS_FACTOR * torch.finfo(self.dtype).eps
+    def outputs(self, count: int) -> dict[int, list[np.ndarray[Any, Any]]]:
+        """The `count` outputs that the ONNX model must give, by batch size."""
+        return {batch: _arrays(leaves, count) for batch, leaves in self.wide.items()}
 
     @property
     def dtype_name(self) -> str:
         return str(self.dtype).removeprefix("torch.")
+
+
+def default_tolerance(dtype: torch.dtype) -> float:
+    """Relative to the largest magnitude: a multiple of the rounding of a single result in `dtype`."""
+    return TOLERANCE if dtype == torch.float32 else _EPS_FACTOR * torch.finfo(dtype).eps
 
 
 def expect(model: nn.Module, example: Inputs, batches: Sequence[int | None]) -> Expected:
@@ -77,14 +81,14 @@ def expect(model: nn.Module, example: Inputs, batches: Sequence[int | None]) -> 
         batches: batch sizes to try; None is that of the example.
     """
     inputs = {_batch(x): x for x in (imitate(example, batch) for batch in batches)}
+    narrow = {batch: _own_leaves(model, x) for batch, x in inputs.items()}
     reference = torch.float64
     try:
         with Float64(model):
             wide = {batch: _leaves(model, _cast(x, torch.float64)) for batch, x in inputs.items()}
     except (RuntimeError, TypeError):  # a dtype is written into the forward
         reference = torch.float32
-        wide = {batch: _leaves(model, x) for batch, x in inputs.items()}
-    narrow = {batch: _leaves(model, x) for batch, x in inputs.items()}
+        wide = narrow
     return Expected(inputs, wide, narrow, str(reference).removeprefix("torch."))
 
 
@@ -107,7 +111,7 @@ def verify_onnx(
         proto: the ONNX model.
         model: what `expect` gave, or else the PyTorch model, not folded, in eval mode.
         example, batches: as for `expect`.
-        tolerance: see above; by default `Expected.tolerance`.
+        tolerance: see above; by default `default_tolerance` of the dtype.
         path: the file of `proto`, if its weights are in a file beside it.
 
     Raises:
@@ -117,10 +121,12 @@ def verify_onnx(
         assert example is not None
         model = expect(model, example, batches)
     names = [value.name for value in proto.graph.output]
-    expected = {batch: _arrays(leaves, len(names)) for batch, leaves in model.wide.items()}
+    expected = model.outputs(len(names))
     narrow = {batch: _arrays(leaves, len(names)) for batch, leaves in model.narrow.items()}
     float32_error = _own_error(model, narrow, expected, names)
-    limit = max(model.tolerance if tolerance is None else tolerance, _OWN_FACTOR * float32_error)
+    limit = max(
+        default_tolerance(model.dtype) if tolerance is None else tolerance, _OWN_FACTOR * float32_error
+    )
     source = proto.SerializeToString() if path is None else str(path)
     checks = []
     in_reference = model.dtype == torch.bfloat16
@@ -197,18 +203,6 @@ def _evaluate(
         ) from error
 
 
-def make_session(
-    model: bytes | str, *, optimized: bool = True, threads: int = 0
-) -> onnxruntime.InferenceSession:
-    """An onnxruntime CPU session; `threads` 0 means all cores."""
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3  # errors only
-    options.intra_op_num_threads = threads
-    level = onnxruntime.GraphOptimizationLevel
-    options.graph_optimization_level = level.ORT_ENABLE_ALL if optimized else level.ORT_DISABLE_ALL
-    return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
-
-
 def imitate(example: Inputs, batch: int | None) -> Inputs:
     """Random inputs of batch size `batch` with the shapes, dtypes, means and deviations of the example.
 
@@ -243,6 +237,16 @@ def _leaves(model: nn.Module, inputs: Inputs) -> list[Any]:
     """The tensors and numbers that `model` gives."""
     leaves = pytree.tree_leaves(inputs.call(model))
     return [leaf for leaf in leaves if isinstance(leaf, Tensor | int)]
+
+
+def _own_leaves(model: nn.Module, inputs: Inputs) -> list[Any]:
+    try:
+        return _leaves(model, inputs)
+    except Exception as error:  # whatever its forward raises
+        raise VerificationError(
+            f"the PyTorch model fails at batch {_batch(inputs)}: {str(error).splitlines()[0]}; if it takes "
+            "one batch size only, try a static batch"
+        ) from error
 
 
 def _arrays(leaves: list[Any], count: int) -> list[np.ndarray[Any, Any]]:

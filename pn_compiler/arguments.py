@@ -5,6 +5,7 @@ import importlib.metadata
 import math
 from pathlib import Path
 
+REPOSITORY_OPTIONS = ("name", "force", "max_batch_size")
 DATA_OPTIONS = ("mean", "std", "resize", "crop", "allow_data_code")
 
 
@@ -46,6 +47,10 @@ def _numbers(text: str) -> tuple[float, ...]:
         return tuple(float(number) for number in text.replace(",", " ").split())
     except ValueError as error:
         raise argparse.ArgumentTypeError(f"{text!r}: expected numbers such as 0.5,0.5,0.5") from error
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(name.strip() for name in text.split(","))
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -120,8 +125,13 @@ def make_parser() -> argparse.ArgumentParser:
     conversion.add_argument("--strict", action="store_true", help="exit with 3 if a BatchNorm is refused")
 
     export = parser.add_argument_group("ONNX")
-    export.add_argument("--opset", type=_positive, default=20, metavar="N", help="18 to 24 (default: 20)")
+    export.add_argument(
+        "--opset", type=_positive, metavar="N", help="18 to 24 (default: 20, which onnxruntime 1.17 loads)"
+    )
+    export.add_argument("--target-ort", metavar="VERSION", help="the onnxruntime that must load it, as 1.18")
     export.add_argument("--static-batch", action="store_true", help="fix the batch to that of the input")
+    export.add_argument("--input-names", type=_names, default=(), metavar="A,B", help="in the file")
+    export.add_argument("--output-names", type=_names, default=(), metavar="A,B", help="in the file")
     export.add_argument(
         "--dtype", choices=("float32", "float16", "bfloat16"), default="float32",
         help="of weights and activations; inputs, outputs and normalizers stay float32",
@@ -134,7 +144,22 @@ def make_parser() -> argparse.ArgumentParser:
         "--verify", action=argparse.BooleanOptionalAction, default=True,
         help="compare with PyTorch before writing",
     )  # fmt: skip
+    _add_repository_options(parser)
     return parser
+
+
+def _add_repository_options(parser: argparse.ArgumentParser) -> None:
+    serving = parser.add_argument_group("serving")
+    serving.add_argument(
+        "--model-repository", type=Path, metavar="DIR",
+        help="write a folder that Triton and MLServer serve as it is; a model in it gets a new version",
+    )  # fmt: skip
+    serving.add_argument("--name", help="of the model in DIR")
+    serving.add_argument("--force", action="store_true", help="replace the newest version in DIR")
+    serving.add_argument(
+        "--max-batch-size", type=_positive, metavar="N",
+        help="samples that a server may put into one batch (default: 32)",
+    )  # fmt: skip
 
 
 def _add_data_options(parser: argparse.ArgumentParser) -> None:

@@ -12,10 +12,11 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-from pn_compiler.arguments import DATA_OPTIONS, make_parser
+from pn_compiler.arguments import DATA_OPTIONS, REPOSITORY_OPTIONS, make_parser
 from pn_compiler.errors import ConfigError, PnCompilerError, RefusedError
 
 if TYPE_CHECKING:
+    from pn_compiler.config import ModelRepository
     from pn_compiler.data import Batches
     from pn_compiler.loading import LoadedModel
 
@@ -96,14 +97,16 @@ def _run(arguments: argparse.Namespace) -> int:
 def _check_usage(arguments: argparse.Namespace) -> None:
     if arguments.model is None:
         make_parser().error("the following arguments are required: model")
-    if arguments.diagnose is None and arguments.output is None and not arguments.dry_run:
-        make_parser().error("-o/--output is required (or --dry-run, or --diagnose)")
+    tasks = (arguments.output, arguments.model_repository, arguments.diagnose)
+    if not arguments.dry_run and all(task is None for task in tasks):
+        make_parser().error("-o/--output is required (or --model-repository, --dry-run, or --diagnose)")
+    _check_repository_usage(arguments)
     for name in ("distill", "static_statistics"):
         if getattr(arguments, name) is not None and arguments.calibrate is None:
             make_parser().error(f"--{name.replace('_', '-')} needs samples: give --calibrate DATA")
     if arguments.error_budget is not None and arguments.static_statistics != "auto":
         make_parser().error("--error-budget goes with --static-statistics=auto")
-    clashes = ("output", "dry_run", "input_shape", "calibrate")
+    clashes = ("output", "model_repository", "dry_run", "input_shape", "calibrate")
     for name in (name for name in clashes if arguments.diagnose is not None and getattr(arguments, name)):
         make_parser().error(
             f"--diagnose writes no model and takes shapes from its data: leave out --{name.replace('_', '-')}"
@@ -113,6 +116,14 @@ def _check_usage(arguments: argparse.Namespace) -> None:
         make_parser().error(
             f"--{given[0].replace('_', '-')} is about DATA, and there is none: see --calibrate and --diagnose"
         )
+
+
+def _check_repository_usage(arguments: argparse.Namespace) -> None:
+    if arguments.model_repository is not None and arguments.name is None:
+        make_parser().error("--model-repository needs the name of the model: give --name NAME")
+    given = [name for name in REPOSITORY_OPTIONS if getattr(arguments, name)]
+    if given and arguments.model_repository is None:
+        make_parser().error(f"--{given[0].replace('_', '-')} goes with --model-repository")
 
 
 def _refuse_same_file(*paths: Path | None) -> None:
@@ -156,6 +167,10 @@ def _compile(loaded: "LoadedModel", arguments: argparse.Namespace, say: Callable
         arguments.output,
         _example_inputs(loaded, arguments),
         opset_version=arguments.opset,
+        target_ort=arguments.target_ort,
+        input_names=arguments.input_names,
+        output_names=arguments.output_names,
+        repository=_repository(arguments),
         dynamic_batch=not arguments.static_batch and loaded.fixed_batch is None,
         external_data=arguments.external_data,
         dtype=arguments.dtype,
@@ -171,6 +186,15 @@ def _compile(loaded: "LoadedModel", arguments: argparse.Namespace, say: Callable
     if loaded.fixed_batch is None:
         return str(report)
     return f"{report}\nbatch       fixed to {loaded.fixed_batch}, as the program was exported"
+
+
+def _repository(arguments: argparse.Namespace) -> "ModelRepository | None":
+    from pn_compiler.config import ModelRepository
+
+    if arguments.model_repository is None:
+        return None
+    options = {} if arguments.max_batch_size is None else {"max_batch_size": arguments.max_batch_size}
+    return ModelRepository(arguments.model_repository, arguments.name, arguments.force, **options)
 
 
 def _dry_run(loaded: "LoadedModel", arguments: argparse.Namespace) -> str:

@@ -1,6 +1,8 @@
 """The public functions export_onnx and compile."""
 
+import contextlib
 import os
+import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
@@ -8,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 from torch import nn
 
 from pn_compiler.api import calibrate_model, convert, first_sample, fold_in_place
-from pn_compiler.config import Norm, ProxyPadding, TransformConfig, WarmStart, one_of
+from pn_compiler.config import ModelRepository, Norm, ProxyPadding, TransformConfig, WarmStart, one_of
 from pn_compiler.distillation import distill
 from pn_compiler.errors import ConfigError
 from pn_compiler.evaluation import batches_of
@@ -19,10 +21,11 @@ from pn_compiler.inputs import Inputs
 from pn_compiler.nn import ProxyNormAct
 from pn_compiler.pass_base import Progress
 from pn_compiler.regions import copy_model, trace, unwrap
+from pn_compiler.repository import add_to_repository
 from pn_compiler.static_statistics import freeze_statistics
 
 if TYPE_CHECKING:
-    from pn_compiler.export import DType, Report
+    from pn_compiler.export import DType, Names, Report
 
 StaticStatistics = Literal["auto", "all"]
 ERROR_BUDGET = 0.01
@@ -30,14 +33,18 @@ ERROR_BUDGET = 0.01
 
 def export_onnx(
     model: nn.Module,
-    path: str | os.PathLike[str],
+    path: str | os.PathLike[str] | None,
     example_inputs: Any,
     *,
     example_kwargs: Mapping[str, Any] | None = None,
-    opset_version: int = 20,
+    opset_version: int | None = None,
+    target_ort: str | None = None,
     dynamic_batch: bool = True,
     external_data: bool = False,
     dtype: "DType" = "float32",
+    input_names: Sequence[str] = (),
+    output_names: Sequence[str] = (),
+    repository: ModelRepository | None = None,
     verify: bool = True,
     progress: Progress | None = None,
 ) -> "Report":
@@ -45,16 +52,20 @@ def export_onnx(
 
     Args:
         model: a result of `transform` or `fold`, or any other module. It is left untouched.
-        path: the ONNX file, written whole or not at all.
+        path: the ONNX file, written whole or not at all; None if only a repository is wanted.
         example_inputs: a tensor, or a tuple of tensors and nested tuples, lists and dicts of them; the
             first axis is the batch.
         example_kwargs: arguments that are given by name.
-        opset_version: ONNX operator set, 18 to 24. The default, with its IR version 9, is loaded by
+        opset_version: ONNX operator set, 18 to 24. The default, 20 with IR version 9, is loaded by
             onnxruntime 1.17 and later.
+        target_ort: an onnxruntime such as "1.18" that must load the file.
         dynamic_batch: whether the file takes any batch size, or only that of the example.
         external_data: write the weights to ``<path>.data``. Above 2 GB this is done in any case.
         dtype: of weights and activations: "float32", "float16" or "bfloat16" (opset 22 or later). Inputs,
             outputs and normalizers stay float32: see docs/precision.md.
+        input_names, output_names: in the file. Default: as the parameters of forward; "output", or "output_0"
+            and so on.
+        repository: where the model is written for servers, too: see `export_model_repository`.
         verify: compare the file, in onnxruntime with optimizations off and on, at batch 1 and 3, with
             `model` in float64. The error relative to the largest output may be 1e-4, or four times that of
             PyTorch in float32 where this is more; the report states it.
@@ -67,26 +78,23 @@ def export_onnx(
         ExportError: the model cannot be exported, or the file not written.
         VerificationError: the ONNX model computes something else; there is no file then.
     """
-    from pn_compiler.export import (
-        Report,
-        check_dtype,
-        check_writable,
-    )  # onnx is only imported when it is needed
+    from pn_compiler.export import Names, Report, check_dtype, choose_opset  # onnx only when it is needed
 
-    check_writable(Path(path))
+    _check_targets(path, repository)
+    opset_version = choose_opset(opset_version, target_ort)
     check_dtype(dtype, opset_version)
     inputs = Inputs.of(example_inputs, example_kwargs) or Inputs()
     report = Report(parameters_before=count_parameters(model))
     return _export(
-        _on_cpu(unwrap(model), share=not _has_sites(model)), Path(path), inputs, report, progress,
+        _on_cpu(unwrap(model), share=not _has_sites(model)), path, repository, inputs, report, progress,
         opset_version=opset_version, dynamic_batch=dynamic_batch, external_data=external_data,
-        dtype=dtype, verify=verify,
+        dtype=dtype, verify=verify, names=Names(tuple(input_names), tuple(output_names)),
     )  # fmt: skip
 
 
 def compile(  # noqa: A001  # the name that users of torch.compile look for
     model: nn.Module,
-    path: str | os.PathLike[str],
+    path: str | os.PathLike[str] | None,
     example_inputs: Any = None,
     *,
     example_kwargs: Mapping[str, Any] | None = None,
@@ -102,10 +110,14 @@ def compile(  # noqa: A001  # the name that users of torch.compile look for
     error_budget: float = ERROR_BUDGET,
     strict: bool = False,
     leaves: Sequence[str | type[nn.Module]] = (),
-    opset_version: int = 20,
+    opset_version: int | None = None,
+    target_ort: str | None = None,
     dynamic_batch: bool = True,
     external_data: bool = False,
     dtype: "DType" = "float32",
+    input_names: Sequence[str] = (),
+    output_names: Sequence[str] = (),
+    repository: ModelRepository | None = None,
     verify: bool = True,
     progress: Progress | None = None,
 ) -> "Report":
@@ -116,8 +128,9 @@ def compile(  # noqa: A001  # the name that users of torch.compile look for
 
     Args:
         model: left untouched; compiled as in eval mode.
-        path: the ONNX file.
+        path: the ONNX file; None if only a repository is wanted.
         example_inputs, example_kwargs: arguments of a call, as for `transform`.
+        repository: where the model is written for Triton and MLServer, too: see `export_model_repository`.
         calibration: samples for warm_start="calibrate", `distill_steps` and `static_statistics`.
         distill_steps: steps of `distill` towards the outputs of `model`; 0 leaves it out.
         static_statistics: replace instance statistics by constants, which changes results: "auto" as many as
@@ -134,10 +147,12 @@ def compile(  # noqa: A001  # the name that users of torch.compile look for
         ConfigError: an impossible option, or an input shape that is missing or does not fit.
         Others: as `transform` and `export_onnx`.
     """
-    from pn_compiler.export import Report, check_dtype, check_writable, timed
+    from pn_compiler.export import Names, Report, check_dtype, choose_opset, timed
 
-    check_writable(Path(path))
+    _check_targets(path, repository)
+    opset_version = choose_opset(opset_version, target_ort)
     check_dtype(dtype, opset_version)
+    names = Names(tuple(input_names), tuple(output_names))
     config = TransformConfig(
         norm=norm, num_groups=num_groups, proxy=proxy,
         proxy_padding=proxy_padding, warm_start=warm_start,
@@ -176,10 +191,22 @@ def compile(  # noqa: A001  # the name that users of torch.compile look for
             converted, report.static = freeze_statistics(converted, calibration, budget=budget)
     report.sites, report.notes = sites(converted), notes(converted)
     return _export(
-        converted, Path(path), inputs, report, say,
+        converted, path, repository, inputs, report, say,
         opset_version=opset_version, dynamic_batch=dynamic_batch, external_data=external_data,
-        dtype=dtype, verify=verify,
+        dtype=dtype, names=names, verify=verify,
     )  # fmt: skip
+
+
+def _check_targets(path: str | os.PathLike[str] | None, repository: ModelRepository | None) -> None:
+    """Raises ConfigError if nothing is to be written, ExportError if it cannot be."""
+    from pn_compiler.export import check_repository, check_writable
+
+    if path is None and repository is None:
+        raise ConfigError("nothing would be written: give a path or a repository")
+    if path is not None:
+        check_writable(Path(path))
+    if repository is not None:
+        check_repository(repository)
 
 
 def _on_cpu(model: nn.Module, *, share: bool) -> nn.Module:
@@ -220,7 +247,8 @@ def _check_calibration(
 
 def _export(
     model: nn.Module,
-    path: Path,
+    path: str | os.PathLike[str] | None,
+    repository: ModelRepository | None,
     inputs: Inputs,
     report: "Report",
     progress: Progress | None,
@@ -229,22 +257,35 @@ def _export(
     dynamic_batch: bool,
     external_data: bool,
     dtype: "DType",
+    names: "Names",
     verify: bool,
 ) -> "Report":
-    """Folds `model`, which cannot be used afterwards, and writes the file."""
+    """Folds `model`, which cannot be used afterwards, and writes the file, and from it the repository.
+
+    Without `path` the file is a temporary one.
+    """
     from pn_compiler.export import expect, timed, verified_batches, write_onnx
 
     say = progress or (lambda stage: None)
     reference: Any = model
+    if (_has_sites(model) and verify) or repository is not None:
+        with timed(
+            report, "reference", say
+        ):  # before folding, which then needs no second copy of the weights
+            reference = expect(model, inputs, verified_batches(dynamic_batch))
     if _has_sites(model):
-        if verify:  # before folding, which needs no second copy of the weights then
-            with timed(report, "reference", say):
-                reference = expect(model, inputs, verified_batches(dynamic_batch))
         with timed(report, "fold", say):
             model = fold_in_place(model)
         report.sites = sites(model) if report.sites else ()
-    return write_onnx(
-        model, reference, path, inputs, report=report, progress=progress, opset_version=opset_version,
-        dynamic_batch=dynamic_batch, external_data=external_data,
-        dtype=dtype, verify=verify,
-    )  # fmt: skip
+    with contextlib.ExitStack() as stack:
+        folder = stack.enter_context(tempfile.TemporaryDirectory()) if path is None else ""
+        file = Path(path or Path(folder, "model.onnx"))
+        write_onnx(
+            model, reference if verify else model, file, inputs, report=report, progress=progress,
+            opset_version=opset_version, dynamic_batch=dynamic_batch, external_data=external_data,
+            dtype=dtype, names=names, verify=verify,
+        )  # fmt: skip
+        if repository is not None:
+            add_to_repository(repository, file, reference, report, dtype, progress)
+            report.path = str(path or report.path)
+    return report

@@ -2,6 +2,8 @@
 
 import dataclasses
 import math
+import re
+from pathlib import Path
 from typing import Literal, get_args
 
 from pn_compiler.errors import ConfigError
@@ -67,3 +69,21 @@ def norm_name(num_groups: int, num_channels: int) -> Norm:
     if num_groups == 1:
         return "layer"
     return "instance" if num_groups == num_channels else "group"
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class ModelRepository:
+    """Where and how a model is written for Triton and MLServer; see `pn_compiler.export_model_repository`."""
+
+    directory: Path
+    name: str
+    force: bool = False
+    max_batch_size: int = 32
+
+    def __post_init__(self) -> None:
+        if not re.fullmatch(r"[A-Za-z0-9]([A-Za-z0-9_.-]*[A-Za-z0-9])?", self.name):
+            raise ConfigError(f"name {self.name!r}: expected letters, digits, and _ . - between them")
+        if self.directory.name == "triton":
+            raise ConfigError(f"{self.directory}: a folder of this name hides the package triton from torch")
+        if self.max_batch_size < 1:
+            raise ConfigError(f"max_batch_size={self.max_batch_size!r}: expected a positive integer")

@@ -43,3 +43,7 @@ class ExportError(PnCompilerError):
 
 class VerificationError(ExportError):
     """The ONNX file computes something else than the PyTorch model."""
+
+
+class SmokeError(PnCompilerError):
+    """A server cannot be asked, or does not give the golden outputs."""

@@ -74,6 +74,34 @@ def test_report_and_options(folder: Path, capsys: pytest.CaptureFixture[str]) ->
     assert (report["opset_version"], report["inputs"][0]["shape"], report["checks"]) == (18, [1, 3, 8, 8], [])
 
 
+def test_a_model_repository(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    serving = (
+        "--model-repository",
+        "models",
+        "--name",
+        "net",
+        "--input-names",
+        "image",
+        "--output-names",
+        "maps",
+    )
+    status, out, _ = run(
+        capsys, "model.pt", *SHAPE, *serving, "--target-ort", "1.18", "--max-batch-size", "4"
+    )
+    assert status == cli.DONE
+    assert out.endswith("repository  models/net/1 (batches of 4 at most)\n")
+    assert "wrote       models/net/1/model.onnx" in out
+    status, out, _ = run(capsys, "model.pt", *SHAPE, *serving, "-o", "m.onnx", "--report", "r.json")
+    assert status == cli.DONE
+    assert (folder / "m.onnx").read_bytes() == (folder / "models/net/2/model.onnx").read_bytes()
+    report = json.loads((folder / "r.json").read_text())
+    assert (report["path"], report["repository"]) == ("m.onnx", "models/net/2")
+    assert [v["name"] for v in (*report["inputs"], *report["outputs"])] == ["image", "maps"]
+    status, _, _ = run(capsys, "model.pt", *SHAPE, *serving, "--force")
+    assert status == cli.DONE
+    assert sorted(p.name for p in (folder / "models" / "net").iterdir() if p.is_dir()) == ["1", "2"]
+
+
 def test_dry_run_writes_nothing(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     status, out, _ = run(capsys, "model.pt", "--dry-run")
     assert status == cli.DONE
@@ -178,6 +206,10 @@ def test_strict_is_status_3(capsys: pytest.CaptureFixture[str]) -> None:
         (("model.pt", "-o", "nowhere/m.onnx"), "cannot write nowhere/m.onnx: there is no folder nowhere"),
         (("model.pt", "-o", "m.onnx", "--report", "nowhere/r.json"), "cannot write nowhere/r.json"),
         (("model.pt", "-o", "m.onnx", "--opset", "9", *SHAPE), "opset 9: expected 18 to 24"),
+        (("model.pt", "-o", "m.onnx", "--opset", "23", "--target-ort", "1.18"), "opset 21 at most, not 23"),
+        (("model.pt", "--model-repository", "no/where", "--name", "net"), "there is no folder no"),
+        (("model.pt", "--model-repository", "models", "--name", "a/b"), "name 'a/b': expected letters"),
+        (("model.pt", *SHAPE, "-o", "m.onnx", "--output-names", "a,b"), "2 output names for 1 outputs"),
         (("sequence.pt", "-o", "m.onnx", "--allow", "tests.test_cli.Mine"), "cannot be guessed"),
         (("sequence.pt", "-o", "m.onnx"), "--allow tests.test_cli.Mine"),
         (("model.pt", "-o", "m.onnx", "--norm", "instance", "--num-groups", "2"), "num_groups goes with"),
@@ -222,6 +254,10 @@ def test_a_target_in_a_read_only_file_system(folder: Path, capsys: pytest.Captur
         ("-o", "m.onnx"),
         ("model.pt", "-o", "m.onnx", "--input-shape", "1,x"),
         ("model.pt", "-o", "m.onnx", "--norm", "batch"),
+        ("model.pt", "--model-repository", "models"),
+        ("model.pt", "-o", "m.onnx", "--name", "net"),
+        ("model.pt", "-o", "m.onnx", "--force"),
+        ("model.pt", "--model-repository", "models", "--name", "net", "--diagnose", "data.npy"),
         ("model.pt", "-o", "m.onnx", "--num-groups", "0"),
         ("model.pt", "-o", "m.onnx", "--no-such-flag"),
         ("model.pt", "-o", "m.onnx", "--diagnose", "data.npy"),

@@ -100,6 +100,7 @@ def test_wheel_holds_one_package_and_all_of_it(wheel: Path) -> None:
         "pn_compiler/passes/__init__.py",
         "pn_compiler/export/__init__.py",
         "pn_compiler/export/templates/ray_app.py",
+        "pn_compiler/export/templates/ort_runtime.py",
         "pn_compiler/py.typed",
     } <= set(names)
 

@@ -1,0 +1,29 @@
+"""Sessions of onnxruntime on the CPU."""
+
+import onnxruntime
+
+from pn_compiler.errors import ExportError
+
+
+def make_session(
+    model: bytes | str, *, optimized: bool = True, threads: int = 0
+) -> onnxruntime.InferenceSession:
+    """An onnxruntime CPU session; `threads` 0 means all cores."""
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3  # errors only
+    options.intra_op_num_threads = threads
+    level = onnxruntime.GraphOptimizationLevel
+    options.graph_optimization_level = level.ORT_ENABLE_ALL if optimized else level.ORT_DISABLE_ALL
+    return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+
+
+def load_session(path: str, *, optimized: bool = True) -> onnxruntime.InferenceSession:
+    """A session of a file, loaded as a server does: external data are found beside it or not at all.
+
+    Raises:
+        ExportError: onnxruntime cannot load it.
+    """
+    try:
+        return make_session(path, optimized=optimized)
+    except Exception as error:
+        raise ExportError(f"onnxruntime cannot load {path}: {str(error).splitlines()[0]}") from error
