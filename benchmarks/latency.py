@@ -39,8 +39,8 @@ from tests import zoo
 NETWORKS = ("resnet18", "resnet50", "mobilenet_v2", "efficientnet_b0", "densenet121", "unet")
 _WARM_UP = 3  # runs
 
-#: makes a file of the network with a name, for images of a size
-Variant = Callable[[str, int], bytes]
+#: makes a file of the network with a name, for images of a size in batches of a size
+Variant = Callable[[str, int, int], bytes]
 
 
 def build(name: str) -> nn.Module:
@@ -49,9 +49,9 @@ def build(name: str) -> nn.Module:
     return randomize_batch_norms(network).eval()
 
 
-def batch_norm(name: str, pixels: int) -> bytes:
+def batch_norm(name: str, pixels: int, batch: int = 1) -> bytes:
     """As torch exports it; onnxruntime folds the normalization when it loads the file."""
-    return _plain_export(build(name), _image(name, pixels), DEFAULT_OPSET)
+    return _plain_export(build(name), _image(name, pixels, batch), DEFAULT_OPSET)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -66,18 +66,14 @@ class Plain:
     proxy: bool
     opset_version: int = DEFAULT_OPSET
 
-    def __call__(self, name: str, pixels: int) -> bytes:
-        image = _image(name, pixels)
+    def __call__(self, name: str, pixels: int, batch: int = 1) -> bytes:
+        image = _image(name, pixels, batch)
         converted = pn_compiler.transform(build(name), image, proxy=self.proxy, warm_start="none")
         return _plain_export(converted.eval(), image, self.opset_version)
 
 
 def _plain_export(network: nn.Module, image: Tensor, opset_version: int) -> bytes:
-    batch = torch.export.Dim("batch", min=1)
-    program = torch.onnx.export(
-        network, (image,), dynamo=True, opset_version=opset_version, verbose=False,
-        dynamic_shapes=({0: batch},),
-    )  # fmt: skip
+    program = torch.onnx.export(network, (image,), dynamo=True, opset_version=opset_version, verbose=False)
     assert program is not None
     content = io.BytesIO()
     program.save(content)
@@ -90,7 +86,7 @@ class Compiled:
 
     options: Mapping[str, Any]
 
-    def __call__(self, name: str, pixels: int) -> bytes:
+    def __call__(self, name: str, pixels: int, batch: int = 1) -> bytes:
         image = _image(name, pixels)
         return _exported(pn_compiler.transform(build(name), image, **self.options), image)
 
@@ -108,7 +104,7 @@ class Frozen:
 
     options: Mapping[str, Any]
 
-    def __call__(self, name: str, pixels: int) -> bytes:
+    def __call__(self, name: str, pixels: int, batch: int = 1) -> bytes:
         converted = pn_compiler.transform(build(name), **self.options)
         samples = _image(name, 64, batch=4)  # what the constants are does not matter
         frozen, report = pn_compiler.freeze_statistics(converted, samples)
@@ -202,19 +198,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     found = []
     print(f"load average {os.getloadavg()[0]:.1f} at the start; what else runs changes ratios, too")
     print(f"{'model':<17}{'batch':>6}{'threads':>8}  {'variant':<34}{'ms':>8}{'ratio':>8}")
-    for name in arguments.models.split(","):
-        variants = MODES[arguments.mode]
-        bar = tqdm(variants.items(), desc=f"{name}: files", disable=None, leave=False)
-        files = {variant: make(name, arguments.pixels) for variant, make in bar}
-        sizes, threads = (map(int, text.split(",")) for text in (arguments.batches, arguments.threads))
-        for batch, number in itertools.product(sizes, threads):
-            for row in rows(name, files, arguments, batch, number):
-                found.append(row)
-                print(
-                    f"{name:<17}{batch:>6}{number:>8}  {row['variant']:<34}{row['milliseconds']:>8.2f}"
-                    f"{row['ratio']:>8.3f}",
-                    flush=True,
-                )
+    sizes, counts = ([*map(int, text.split(","))] for text in (arguments.batches, arguments.threads))
+    for name, batch in itertools.product(arguments.models.split(","), sizes):
+        bar = tqdm(MODES[arguments.mode].items(), desc=f"{name}: files", disable=None, leave=False)
+        files = {variant: make(name, arguments.pixels, batch) for variant, make in bar}
+        for row in itertools.chain(*(rows(name, files, arguments, batch, threads) for threads in counts)):
+            found.append(row)
+            print(
+                f"{name:<17}{batch:>6}{row['threads']:>8}  {row['variant']:<34}{row['milliseconds']:>8.2f}"
+                f"{row['ratio']:>8.3f}",
+                flush=True,
+            )
     print(
         f"{arguments.pixels} x {arguments.pixels} pixels, float32, {arguments.rounds} sessions of "
         f"{arguments.runs} runs each, load average {os.getloadavg()[0]:.1f} at the end"

@@ -74,8 +74,8 @@ class Site:
         code: code of the reason why it is not "pn", or of the most important remark; None if none.
         reason: that remark in words; empty if none.
         warm_start: whether weight and bias were computed from running statistics or calibration data.
-        residual: share of the variance of the BatchNorm's output, on the calibration data, that no weight
-            and bias of the normalizer reproduces; None if it was not calibrated.
+        residual: mean square difference to the BatchNorm's output on the calibration data, relative to the
+            variance of that; None if it was not calibrated.
         affine: where scale and shift of proxy normalization went, once folded; empty before.
         static: whether the normalizer became a constant scale and shift, by `pn_compiler.freeze_statistics`.
     """

@@ -179,7 +179,8 @@ def test_the_command_goes_on_where_it_was_stopped(tmp_path, monkeypatch, capsys)
 @pytest.mark.usefixtures("small")
 def test_the_methods_fill_all_columns(monkeypatch) -> None:
     monkeypatch.setattr(pn_compiler, "distill", functools.partial(pn_compiler.distill, steps=1))
-    asked = warm_start.chosen_tasks(["resnet20", "resnet20 GN8+PN"], list(warm_start.METHODS), [4])
+    monkeypatch.setattr(warm_start, "RECOVERY", 1)
+    asked = warm_start.chosen_tasks(["resnet20", "resnet20 GN8+PN"], list(warm_start.METHODS), [8])
     rows = [warm_start.run_row(*task) for task in asked]
     assert [(row["network"], row["groups"]) for row in rows].count(("resnet20 GN8+PN", 8)) == 1
     for titles in (warm_start.WARM, warm_start.SCRATCH):
