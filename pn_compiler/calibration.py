@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from pn_compiler.errors import ConfigError
 from pn_compiler.evaluation import batches_of, each_batch, of_each_shard, untouched
 from pn_compiler.least_squares import ChannelFit, merged
-from pn_compiler.output_error import Batches, Norms, OutputError, observed, owner, put, values_of
+from pn_compiler.output_error import Batches, OutputError, observed, owner, put, values_of
+from pn_compiler.site_constants import Norms
 from pn_compiler.tracing import refuse_uninitialised
 
 EVALUATIONS = 12  # of the error and its gradient; more gain little: docs/calibration.md

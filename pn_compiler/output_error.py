@@ -12,8 +12,8 @@ from pn_compiler.errors import ConfigError
 from pn_compiler.evaluation import run
 from pn_compiler.inputs import Inputs
 from pn_compiler.losses import named_outputs
+from pn_compiler.site_constants import Norms
 
-Norms = Mapping[str, nn.GroupNorm]  # by path
 Batches = Iterable[tuple[str, Inputs]]  # name of each, and the arguments
 
 
@@ -38,7 +38,7 @@ class OutputError:
 
     def __call__(self, batches: Batches) -> tuple[float, Tensor]:
         """(error, its gradient) at the weight and bias that the sites have; the gradient as `values_of`."""
-        parameters = [p for norm in self._norms.values() for p in (norm.weight, norm.bias)]
+        parameters = _parameters(self._norms)
         gradient = [torch.zeros_like(p, dtype=torch.float64) for p in parameters]
         total = 0.0
         with torch.enable_grad(), _following(self._norms):
@@ -70,9 +70,13 @@ class OutputError:
         got = observed(self.student, (), inputs.map(torch.clone), name)
         first = next((x for x in inputs.tensors() if x.dim()), None)
         size = None if first is None else len(first)
-        return wanted.keys() == got.keys() and all(
-            x.dim() > 0 and len(x) == size and x.shape == wanted[place].shape and x.requires_grad
-            for place, x in got.items()
+        return (
+            bool(got)
+            and wanted.keys() == got.keys()
+            and all(
+                x.dim() > 0 and len(x) == size and x.shape == wanted[place].shape and x.requires_grad
+                for place, x in got.items()
+            )
         )
 
 
@@ -80,7 +84,7 @@ def observed(model: nn.Module, sites: Iterable[str], inputs: Inputs, name: str) 
     """What the modules `sites` give, by path and call; without any, the outputs of `model` by their place.
 
     Raises:
-        ConfigError: with the `name` of the inputs, the model does not run on them, or nothing is observed.
+        ConfigError: with the `name` of the inputs, the model does not run on them.
     """
     found: dict[str, Tensor] = {}
 
@@ -100,13 +104,17 @@ def observed(model: nn.Module, sites: Iterable[str], inputs: Inputs, name: str) 
 
 def values_of(norms: Norms) -> Tensor:
     """Weight and bias of all sites, one site after the other, float64 [2 C] on the CPU."""
-    return torch.cat([p.detach().double().cpu() for norm in norms.values() for p in (norm.weight, norm.bias)])
+    return torch.cat([p.detach().double().cpu() for p in _parameters(norms)])
+
+
+def _parameters(norms: Norms) -> list[Tensor]:
+    return [p for norm in norms.values() for p in (norm.weight, norm.bias)]
 
 
 @torch.no_grad()
 def put(norms: Norms, values: Tensor) -> None:
     """Gives the sites weight and bias; `values` are as those of `values_of`."""
-    parameters = [p for norm in norms.values() for p in (norm.weight, norm.bias)]
+    parameters = _parameters(norms)
     for parameter, part in zip(parameters, torch.split(values, [len(p) for p in parameters]), strict=True):
         parameter.copy_(part)
 
@@ -122,7 +130,7 @@ def _following(norms: Norms) -> Iterator[None]:
         (x,) = args
         return (x if x.requires_grad else x.contiguous(),)
 
-    parameters = [p for norm in norms.values() for p in (norm.weight, norm.bias)]
+    parameters = _parameters(norms)
     with contextlib.ExitStack() as stack:
         for norm in norms.values():
             stack.callback(norm.register_forward_pre_hook(straighten).remove)

@@ -135,6 +135,21 @@ def test_sites_make_up_for_each_other() -> None:
     assert all(site.residual > 0 for site in pn_compiler.sites(converted))
 
 
+class Deciding(Selecting):
+    """Gives integers only."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.features(x).argmax(1)
+
+
+def test_outputs_without_gradients_are_replaced_by_the_sites() -> None:
+    model, x = trained(Deciding)
+    model, x = model.double(), x[:1].double().expand(4, -1, -1, -1).contiguous()
+    plain = pn_compiler.transform(model, warm_start="running_stats")
+    assert not torch.equal(plain(x), model(x))
+    assert torch.equal(calibrated(model, [x, x[:2]])(x), model(x))
+
+
 def test_outputs_that_cannot_be_compared_are_replaced_by_the_sites() -> None:
     model, x = trained(Selecting)
     model, x = model.double(), x[:1].double().expand(4, -1, -1, -1).contiguous()
