@@ -19,29 +19,24 @@ import functools
 import itertools
 import json
 import math
-import multiprocessing
 import statistics
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torch import Tensor, nn
-from tqdm import tqdm
 
 import pn_compiler
-from benchmarks import glyphs
+from benchmarks import glyphs, tasks
 from benchmarks.ensemble import MOMENTUM, Ensemble, accuracy, train
+from benchmarks.tasks import Row
 from pn_compiler.errors import ConfigError, PnCompilerError
 from pn_compiler.export.files import check_writable, write_atomically
-
-Row = dict[str, Any]
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -224,39 +219,6 @@ def caption(recipe: Recipe, rows: list[Row]) -> str:
 Task = tuple[Recipe, str, int, str]  # arguments of run_cell
 
 
-def run(tasks: list[Task], jobs: int) -> Iterator[Row]:
-    """The rows of all `tasks`, as they are ready."""
-    context = multiprocessing.get_context("spawn")
-    steps = {task: task[0].epochs * task[0].train // task[2] for task in tasks}
-    with (
-        ProcessPoolExecutor(jobs, context, _start_worker) as pool,
-        tqdm(total=sum(steps.values()), disable=None, leave=False, unit="step") as bar,
-    ):
-        futures = {pool.submit(run_cell, *task): task for task in tasks}
-        try:
-            for future in as_completed(futures):
-                yield future.result()
-                bar.update(steps[futures[future]])
-        finally:  # whoever stops early does not wait for what has not begun
-            pool.shutdown(wait=False, cancel_futures=True)
-
-
-def _start_worker() -> None:
-    torch.set_num_threads(1)
-    torch.set_flush_denormal(True)  # the momentum of a dead ReLU's weights would become many of them
-
-
-def read(path: Path | None) -> list[Row]:
-    """The finished cells of an earlier run."""
-    if path is None or not path.exists():
-        return []
-    try:
-        rows: list[Row] = json.loads(path.read_text())
-        return [row for row in rows if row["recipe"] and row["variant"] and row["batch_size"]]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ConfigError(f"{path} was not written by this benchmark: move it away") from error
-
-
 def chosen_recipes(arguments: argparse.Namespace) -> list[Recipe]:
     names = list(RECIPES) if arguments.dataset == "all" else [arguments.dataset]
     given = {key: getattr(arguments, key) for key in ("seeds", "epochs", "train", "batch_sizes")}
@@ -282,9 +244,9 @@ def main() -> int:
     recipes = chosen_recipes(arguments)
     if arguments.json is not None:
         check_writable(arguments.json)
-    rows = read(arguments.json)
+    rows = tasks.read(arguments.json, "recipe", "variant", "batch_size")
     done = [(row["recipe"], row["variant"], row["batch_size"]) for row in rows]
-    tasks: list[Task] = []
+    costs: dict[Task, float] = {}  # steps
     for recipe in recipes:
         load(recipe, arguments.device)  # rendered once, before there are several processes
         unknown = set(arguments.variants or []) - set(recipe.variants())
@@ -292,8 +254,9 @@ def main() -> int:
             raise ConfigError(f"no variants {sorted(unknown)}: expected some of {list(recipe.variants())}")
         names = arguments.variants or recipe.variants()
         cells = itertools.product(recipe.batch_sizes, names)  # the longest first
-        tasks += [(recipe, n, b, arguments.device) for b, n in cells if (_key(recipe), n, b) not in done]
-    for row in run(tasks, arguments.jobs):
+        missing = [(recipe, n, b, arguments.device) for b, n in cells if (_key(recipe), n, b) not in done]
+        costs |= {task: recipe.epochs * recipe.train // task[2] for task in missing}
+    for row in tasks.run(run_cell, costs, arguments.jobs):
         rows.append(row)
         if arguments.json is not None:
             write_atomically(arguments.json, json.dumps(rows, indent=1).encode())

@@ -269,9 +269,8 @@ def _export(
     say = progress or (lambda stage: None)
     reference: Any = model
     if (_has_sites(model) and verify) or repository is not None:
-        with timed(
-            report, "reference", say
-        ):  # before folding, which then needs no second copy of the weights
+        # before folding, which then needs no second copy of the weights
+        with timed(report, "reference", say):
             reference = expect(model, inputs, verified_batches(dynamic_batch))
     if _has_sites(model):
         with timed(report, "fold", say):

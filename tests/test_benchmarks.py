@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import pn_compiler
-from benchmarks import ensemble, glyphs, small_batch
+from benchmarks import ensemble, glyphs, small_batch, tasks
 from benchmarks.small_batch import RECIPES, Recipe
 from pn_compiler import param_groups
 from pn_compiler.errors import ConfigError
@@ -111,7 +111,7 @@ def test_a_file_of_something_else_is_an_error(tmp_path) -> None:
     for content in ("no JSON", '[{"model": "resnet50"}]', '{"a": 1}'):
         path.write_text(content)
         with pytest.raises(ConfigError, match="not written by this benchmark"):
-            small_batch.read(path)
+            tasks.read(path, "recipe", "variant", "batch_size")
 
 
 def test_the_table_takes_the_rate_that_is_best_on_validation_data() -> None:
