@@ -2,13 +2,14 @@
 
 from pn_compiler.export.files import check_writable, write_atomically
 from pn_compiler.export.golden_calls import golden_calls
-from pn_compiler.export.half import DType, check_dtype
-from pn_compiler.export.names import Names
+from pn_compiler.export.half import DType
 from pn_compiler.export.onnx_file import OnnxFile
+from pn_compiler.export.options import ExportOptions
 from pn_compiler.export.report import Check, Report, count_onnx_operators
 from pn_compiler.export.repository import check_repository, write_repository
 from pn_compiler.export.runtimes import DEFAULT_OPSET, check_loadable, choose_opset, oldest_onnxruntime
 from pn_compiler.export.sessions import load_session, make_session
+from pn_compiler.export.targets import TARGETS, TargetName
 from pn_compiler.export.to_onnx import timed, verified_batches, write_onnx
 from pn_compiler.export.verify import (
     TOLERANCE,
@@ -22,14 +23,15 @@ from pn_compiler.export.verify import (
 
 __all__ = [
     "DEFAULT_OPSET",
+    "TARGETS",
     "TOLERANCE",
     "Check",
     "DType",
     "Expected",
-    "Names",
+    "ExportOptions",
     "OnnxFile",
     "Report",
-    "check_dtype",
+    "TargetName",
     "check_loadable",
     "check_repository",
     "check_writable",

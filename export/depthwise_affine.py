@@ -1,7 +1,11 @@
 """The affine of a normalizer as an operator that onnxruntime runs in the layout of convolutions."""
 
+from typing import Any
+
 import numpy as np
 import onnx
+
+from pn_compiler.export.onnx_graph import GraphView, drop_unread, substitute
 
 
 def use_depthwise_affines(model: onnx.ModelProto, folder: str = "") -> int:
@@ -18,57 +22,38 @@ def use_depthwise_affines(model: onnx.ModelProto, folder: str = "") -> int:
         How many pairs were replaced.
     """
     graph = model.graph
-    constants = {tensor.name: tensor for tensor in graph.initializer}
-    channels_of = {
-        value.name: value.type.tensor_type.shape.dim[1].dim_value
-        for value in (*graph.value_info, *graph.input)
-        if len(value.type.tensor_type.shape.dim) == 4
-    }
-    readers: dict[str, list[onnx.NodeProto]] = {}
-    for node in graph.node:
-        for name in node.input:
-            readers.setdefault(name, []).append(node)
-    outputs = {value.name for value in graph.output}
-    replaced = 0
+    view = GraphView(graph, folder)
+    replacements: dict[str, list[onnx.NodeProto]] = {}
     for scale in [node for node in graph.node if node.op_type == "Mul"]:
-        product, following = scale.output[0], readers.get(scale.output[0], [])
-        if product in outputs or len(following) != 1 or following[0].op_type != "Add":
+        shift = view.only_reader(scale.output[0])
+        if shift is None or shift.op_type != "Add":
             continue
-        (shift,) = following
-        x, weight = _split(scale, constants, folder)
-        _, bias = _split(shift, constants, folder)
-        channels = channels_of.get(x)
-        if channels is None or weight is None or bias is None or {len(weight), len(bias)} != {channels}:
+        x, weight = _split(scale, view)
+        _, bias = _split(shift, view)
+        shape = view.shapes.get(x, [])
+        if len(shape) != 4 or weight is None or bias is None or {len(weight), len(bias)} != {shape[1]}:
             continue
-        names = f"{shift.output[0]}_weight", f"{shift.output[0]}_bias"
+        channels, y = shape[1], shift.output[0]
+        names = f"{y}_weight", f"{y}_bias"
         graph.initializer.extend([
             onnx.numpy_helper.from_array(weight.reshape(channels, 1, 1, 1), names[0]),
             onnx.numpy_helper.from_array(bias, names[1]),
         ])  # fmt: skip
-        shift.CopyFrom(
-            onnx.helper.make_node(
-                "Conv", [x, *names], list(shift.output), name=shift.name, group=channels, kernel_shape=[1, 1]
-            )
+        conv = onnx.helper.make_node(
+            "Conv", [x, *names], [y], name=shift.name, group=channels, kernel_shape=[1, 1]
         )
-        graph.node.remove(scale)
-        replaced += 1
-    _drop_unread(graph)
-    return replaced
+        replacements |= {scale.output[0]: [], y: [conv]}
+    substitute(graph, replacements)
+    drop_unread(graph)
+    return len(replacements) // 2
 
 
-def _split(
-    node: onnx.NodeProto, constants: dict[str, onnx.TensorProto], folder: str
-) -> tuple[str, np.ndarray | None]:
+def _split(node: onnx.NodeProto, view: GraphView) -> tuple[str, np.ndarray[Any, Any] | None]:
     """(what a Mul or Add is computed from, the values of its constant [C, 1, 1] or None if it has none)."""
-    x, constant = node.input if node.input[1] in constants else reversed(node.input)
-    tensor = constants.get(constant)
+    x, constant = node.input if node.input[1] in view.constants else reversed(node.input)
+    tensor = view.constants.get(constant)
     if tensor is None or len(tensor.dims) not in (3, 4) or tuple(tensor.dims[-2:]) != (1, 1):
         return x, None
-    values = onnx.numpy_helper.to_array(tensor, folder)
+    values = view.values(constant)
+    assert values is not None
     return x, values.reshape(-1) if values.size == values.shape[-3] else None
-
-
-def _drop_unread(graph: onnx.GraphProto) -> None:
-    read = {name for node in graph.node for name in node.input} | {value.name for value in graph.output}
-    for tensor in [t for t in graph.initializer if t.name not in read]:
-        graph.initializer.remove(tensor)

@@ -46,7 +46,10 @@ class Report:
         dtype: of weights and activations.
         runtime: what the file was run in.
         reference: dtype of the PyTorch model that the file was compared with.
-        norms: how the normalizers were lowered, if not as torch.onnx does.
+        target: the runtime that the file was written for; see docs/latency.md.
+        blocked: how many normalizers are in onnxruntime's blocked layout, for target "ort-cpu".
+        tuning: milliseconds of an inference by candidate, as measured for target "auto" now or earlier.
+        norms: how the normalizers were lowered, if not as the target has it.
         distillation: the report of `pn_compiler.distill`; None if there was none.
         static: that of `pn_compiler.freeze_statistics`.
         file_bytes, data_bytes: size of the ONNX file, and of the file beside it with the weights, if any.
@@ -74,6 +77,9 @@ class Report:
     dtype: str = "float32"
     runtime: str = "onnxruntime"
     reference: str | None = None
+    target: str = "portable"
+    blocked: int = 0
+    tuning: dict[str, float] = dataclasses.field(default_factory=dict)
     norms: str = ""
     distillation: Any = None
     static: Any = None
@@ -110,6 +116,7 @@ class Report:
             lines += [f"distilled   {line}" for line in str(self.distillation).splitlines()]
         if self.static is not None:
             lines += ["", *str(self.static).splitlines(), ""]
+        lines += self._target()
         if self.norms:
             lines.append(f"norms       {self.norms}")
         lines.append(self._verdict())
@@ -123,6 +130,19 @@ class Report:
         if self.repository:
             lines.append(f"repository  {self.repository} ({self.batching})")
         return "\n".join(lines)
+
+    def _target(self) -> list[str]:
+        """Nothing for a portable file that was not chosen among others."""
+        lines = [f"target      {self.target}"] if self.target != "portable" or self.tuning else []
+        if self.blocked:
+            lines.append(
+                f"            {self.blocked} normalizers in the blocked layout: for onnxruntime "
+                f"{self.versions.get('onnxruntime', '')} on CPUs of this kind only; others refuse the file"
+            )
+        if self.tuning:
+            times = sorted(self.tuning.items(), key=lambda item: item[1])
+            lines.append("measured    " + ", ".join(f"{name} {time:.2f} ms" for name, time in times))
+        return lines
 
     def _verdict(self) -> str:
         if not self.checks:

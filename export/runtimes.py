@@ -13,8 +13,8 @@ OPSETS = range(18, 25)
 CEILINGS = {(1, 17): (20, 9), (1, 18): (21, 10), (1, 22): (22, 10), (1, 23): (23, 11), (1, 24): (24, 12)}
 
 
-def choose_opset(opset_version: int | None, target_ort: str | None) -> int:
-    """The opset that the user gave, else the default, lowered to what `target_ort` loads.
+def choose_opset(opset_version: int | None, target_ort: str | None, default: int = DEFAULT_OPSET) -> int:
+    """The opset that the user gave, else `default`, lowered to what `target_ort` loads.
 
     Raises:
         ConfigError: `target_ort` is no version or too old, or cannot load the opset that was given.
@@ -22,7 +22,7 @@ def choose_opset(opset_version: int | None, target_ort: str | None) -> int:
     """
     highest, _ = (max(OPSETS), 0) if target_ort is None else ceiling(target_ort)
     if opset_version is None:
-        return min(DEFAULT_OPSET, highest)
+        return min(default, highest)
     if opset_version not in OPSETS:
         raise ExportError(f"opset {opset_version}: expected {OPSETS.start} to {OPSETS.stop - 1}")
     if opset_version > highest:

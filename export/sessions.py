@@ -5,15 +5,21 @@ import onnxruntime
 from pn_compiler.errors import ExportError
 
 
-def make_session(
-    model: bytes | str, *, optimized: bool = True, threads: int = 0
-) -> onnxruntime.InferenceSession:
-    """An onnxruntime CPU session; `threads` 0 means all cores."""
+def session_options(*, optimized: bool = True, threads: int = 0) -> onnxruntime.SessionOptions:
+    """Options that log errors only; `threads` 0 means all cores."""
     options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3  # errors only
+    options.log_severity_level = 3
     options.intra_op_num_threads = threads
     level = onnxruntime.GraphOptimizationLevel
     options.graph_optimization_level = level.ORT_ENABLE_ALL if optimized else level.ORT_DISABLE_ALL
+    return options
+
+
+def make_session(
+    model: bytes | str, *, optimized: bool = True, threads: int = 0
+) -> onnxruntime.InferenceSession:
+    """An onnxruntime CPU session, with `session_options`."""
+    options = session_options(optimized=optimized, threads=threads)
     return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
 
 

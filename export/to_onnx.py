@@ -1,31 +1,29 @@
-"""From a PyTorch model to a verified ONNX file."""
+"""From a PyTorch model to a verified ONNX file for a target."""
 
 import contextlib
 import functools
 import importlib.metadata
 import logging
-import re
+import tempfile
 import time
-import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import onnx
-import torch
 from torch import nn
-from torch.utils import _pytree as pytree
 
-from pn_compiler.errors import ExportError, VerificationError
-from pn_compiler.export.depthwise_affine import use_depthwise_affines
-from pn_compiler.export.external_data import data_file, move_weights_out, needs_external_data
+from pn_compiler.errors import ExportError, PnCompilerError, VerificationError
+from pn_compiler.export.blocked import in_blocked_layout
+from pn_compiler.export.exporter import export_graph
+from pn_compiler.export.external_data import data_file, needs_external_data
 from pn_compiler.export.files import check_writable, publish, staging_folder, write_atomically
-from pn_compiler.export.half import DTYPES, DType, check_dtype, in_half
-from pn_compiler.export.names import Names, rename
+from pn_compiler.export.half import DTYPES, in_half
+from pn_compiler.export.normalizers import use_two_stage_sums
+from pn_compiler.export.options import ExportOptions
 from pn_compiler.export.report import Report, count_onnx_operators, describe_values
-from pn_compiler.export.runtimes import DEFAULT_OPSET
-from pn_compiler.export.simplify import freeze_reshapes
-from pn_compiler.export.two_stage_norm import with_two_stage_norms
-from pn_compiler.export.verify import Expected, Verification, expect, imitate, verify_onnx
+from pn_compiler.export.targets import CANDIDATES, PORTABLE, TARGETS, Target
+from pn_compiler.export.tuning import Memory, fingerprint, milliseconds
+from pn_compiler.export.verify import Expected, Verification, expect, verify_onnx
 from pn_compiler.graph_utils import count_parameters
 from pn_compiler.inputs import Inputs
 from pn_compiler.pass_base import Progress
@@ -40,13 +38,8 @@ def write_onnx(
     reference: nn.Module | Expected,
     path: Path,
     inputs: Inputs,
+    options: ExportOptions | None = None,
     *,
-    opset_version: int = DEFAULT_OPSET,
-    dynamic_batch: bool = True,
-    names: Names | None = None,
-    external_data: bool = False,
-    dtype: DType = "float32",
-    verify: bool = True,
     tolerance: float | None = None,
     report: Report | None = None,
     progress: Progress | None = None,
@@ -58,12 +51,7 @@ def write_onnx(
         reference: what it is compared with: the model in eval mode, or what `expect` gave for it.
         path: written whole or not at all, at the very end.
         inputs: arguments of a call; the first axis of each tensor is the batch.
-        opset_version: ONNX operator set, 18 to 24.
-        dynamic_batch: whether the file takes any batch size; else that of the example.
-        names: of the inputs and outputs.
-        external_data: whether the weights go to ``<path>.data``, as they do anyway if they exceed 2 GB.
-        dtype: of weights and activations; normalizers, inputs and outputs are float32.
-        verify: whether the result is compared, with onnxruntime, at batch 1 and 3.
+        options: the defaults, if not given.
         tolerance: largest relative error; see `pn_compiler.export.verify`.
         report: filled in, if given.
         progress: told the name of each stage.
@@ -73,39 +61,37 @@ def write_onnx(
         VerificationError: the ONNX model computes something else.
     """
     _check_arguments(path, inputs)
-    check_dtype(dtype, opset_version)
+    options = options or ExportOptions()
     report = Report() if report is None else report
     say = progress or (lambda stage: None)
     with contextlib.ExitStack() as stack:
         staged = None
-        if external_data or needs_external_data(folded):
+        if options.external_data or needs_external_data(folded):
+            if options.target in ("ort-cpu", "auto"):
+                raise ExportError(f"target {options.target} writes one file, of 2 GB at most: use portable")
             staged = stack.enter_context(staging_folder(path)) / path.name
         compare = None
-        if verify and not isinstance(reference, Expected):
+        if options.verify and not isinstance(reference, Expected):
             with timed(report, "reference", say):
-                reference = expect(reference, inputs, verified_batches(dynamic_batch))
-        if dtype != "float32":
-            folded = in_half(folded, DTYPES[dtype])
+                reference = expect(reference, inputs, verified_batches(options.dynamic_batch))
+        if options.dtype != "float32":
+            folded = in_half(folded, DTYPES[options.dtype])
         if isinstance(reference, Expected):
-            if dtype != "float32":
-                reference = reference.in_dtype(folded, DTYPES[dtype])
+            if options.dtype != "float32":
+                reference = reference.in_dtype(folded, DTYPES[options.dtype])
             compare = functools.partial(verify_onnx, model=reference, tolerance=tolerance, path=staged)
-        export = functools.partial(
-            _export_and_verify, inputs, opset_version, dynamic_batch, names or Names(), staged, compare,
-            report=report, say=say,
-        )  # fmt: skip
-        try:
-            proto = export(folded)
-        except VerificationError as error:
-            careful = with_two_stage_norms(folded)
-            if careful is None:
-                raise
-            logger.info("%s; trying again with two-stage sums in the normalizers", error)
-            proto = export(careful)
-            report.norms = "two-stage sums, for InstanceNormalization was too far off"
+        with timed(report, "export", say):
+            proto = export_graph(folded, inputs, options, staged)
+        if options.target == "auto":
+            assert compare is not None
+            target = _choose_target(proto, inputs, options, compare, report, say)
+        else:
+            target = TARGETS[options.target]
+        report.target = target.name
+        proto = _finish(proto, target, staged, compare, report, say)
         with timed(report, "write", say):
             _write(proto, path, staged, report)
-    report.opset_version, report.ir_version = opset_version, proto.ir_version
+    report.opset_version, report.ir_version = options.opset_version, proto.ir_version
     report.inputs = describe_values(proto.graph.input)
     report.outputs = describe_values(proto.graph.output)
     report.operators_after = count_onnx_operators(proto)
@@ -135,23 +121,44 @@ def _write(proto: onnx.ModelProto, path: Path, staged: Path | None, report: Repo
     publish([data, staged], path.parent)
 
 
-def _export_and_verify(
-    inputs: Inputs,
-    opset_version: int,
-    dynamic_batch: bool,
-    names: Names,
+def _finish(
+    proto: onnx.ModelProto,
+    target: Target,
     staged: Path | None,
     compare: Callable[[onnx.ModelProto], Verification] | None,
-    model: nn.Module,
-    *,
     report: Report,
     say: Progress,
 ) -> onnx.ModelProto:
-    """The ONNX model of `model`, checked and, by `compare`, verified; the report notes the result."""
-    with timed(report, "export", say):
-        proto = _export(model, inputs, opset_version, names, dynamic_batch=dynamic_batch, staged=staged)
+    """What torch.onnx gave, written for `target`, checked and, by `compare`, verified.
+
+    Where the normalizers are too far off, their sums are made in two stages. `proto` cannot be used
+    afterwards; the report notes the result.
+    """
+    with timed(report, "lower", say):
+        target.lower(proto, str(staged.parent) if staged else "")
+    try:
+        return _verified(proto, target, staged, compare, report, say)
+    except VerificationError as error:
+        if not use_two_stage_sums(proto):
+            raise
+        logger.info("%s; trying again with two-stage sums in the normalizers", error)
+        report.norms = "two-stage sums, for InstanceNormalization was too far off"
+        return _verified(proto, target, staged, compare, report, say)
+
+
+def _verified(
+    proto: onnx.ModelProto,
+    target: Target,
+    staged: Path | None,
+    compare: Callable[[onnx.ModelProto], Verification] | None,
+    report: Report,
+    say: Progress,
+) -> onnx.ModelProto:
     with timed(report, "check", say):
         _check(proto, staged)
+    if target.blocked:
+        with timed(report, "lay out", say):
+            proto, report.blocked = in_blocked_layout(proto)
     if compare is not None:
         with timed(report, "verify", say):
             result = compare(proto)
@@ -159,6 +166,42 @@ def _export_and_verify(
         report.float32_error, report.reference = result.float32_error, result.reference
         report.dtype, report.runtime = result.dtype, result.runtime
     return proto
+
+
+def _choose_target(
+    proto: onnx.ModelProto,
+    inputs: Inputs,
+    options: ExportOptions,
+    compare: Callable[[onnx.ModelProto], Verification],
+    report: Report,
+    say: Progress,
+) -> Target:
+    """The candidate that is the fastest on this machine, as measured now or earlier; else portable."""
+    names = [value.name for value in proto.graph.input]
+    feed = dict(zip(names, (tensor.numpy() for tensor in inputs.tensors()), strict=True))
+    candidates = {
+        target.name: target for target in CANDIDATES if options.dtype == "float32" or not target.blocked
+    }
+    memory, key = Memory(), fingerprint(proto, feed)
+    report.tuning = memory.recall(key) or {}
+    if not report.tuning.keys() & candidates.keys() and options.tune:
+        with tempfile.TemporaryDirectory() as folder:
+            files: dict[str, Path] = {}
+            for name, target in candidates.items():
+                candidate = onnx.ModelProto()
+                candidate.CopyFrom(proto)
+                try:
+                    candidate = _finish(candidate, target, None, compare, Report(), say)
+                except PnCompilerError as error:
+                    logger.info("candidate %s is left out: %s", name, error)
+                    continue
+                files[name] = Path(folder, f"{len(files)}.onnx")
+                files[name].write_bytes(candidate.SerializeToString())
+            with timed(report, "tune", say):
+                report.tuning = milliseconds(files, feed, lambda: say("tune"))
+        memory.keep(key, report.tuning)
+    measured = {name: time for name, time in report.tuning.items() if name in candidates}
+    return candidates[min(measured, key=measured.__getitem__)] if measured else PORTABLE
 
 
 @contextlib.contextmanager
@@ -174,106 +217,6 @@ def _check_arguments(path: Path, inputs: Inputs) -> None:
     check_writable(path)
     if not inputs.tensors():
         raise ExportError("example_inputs: expected a tensor or a tuple with tensors")
-
-
-def _export(
-    model: nn.Module,
-    inputs: Inputs,
-    opset_version: int,
-    names: Names,
-    *,
-    dynamic_batch: bool,
-    staged: Path | None,
-) -> onnx.ModelProto:
-    """The ONNX model that torch.onnx makes, with the IR version of its opset and no traces of source."""
-    dynamic_shapes = None
-    # torch.export takes a batch of 1 for a constant, and one tensor in two places for one input
-    inputs = imitate(inputs, 2 if dynamic_batch else None)
-    if inputs.args and isinstance(inputs.args[-1], dict):  # torch.onnx would take it for the keywords
-        inputs = Inputs((), inputs.by_name(model))
-    if dynamic_batch:
-        batch = torch.export.Dim("batch", min=1)
-        dynamic_shapes = pytree.tree_map(
-            lambda x: {0: batch} if isinstance(x, torch.Tensor) and x.dim() else None, inputs.by_name(model)
-        )
-    try:
-        with _quiet():
-            program = torch.onnx.export(
-                model.eval(),
-                inputs.args,
-                kwargs=dict(inputs.kwargs),
-                dynamo=True,
-                opset_version=opset_version,
-                dynamic_shapes=dynamic_shapes,
-                verbose=False,
-            )
-    except Exception as error:
-        hint = "; if the batch axis is the cause, try a static batch" if dynamic_batch else ""
-        raise ExportError(f"torch.onnx cannot export the model: {_cause(error)}{hint}") from error
-    assert program is not None
-    rename(program.model.graph, names)
-    if staged is not None:
-        move_weights_out(program.model, staged)
-    proto: onnx.ModelProto = program.model_proto
-    _strip(proto)
-    if dynamic_batch:
-        _name_batch(proto)
-    freeze_reshapes(proto)
-    use_depthwise_affines(proto, str(staged.parent) if staged else "")
-    proto.ir_version = min(
-        proto.ir_version, max(8, onnx.helper.OP_SET_ID_VERSION_MAP[("ai.onnx", opset_version)])
-    )
-    proto.producer_name = "pn_compiler"
-    proto.producer_version = importlib.metadata.version("pn-compiler")
-    return proto
-
-
-def _strip(proto: onnx.ModelProto) -> None:
-    """Removes stack traces and module paths, which name files of the machine that compiled."""
-    del proto.metadata_props[:]
-    for part in (proto.graph, *proto.graph.node, *proto.graph.value_info, *proto.graph.initializer):
-        part.doc_string = ""
-        del part.metadata_props[:]
-    for value in (*proto.graph.input, *proto.graph.output):
-        value.doc_string = ""
-        del value.metadata_props[:]
-
-
-def _name_batch(proto: onnx.ModelProto) -> None:
-    """Calls the batch axis "batch"; torch.onnx names it s31 or the like when several inputs have it."""
-    shapes = [value.type.tensor_type.shape for value in proto.graph.input]
-    symbols = {shape.dim[0].dim_param for shape in shapes if len(shape.dim)} - {""}
-    if not symbols:
-        return
-    symbol = re.compile(rf"\b({'|'.join(map(re.escape, symbols))})\b")
-    for value in (*proto.graph.input, *proto.graph.output, *proto.graph.value_info):
-        for dim in value.type.tensor_type.shape.dim:
-            if dim.dim_param:
-                dim.dim_param = symbol.sub("batch", dim.dim_param)
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Silences what the exporter says about itself; its failures are exceptions."""
-    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "torch.export")]
-    levels = [logger.level for logger in loggers]
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        try:
-            for logger in loggers:
-                logger.setLevel(logging.ERROR)
-            yield
-        finally:
-            for logger, level in zip(loggers, levels, strict=True):
-                logger.setLevel(level)
-
-
-def _cause(error: BaseException) -> str:
-    """First line of the innermost exception."""
-    while error.__cause__ is not None:
-        error = error.__cause__
-    lines = [line for line in str(error).strip().splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[0] if lines else ''}"
 
 
 def _check(proto: onnx.ModelProto, staged: Path | None) -> None:

@@ -126,8 +126,19 @@ def make_parser() -> argparse.ArgumentParser:
 
     export = parser.add_argument_group("ONNX")
     export.add_argument(
-        "--opset", type=_positive, metavar="N", help="18 to 24 (default: 20, which onnxruntime 1.17 loads)"
-    )
+        "--target", choices=("portable", "ort-cpu", "openvino", "cuda", "tensorrt", "auto"),
+        default="portable",
+        help="what the file is for: any runtime (the default); onnxruntime on CPUs like this one, on which "
+        "it is the fastest; OpenVINO; onnxruntime on a GPU; TensorRT; or what --tune found",
+    )  # fmt: skip
+    export.add_argument(
+        "--tune", action="store_true",
+        help="with --target auto: measure on this machine, unless it was done before, and keep the fastest",
+    )  # fmt: skip
+    export.add_argument(
+        "--opset", type=_positive, metavar="N",
+        help="18 to 24 (default: 20, which onnxruntime 1.17 loads; for OpenVINO and TensorRT 21)",
+    )  # fmt: skip
     export.add_argument("--target-ort", metavar="VERSION", help="the onnxruntime that must load it, as 1.18")
     export.add_argument("--static-batch", action="store_true", help="fix the batch to that of the input")
     export.add_argument("--input-names", type=_names, default=(), metavar="A,B", help="in the file")

@@ -166,6 +166,8 @@ def _compile(loaded: "LoadedModel", arguments: argparse.Namespace, say: Callable
         loaded.model,
         arguments.output,
         _example_inputs(loaded, arguments),
+        target=arguments.target,
+        tune=arguments.tune,
         opset_version=arguments.opset,
         target_ort=arguments.target_ort,
         input_names=arguments.input_names,

@@ -25,7 +25,7 @@ from pn_compiler.repository import add_to_repository
 from pn_compiler.static_statistics import freeze_statistics
 
 if TYPE_CHECKING:
-    from pn_compiler.export import DType, Names, Report
+    from pn_compiler.export import DType, ExportOptions, Report, TargetName
 
 StaticStatistics = Literal["auto", "all"]
 ERROR_BUDGET = 0.01
@@ -37,6 +37,8 @@ def export_onnx(
     example_inputs: Any,
     *,
     example_kwargs: Mapping[str, Any] | None = None,
+    target: "TargetName" = "portable",
+    tune: bool = False,
     opset_version: int | None = None,
     target_ort: str | None = None,
     dynamic_batch: bool = True,
@@ -56,8 +58,12 @@ def export_onnx(
         example_inputs: a tensor, or a tuple of tensors and nested tuples, lists and dicts of them; the
             first axis is the batch.
         example_kwargs: arguments that are given by name.
+        target: what the file is for: "portable" (any runtime), "ort-cpu" (onnxruntime on CPUs like this
+            one), "openvino", "cuda", "tensorrt", or "auto": what was measured to be the fastest in
+            onnxruntime on this machine, "portable" if nothing was. See docs/latency.md.
+        tune: measure it for target="auto", unless the cache has the same network on the same machine.
         opset_version: ONNX operator set, 18 to 24. The default, 20 with IR version 9, is loaded by
-            onnxruntime 1.17 and later.
+            onnxruntime 1.17 and later; "openvino" and "tensorrt" have 21.
         target_ort: an onnxruntime such as "1.18" that must load the file.
         dynamic_batch: whether the file takes any batch size, or only that of the example.
         external_data: write the weights to ``<path>.data``. Above 2 GB this is done in any case.
@@ -78,17 +84,19 @@ def export_onnx(
         ExportError: the model cannot be exported, or the file not written.
         VerificationError: the ONNX model computes something else; there is no file then.
     """
-    from pn_compiler.export import Names, Report, check_dtype, choose_opset  # onnx only when it is needed
+    from pn_compiler.export import ExportOptions, Report  # onnx only when it is needed
 
-    _check_targets(path, repository)
-    opset_version = choose_opset(opset_version, target_ort)
-    check_dtype(dtype, opset_version)
+    options = ExportOptions.of(
+        target=target, tune=tune, opset_version=opset_version, target_ort=target_ort,
+        dynamic_batch=dynamic_batch, external_data=external_data, dtype=dtype, input_names=input_names,
+        output_names=output_names, verify=verify,
+    )  # fmt: skip
+    _check_destinations(path, repository, target)
     inputs = Inputs.of(example_inputs, example_kwargs) or Inputs()
     report = Report(parameters_before=count_parameters(model))
     return _export(
-        _on_cpu(unwrap(model), share=not _has_sites(model)), path, repository, inputs, report, progress,
-        opset_version=opset_version, dynamic_batch=dynamic_batch, external_data=external_data,
-        dtype=dtype, verify=verify, names=Names(tuple(input_names), tuple(output_names)),
+        _on_cpu(unwrap(model), share=not _has_sites(model)), path, repository, inputs, options, report,
+        progress,
     )  # fmt: skip
 
 
@@ -110,6 +118,8 @@ def compile(  # noqa: A001  # the name that users of torch.compile look for
     error_budget: float = ERROR_BUDGET,
     strict: bool = False,
     leaves: Sequence[str | type[nn.Module]] = (),
+    target: "TargetName" = "portable",
+    tune: bool = False,
     opset_version: int | None = None,
     target_ort: str | None = None,
     dynamic_batch: bool = True,
@@ -147,12 +157,14 @@ def compile(  # noqa: A001  # the name that users of torch.compile look for
         ConfigError: an impossible option, or an input shape that is missing or does not fit.
         Others: as `transform` and `export_onnx`.
     """
-    from pn_compiler.export import Names, Report, check_dtype, choose_opset, timed
+    from pn_compiler.export import ExportOptions, Report, timed
 
-    _check_targets(path, repository)
-    opset_version = choose_opset(opset_version, target_ort)
-    check_dtype(dtype, opset_version)
-    names = Names(tuple(input_names), tuple(output_names))
+    options = ExportOptions.of(
+        target=target, tune=tune, opset_version=opset_version, target_ort=target_ort,
+        dynamic_batch=dynamic_batch, external_data=external_data, dtype=dtype, input_names=input_names,
+        output_names=output_names, verify=verify,
+    )  # fmt: skip
+    _check_destinations(path, repository, target)
     config = TransformConfig(
         norm=norm, num_groups=num_groups, proxy=proxy,
         proxy_padding=proxy_padding, warm_start=warm_start,
@@ -190,14 +202,12 @@ def compile(  # noqa: A001  # the name that users of torch.compile look for
         with timed(report, "freeze", say):
             converted, report.static = freeze_statistics(converted, calibration, budget=budget)
     report.sites, report.notes = sites(converted), notes(converted)
-    return _export(
-        converted, path, repository, inputs, report, say,
-        opset_version=opset_version, dynamic_batch=dynamic_batch, external_data=external_data,
-        dtype=dtype, names=names, verify=verify,
-    )  # fmt: skip
+    return _export(converted, path, repository, inputs, options, report, say)
 
 
-def _check_targets(path: str | os.PathLike[str] | None, repository: ModelRepository | None) -> None:
+def _check_destinations(
+    path: str | os.PathLike[str] | None, repository: ModelRepository | None, target: "TargetName"
+) -> None:
     """Raises ConfigError if nothing is to be written, ExportError if it cannot be."""
     from pn_compiler.export import check_repository, check_writable
 
@@ -206,6 +216,11 @@ def _check_targets(path: str | os.PathLike[str] | None, repository: ModelReposit
     if path is not None:
         check_writable(Path(path))
     if repository is not None:
+        if target in ("ort-cpu", "auto"):
+            raise ConfigError(
+                f"target {target} may give a file for this kind of CPU only, and servers load a model "
+                "repository anywhere: leave it out"
+            )
         check_repository(repository)
 
 
@@ -250,15 +265,9 @@ def _export(
     path: str | os.PathLike[str] | None,
     repository: ModelRepository | None,
     inputs: Inputs,
+    options: "ExportOptions",
     report: "Report",
     progress: Progress | None,
-    *,
-    opset_version: int,
-    dynamic_batch: bool,
-    external_data: bool,
-    dtype: "DType",
-    names: "Names",
-    verify: bool,
 ) -> "Report":
     """Folds `model`, which cannot be used afterwards, and writes the file, and from it the repository.
 
@@ -268,10 +277,10 @@ def _export(
 
     say = progress or (lambda stage: None)
     reference: Any = model
-    if (_has_sites(model) and verify) or repository is not None:
+    if (_has_sites(model) and options.verify) or repository is not None:
         # before folding, which then needs no second copy of the weights
         with timed(report, "reference", say):
-            reference = expect(model, inputs, verified_batches(dynamic_batch))
+            reference = expect(model, inputs, verified_batches(options.dynamic_batch))
     if _has_sites(model):
         with timed(report, "fold", say):
             model = fold_in_place(model)
@@ -280,11 +289,10 @@ def _export(
         folder = stack.enter_context(tempfile.TemporaryDirectory()) if path is None else ""
         file = Path(path or Path(folder, "model.onnx"))
         write_onnx(
-            model, reference if verify else model, file, inputs, report=report, progress=progress,
-            opset_version=opset_version, dynamic_batch=dynamic_batch, external_data=external_data,
-            dtype=dtype, names=names, verify=verify,
+            model, reference if options.verify else model, file, inputs, options, report=report,
+            progress=progress,
         )  # fmt: skip
         if repository is not None:
-            add_to_repository(repository, file, reference, report, dtype, progress)
+            add_to_repository(repository, file, reference, report, options.dtype, progress)
             report.path = str(path or report.path)
     return report

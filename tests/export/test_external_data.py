@@ -159,7 +159,7 @@ def test_weights_are_compared_in_the_file_that_is_written(
         content[: len(content) // 2] += 0.1
         content.tofile(data)
 
-    monkeypatch.setattr("pn_compiler.export.to_onnx.move_weights_out", damaged)
+    monkeypatch.setattr("pn_compiler.export.exporter.move_weights_out", damaged)
     with pytest.raises(VerificationError, match="differs from PyTorch"):
         pn_compiler.compile(network(), tmp_path / "m.onnx", IMAGES, external_data=True)
     assert names(tmp_path) == []

@@ -1,0 +1,179 @@
+"""A graph in the layout in which onnxruntime runs convolutions on a CPU, normalizers included.
+
+onnxruntime's own optimization moves convolutions, pooling and what lies between them into the domain
+com.microsoft.nchwc: [N, C, H, W] is held as [N, C / B, H, W, B] with blocks of B channels, 16 with AVX-512
+and 8 with AVX2. Each normalizer has it reorder memory to the plain layout and back. But the mean and the
+variance of a group do not depend on the order of its elements, and a group of whole blocks is one run of
+memory in both layouts: there the normalizer works on the blocked memory as it is.
+"""
+
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+from onnx.helper import make_node, make_opsetid
+
+from pn_compiler.errors import ExportError
+from pn_compiler.export.onnx_graph import GraphView, attribute, drop_unread, substitute
+from pn_compiler.export.sessions import make_session, session_options
+
+DOMAIN = "com.microsoft.nchwc"
+_STATISTICS = {"InstanceNormalization", "ReduceMean", "Sub", "Mul", "Add", "Sqrt", "Div"}
+_PROBED = 4  # channels, the fewest that ReorderInput takes
+
+
+def block_size() -> int:
+    """Channels in a block of onnxruntime on this machine.
+
+    Raises:
+        ExportError: onnxruntime has no such layout here.
+    """
+    graph = onnx.helper.make_graph(
+        [make_node("ReorderInput", ["x"], ["y"], domain=DOMAIN, channels_last=0)], "probe",
+        [onnx.helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, (1, _PROBED, 1, 1))],
+        [onnx.helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, None)],
+    )  # fmt: skip
+    probe = onnx.helper.make_model(
+        graph, opset_imports=[make_opsetid("", 18), make_opsetid(DOMAIN, 1)], ir_version=8
+    )
+    try:
+        (y,) = make_session(probe.SerializeToString(), optimized=False, threads=1).run(
+            None, {"x": np.zeros((1, _PROBED, 1, 1), np.float32)}
+        )
+    except Exception as error:  # whatever onnxruntime raises
+        raise ExportError("onnxruntime has no blocked layout on this machine: use target portable") from error
+    return int(y.shape[1])
+
+
+def in_blocked_layout(model: onnx.ModelProto) -> tuple[onnx.ModelProto, int]:
+    """What onnxruntime makes of `model` on this machine, with the normalizers in the blocked layout, too.
+
+    The result is for onnxruntime alone, and for machines with blocks of the same size. On another one it
+    stops with an error whose text says so: when it is loaded, or if optimizations are off, when it is run.
+
+    Args:
+        model: standard operators, weights inside; left untouched.
+
+    Returns:
+        The model, and how many normalizers are in the blocked layout.
+
+    Raises:
+        ExportError: onnxruntime has no such layout here, or there is no normalizer that it can hold.
+    """
+    block = block_size()
+    result = _optimized(model)
+    graph = result.graph
+    view = GraphView(graph)
+    changed: dict[str, list[onnx.NodeProto]] = {}
+    entries = []
+    for reorder in [node for node in graph.node if node.op_type == "ReorderOutput"]:
+        normalizer = _Normalizer.behind(reorder, view)
+        if normalizer is None or attribute(reorder, "channels") // normalizer.groups % block:
+            continue
+        normalizer.entry.input[0] = reorder.input[0]
+        for name in normalizer.blocked:
+            for reader in view.readers[name]:
+                reader.input[:] = [normalizer.exit if source == name else source for source in reader.input]
+            changed[name] = []
+        changed[reorder.output[0]] = []
+        entries.append(normalizer.entry)
+    if not entries:
+        raise ExportError("no normalizer can run in the blocked layout: use target portable")
+    substitute(graph, changed)
+    _guard(graph, entries, block)
+    drop_unread(graph)
+    del graph.value_info[:]
+    used = {node.domain for node in graph.node}
+    for entry in [entry for entry in result.opset_import if entry.domain not in used]:
+        result.opset_import.remove(entry)
+    result.producer_name, result.producer_version = model.producer_name, model.producer_version
+    return result, len(entries)
+
+
+class _Normalizer:
+    """The part of a graph from the Reshape of a normalizer to the one that restores the shape.
+
+    Attributes:
+        entry: the first Reshape.
+        exit: what the last one gives.
+        groups: of the normalizer.
+        blocked: the same, reordered to the blocked layout.
+    """
+
+    def __init__(self, entry: onnx.NodeProto, last: str, groups: int, blocked: list[str]) -> None:
+        self.entry, self.exit, self.groups, self.blocked = entry, last, groups, blocked
+
+    @classmethod
+    def behind(cls, reorder: onnx.NodeProto, view: GraphView) -> "_Normalizer | None":
+        """That which alone reads what `reorder` gives, if it is only read in the blocked layout itself."""
+        entry = view.only_reader(reorder.output[0])
+        if entry is None or entry.op_type != "Reshape":
+            return None
+        shape = view.values(entry.input[1])
+        inner = list(_until_reshape(entry, view))
+        exits = {node.output[0] for node in inner if node.op_type == "Reshape"}
+        if shape is None or len(shape) < 3 or shape[0] != 0 or len(exits) != 1:
+            return None
+        if {node.op_type for node in inner} - _STATISTICS - {"Reshape"}:
+            return None
+        (last,) = exits
+        readers = view.readers.get(last, [])
+        if last in view.outputs or any(node.op_type != "ReorderInput" for node in readers):
+            return None
+        return cls(entry, last, int(shape[1]), [node.output[0] for node in readers])
+
+
+def _until_reshape(node: onnx.NodeProto, view: GraphView) -> Iterator[onnx.NodeProto]:
+    """The nodes that depend on `node`, up to the next Reshape of each path; some may come twice."""
+    for reader in view.readers.get(node.output[0], []):
+        yield reader
+        if reader.op_type in _STATISTICS:
+            yield from _until_reshape(reader, view)
+
+
+def _optimized(model: onnx.ModelProto) -> onnx.ModelProto:
+    """The graph that onnxruntime runs on this machine."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "optimized.onnx")
+        options = session_options(threads=1)
+        options.optimized_model_filepath = str(path)
+        try:
+            onnxruntime.InferenceSession(
+                model.SerializeToString(), options, providers=["CPUExecutionProvider"]
+            )
+        except Exception as error:  # whatever onnxruntime raises
+            raise ExportError(f"onnxruntime cannot load the model: {str(error).splitlines()[0]}") from error
+        return onnx.load(path)
+
+
+def _guard(graph: onnx.GraphProto, entries: list[onnx.NodeProto], block: int) -> None:
+    """Makes the shape of each of `entries` depend on nodes that fail where blocks have another size.
+
+    Four channels are reordered to a block, which is reshaped to `block` values, zeros whose largest is added
+    to each shape. The name of the node that fails is the message.
+    """
+    message = (
+        f"this file is for onnxruntime with blocks of {block} channels: compile it again on this machine"
+    )
+    constants = {
+        "probe": np.zeros((1, _PROBED, 1, 1), np.float32),
+        "expected": np.array([block]),
+        "axis": np.array([0]),
+    }
+    names = {name: f"block_size_{name}" for name in (*constants, "block", "values", "largest", "zero")}
+    graph.initializer.extend(onnx.numpy_helper.from_array(v, names[k]) for k, v in constants.items())
+    nodes = [
+        make_node("ReorderInput", [names["probe"]], [names["block"]], domain=DOMAIN, channels_last=0),
+        make_node("Reshape", [names["block"], names["expected"]], [names["values"]], name=message),
+        make_node("ReduceMax", [names["values"], names["axis"]], [names["largest"]]),
+        make_node("Cast", [names["largest"]], [names["zero"]], to=onnx.TensorProto.INT64),
+    ]
+    shapes = sorted({entry.input[1] for entry in entries})
+    nodes += [make_node("Add", [shape, names["zero"]], [f"{shape}_checked"]) for shape in shapes]
+    for entry in entries:
+        entry.input[1] = f"{entry.input[1]}_checked"
+    first = graph.node[0]
+    substitute(graph, {first.output[0]: [*nodes, first]})

@@ -1,0 +1,100 @@
+"""Which of several files of one network is the fastest on this machine."""
+
+import contextlib
+import hashlib
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+
+from pn_compiler.errors import ExportError
+from pn_compiler.export.files import write_atomically
+from pn_compiler.export.sessions import make_session
+
+ROUNDS = 5
+_RUNS = 10  # in a session, the first three to warm up
+_WARM_UP = 3
+
+
+def milliseconds(
+    files: Mapping[str, Path], feed: Mapping[str, np.ndarray[Any, Any]], done: Callable[[], object]
+) -> dict[str, float]:
+    """Median time of an inference in onnxruntime on the CPU, all cores, for each of `files`.
+
+    There is one session at a time, for the threads of an idle one spin; the files take turns for some
+    rounds, forwards and backwards, so that a drift of the machine meets all of them.
+
+    Args:
+        files: paths of ONNX files, by any name.
+        feed: inputs.
+        done: called after each session, of which there are `ROUNDS` for each file.
+    """
+    times: dict[str, list[float]] = {name: [] for name in files}
+    for index in range(ROUNDS):
+        for name in list(files) if index % 2 else list(files)[::-1]:
+            session = make_session(str(files[name]))
+            spent = []
+            for _ in range(_WARM_UP + _RUNS):
+                start = time.perf_counter()
+                session.run(None, dict(feed))
+                spent.append(1e3 * (time.perf_counter() - start))
+            times[name].append(statistics.median(spent[_WARM_UP:]))
+            del session
+            done()
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def fingerprint(model: onnx.ModelProto, feed: Mapping[str, np.ndarray[Any, Any]]) -> str:
+    """Of a network without its weights, the shapes of its inputs, onnxruntime and this machine."""
+    digest = hashlib.sha256()
+    shapes = {name: (x.shape, str(x.dtype)) for name, x in feed.items()}
+    machine = (onnxruntime.__version__, platform.machine(), _processor(), os.cpu_count())
+    digest.update(repr((sorted(shapes.items()), machine)).encode())
+    for tensor in model.graph.initializer:
+        digest.update(repr((tensor.name, tuple(tensor.dims), tensor.data_type)).encode())
+    for node in model.graph.node:
+        digest.update(node.SerializeToString(deterministic=True))
+    return digest.hexdigest()
+
+
+def _processor() -> str:
+    """Model and instruction sets of the CPU, where the system tells."""
+    with contextlib.suppress(OSError):
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        told = {line.split(":")[0].strip(): line for line in reversed(lines)}
+        return told.get("model name", "") + told.get("flags", told.get("Features", ""))
+    return platform.processor()
+
+
+class Memory:
+    """Results of earlier measurements: a JSON file in the user's cache, by fingerprint."""
+
+    def __init__(self) -> None:
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        self.path = cache / "pn_compiler" / "tuning.json"
+
+    def recall(self, key: str) -> dict[str, float] | None:
+        """Milliseconds by candidate; None if it was never measured, or the file cannot be read."""
+        found = self._read().get(key)
+        return found if isinstance(found, dict) else None
+
+    def keep(self, key: str, times: Mapping[str, float]) -> None:
+        """Writes them down; a cache that cannot be written is no error."""
+        with contextlib.suppress(OSError, ExportError):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            content = json.dumps(self._read() | {key: dict(times)}, indent=1)
+            write_atomically(self.path, content.encode())
+
+    def _read(self) -> dict[str, Any]:
+        with contextlib.suppress(OSError, ValueError):
+            content = json.loads(self.path.read_text())
+            return content if isinstance(content, dict) else {}
+        return {}

@@ -1,0 +1,100 @@
+"""Graphs in onnxruntime's blocked layout: which normalizers are in it, and that they are right."""
+
+from collections import Counter
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from torch import nn
+
+import pn_compiler
+from pn_compiler.errors import ExportError
+from pn_compiler.export import blocked, make_session
+from pn_compiler.export.blocked import DOMAIN, block_size, in_blocked_layout
+from pn_compiler.export.normalizers import use_two_stage_sums
+from pn_compiler.testing import randomize_batch_norms
+
+BLOCK = block_size()
+
+
+def portable(tmp_path, channels: int, groups: int = 1, *, act: type[nn.Module] = nn.ReLU) -> onnx.ModelProto:
+    """Two normalizers, one of them before a residual sum."""
+
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first = nn.Sequential(nn.Conv2d(3, channels, 3, padding=1), nn.BatchNorm2d(channels), act())
+            self.second = nn.Sequential(nn.Conv2d(channels, channels, 3, padding=1), nn.BatchNorm2d(channels))
+            self.head = nn.Sequential(act(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, 5))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y = self.first(x)
+            return self.head(y + self.second(y))
+
+    torch.manual_seed(0)
+    net = randomize_batch_norms(Block()).eval()
+    pn_compiler.compile(net, tmp_path / "m.onnx", torch.randn(2, 3, 9, 7), num_groups=groups)
+    return onnx.load(tmp_path / "m.onnx")
+
+
+def operators(proto: onnx.ModelProto) -> Counter[str]:
+    return Counter(node.op_type for node in proto.graph.node)
+
+
+def run(proto: onnx.ModelProto, x: np.ndarray, *, optimized: bool = False) -> np.ndarray:
+    session = make_session(proto.SerializeToString(), optimized=optimized, threads=1)
+    return session.run(None, {session.get_inputs()[0].name: x})[0]
+
+
+@pytest.mark.parametrize("two_stage", [False, True])
+@pytest.mark.parametrize("act", [nn.ReLU, nn.SiLU])
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("batch", [1, 5])
+def test_normalizers_of_whole_blocks_need_no_reordering(
+    tmp_path, groups: int, act: type[nn.Module], two_stage: bool, batch: int
+) -> None:
+    proto = portable(tmp_path, 2 * BLOCK, groups, act=act)
+    x = np.random.default_rng(0).normal(size=(batch, 3, 9, 7)).astype(np.float32)
+    expected = run(proto, x)
+    if two_stage:
+        use_two_stage_sums(proto)
+    result, count = in_blocked_layout(proto)
+    assert count == 2
+    assert operators(result)["ReorderOutput"] == 1  # before the mean over pixels
+    assert operators(result)["ReorderInput"] == 1  # the probe
+    for optimized in (False, True):
+        np.testing.assert_allclose(run(result, x, optimized=optimized), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_padded_channels_do_not_enter_statistics(tmp_path) -> None:
+    """The last block of 24 channels is half empty with blocks of 16: the plain layout is kept there."""
+    channels = BLOCK + BLOCK // 2
+    with pytest.raises(ExportError, match="no normalizer can run in the blocked layout"):
+        in_blocked_layout(portable(tmp_path, channels))
+    with pytest.raises(ExportError, match="no normalizer"):  # a group is half a block
+        in_blocked_layout(portable(tmp_path, BLOCK, 2))
+
+
+def test_the_input_is_left_alone_and_only_used_domains_are_declared(tmp_path) -> None:
+    proto = portable(tmp_path, BLOCK)
+    before = proto.SerializeToString(deterministic=True)
+    result, _ = in_blocked_layout(proto)
+    assert proto.SerializeToString(deterministic=True) == before
+    assert {entry.domain for entry in result.opset_import} == {"", DOMAIN}
+    assert result.graph.input[0].type.tensor_type.shape.dim[0].dim_param == "batch"
+
+
+@pytest.mark.parametrize("optimized", [False, True])
+def test_a_file_for_another_size_of_blocks_says_so(tmp_path, optimized: bool) -> None:
+    result, _ = in_blocked_layout(portable(tmp_path, BLOCK))
+    (expected,) = [t for t in result.graph.initializer if t.name == "block_size_expected"]
+    expected.CopyFrom(onnx.numpy_helper.from_array(np.array([2 * BLOCK]), expected.name))
+    with pytest.raises(Exception, match=f"with blocks of {BLOCK} channels: compile it again on this machine"):
+        run(result, np.zeros((1, 3, 9, 7), np.float32), optimized=optimized)
+
+
+def test_a_machine_without_blocks_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(blocked, "DOMAIN", "com.example.missing")
+    with pytest.raises(ExportError, match="no blocked layout on this machine: use target portable"):
+        block_size()
