@@ -9,6 +9,7 @@ from pn_compiler.config import one_of
 from pn_compiler.errors import ConfigError
 from pn_compiler.export.depthwise_affine import use_depthwise_affines
 from pn_compiler.export.normalizers import expand_group_norms, use_two_stage_sums
+from pn_compiler.export.prelu import expand_prelus, use_leaky_relus
 
 TargetName = Literal["portable", "ort-cpu", "openvino", "cuda", "tensorrt", "auto"]
 GROUP_NORM_OPSET = 21  # the first whose GroupNormalization has a weight for each channel
@@ -21,7 +22,7 @@ class Target:
     Attributes:
         name: of the target, and of the way if there are several.
         norms: InstanceNormalization, means in two stages, or GroupNormalization with its weight and bias.
-        affines: weight and bias as a depthwise 1x1 Conv, or as Mul and Add.
+        affines: weight, bias and slopes of channels as depthwise 1x1 Conv, or as Mul, Add and PRelu.
         blocked: whether the graph is laid out for onnxruntime on this kind of CPU: see `in_blocked_layout`.
     """
 
@@ -35,12 +36,13 @@ class Target:
         return GROUP_NORM_OPSET if self.norms == "group" else 18
 
     def lower(self, model: onnx.ModelProto, folder: str = "") -> None:
-        """Writes the normalizers of what torch.onnx gave in this way; the layout is not changed yet.
+        """Writes normalizers and PRelu of what torch.onnx gave in this way; the layout is not changed yet.
 
         Args:
             model: edited in place.
             folder: where the files of external data lie.
         """
+        use_leaky_relus(model, folder)
         if self.norms == "group":
             return
         expand_group_norms(model, folder)
@@ -48,6 +50,7 @@ class Target:
             use_two_stage_sums(model)
         if self.affines == "conv":
             use_depthwise_affines(model, folder)
+            expand_prelus(model, folder)
 
 
 PORTABLE = Target("portable")
