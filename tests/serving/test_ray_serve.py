@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -305,3 +306,24 @@ def test_a_replica_that_hangs_is_replaced(served, capsys) -> None:
     with Load(served, "--requests=20") as load:
         report = load.stop()
     assert (report["answered"], report["retried"], report["wrong"]) == (40, 0, 0)
+
+
+def test_a_port_in_use() -> None:
+    """Ray Serve does not start, and says why."""
+    program = (
+        "import ray, sys\n"
+        "from ray import serve\n"
+        "ray.init('local', num_cpus=2, include_dashboard=False, _node_ip_address='127.0.0.1')\n"
+        "serve.start(http_options={'host': '127.0.0.1', 'port': int(sys.argv[1])})\n"
+    )
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        done = subprocess.run(
+            [sys.executable, "-c", program, str(port)],
+            capture_output=True, text=True, check=False, timeout=120,
+            env={k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"},
+        )  # fmt: skip
+    assert done.returncode == 1
+    assert f"RuntimeError: Failed to bind to address '127.0.0.1:{port}'" in done.stderr
