@@ -100,11 +100,11 @@ def pieces(node: fx.Node, num_channels: int) -> list[slice] | None:
 
 
 def taken_channels(node: fx.Node) -> slice | None:
-    """The channels in x[:, a:b, ...] with constant a and b; None if `node` is something else."""
+    """The channels in x[:, a:b, ...] with constant a and b, whatever the pixels; None if it is none."""
     index = node.args[1] if node.target is operator.getitem else None
     if not isinstance(index, tuple) or len(index) < 2 or index[0] != slice(None):
         return None
-    spatial = all(part is Ellipsis or part == slice(None) for part in index[2:])
+    spatial = all(part is Ellipsis or isinstance(part, slice) for part in index[2:])
     channels = index[1]
     if not spatial or not isinstance(channels, slice):
         return None
@@ -124,6 +124,33 @@ def resizes(graph: fx.GraphModule, node: fx.Node, value: fx.Node) -> bool:
     amounts = given.get("pad")
     inside = dims is not None and isinstance(amounts, list | tuple) and len(amounts) <= 2 * (dims - 2)
     return inside and given.get("mode") in ("reflect", "replicate", "circular")
+
+
+def transposed(node: fx.Node, dims: int) -> list[int] | None:
+    """For each axis of `node` that of its input, of `dims` dimensions; None if `node` is no transposition."""
+    name, order = operator_name(node), list(range(dims))
+    if name == "permute":
+        given = node.args[1:] or tuple(node.kwargs.values())
+        flat = given[0] if len(given) == 1 and isinstance(given[0], list | tuple) else given
+        axes = [axis % dims for axis in flat if isinstance(axis, int)]
+        return axes if sorted(axes) == order else None
+    if name not in ("transpose", "swapaxes", "swapdims"):
+        return None
+    pair = [axis for axis in (*node.args[1:], *node.kwargs.values()) if isinstance(axis, int)]
+    if len(pair) != 2:
+        return None
+    one, other = (axis % dims for axis in pair)
+    order[one], order[other] = order[other], order[one]
+    return order
+
+
+def joins_pixels(graph: fx.GraphModule, node: fx.Node) -> bool:
+    """Whether `node` makes [N, C, S] of [N, C, *]."""
+    module = called_module(graph, node)
+    if isinstance(module, nn.Flatten):
+        return (module.start_dim, module.end_dim) == (2, -1)
+    given = operands(node, "start_dim", "end_dim")
+    return operator_name(node) == "flatten" and (given.get("start_dim"), given.get("end_dim", -1)) == (2, -1)
 
 
 def shuffled(graph: fx.GraphModule, node: fx.Node) -> tuple[fx.Node, int] | None:

@@ -6,13 +6,22 @@ from collections import Counter
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
 from pn_compiler.graph_utils import called_module
 from pn_compiler.nn import ChannelAffine, ProxyNormAct
 from pn_compiler.pass_base import GraphPass, PassResult
 from pn_compiler.passes.absorption import Router, commutes, put_into
-from pn_compiler.passes.channels import channels_of, concatenated, pieces, resizes, shuffled, taken_channels
+from pn_compiler.passes.channels import (
+    channels_of,
+    concatenated,
+    joins_pixels,
+    pieces,
+    resizes,
+    shuffled,
+    taken_channels,
+    transposed,
+)
 from pn_compiler.passes.route_affine import RouteAffine
 from pn_compiler.passes.site_outputs import site_outputs, where_it_went
 from pn_compiler.ranks import flattens_module, rank
@@ -27,19 +36,21 @@ class _Pair:
         scale, shift: [C], float64.
         sources: the nodes whose scale and shift they are made of.
         flat: whether the value is [N, C * S], of [N, C, *].
+        axis: of the channels.
     """
 
     scale: Tensor
     shift: Tensor
     sources: frozenset[fx.Node]
     flat: bool = False
+    axis: int = 1
 
     def take(self, channels: slice | Tensor) -> "_Pair":
         return dataclasses.replace(self, scale=self.scale[channels], shift=self.shift[channels])
 
 
 class SinkAffine(GraphPass):
-    """Moves constant scales and shifts through concatenations, sums and slices into linear operators.
+    """Moves constant scales and shifts through concatenations, sums, slices and transpositions.
 
     Given:   cat(ProxyNormAct(x), y) -> maxpool -> conv1x1     Result:  cat(act(gn(x)), y) -> maxpool -> conv'
              ChannelAffine(a, r, v) + y -> conv1x1             a + y -> conv', if r = 1
@@ -152,10 +163,24 @@ class _Flow:
         if len(node.all_input_nodes) != 1 or (value := node.all_input_nodes[0]) not in self.pairs:
             return False
         pair = self.pairs[value]
-        if pair.flat != (rank(value) == 2) or self.router.refusal(node, value, len(pair.scale)) is not None:
+        if pair.axis != 1:
+            if not self._ends_channels_last(node, value, pair):
+                return False
+        elif pair.flat != (rank(value) == 2) or self.router.refusal(node, value, len(pair.scale)) is not None:
             return False
         self.absorbers[node] = pair
         return True
+
+    def _ends_channels_last(self, node: fx.Node, value: fx.Node, pair: _Pair) -> bool:
+        """Whether `node` is a linear layer over the last axis, and the channels are there."""
+        module, dims = called_module(self.graph, node), rank(value)
+        return (
+            type(module) is nn.Linear
+            and dims == pair.axis + 1
+            and module.in_features == len(pair.scale)
+            and node.args == (value,)
+            and self.router.fixed_weight(node) is None
+        )
 
     def _passes(self, node: fx.Node) -> bool:
         """Whether the pairs of the inputs of `node` can be applied to its output instead: then it has one."""
@@ -181,13 +206,19 @@ class _Flow:
         pair = self.pairs.get(value)
         if pair is None or any(n in self.pairs for n in node.all_input_nodes if n is not value):
             return False
-        if commutes(self.graph, node, value, through_padding=False):
+        dims = rank(value)
+        axes = None if dims is None or pair.flat else transposed(node, dims)
+        if axes is not None:
+            self.pairs[node] = dataclasses.replace(pair, axis=axes.index(pair.axis))
+        elif pair.axis != 1:
+            return self._passes_with_channels_elsewhere(node, pair)
+        elif commutes(self.graph, node, value, through_padding=False):
             module = called_module(self.graph, node)
             flattens = flattens_channels(node) or (module is not None and flattens_module(module))
             self.pairs[node] = dataclasses.replace(pair, flat=pair.flat or flattens or rank(node) == 2)
         elif pair.flat:
             return False
-        elif resizes(self.graph, node, value):
+        elif resizes(self.graph, node, value) or joins_pixels(self.graph, node):
             self.pairs[node] = pair
         elif (shuffle := shuffled(self.graph, node)) is not None and len(pair.scale) % shuffle[1] == 0:
             last, groups = shuffle
@@ -202,10 +233,17 @@ class _Flow:
             return False
         return True
 
+    def _passes_with_channels_elsewhere(self, node: fx.Node, pair: _Pair) -> bool:
+        module = called_module(self.graph, node)
+        if not isinstance(module, nn.Identity | nn.Dropout) and operator_name(node) != "contiguous":
+            return False
+        self.pairs[node] = pair
+        return True
+
     def _concatenate(self, branches: Sequence[fx.Node]) -> _Pair | None:
         found = [self._pair_of(branch) for branch in branches]
         pairs = [pair for pair in found if pair is not None]
-        if len(pairs) < len(branches) or any(pair.flat for pair in pairs):
+        if len(pairs) < len(branches) or any(pair.flat or pair.axis != 1 for pair in pairs):
             return None
         return _Pair(
             torch.cat([pair.scale for pair in pairs]),
@@ -230,7 +268,7 @@ class _Flow:
         operands = [n for n in node.args if isinstance(n, fx.Node)]
         pairs = [self.pairs[n] for n in operands if n in self.pairs]
         ranks = {rank(n) for n in operands}
-        if len(ranks) > 1 or None in ranks or any(p.flat or len(p.scale) == 1 for p in pairs):
+        if len(ranks) > 1 or None in ranks or any(p.flat or p.axis != 1 or len(p.scale) == 1 for p in pairs):
             return None
         one = pairs[0]
         if len(pairs) == 1:

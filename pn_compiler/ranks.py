@@ -6,6 +6,7 @@ value. Both questions need ranks, not shapes, so no example input is needed for 
 
 import logging
 import math
+import operator
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from pn_compiler.activations import activation_of, is_activation
 from pn_compiler.graph_utils import called_module
 from pn_compiler.inputs import Inputs
 from pn_compiler.nn import ChannelAffine, ConstantAffine, ConstantClamp, ProxyNormAct
-from pn_compiler.spelling import flattens_channels, operator_name, reduced_dims
+from pn_compiler.spelling import flattens_channels, operands, operator_name, reduced_dims
 
 logger = logging.getLogger(__name__)
 
@@ -44,7 +45,10 @@ _MODULE_RANKS: dict[type[nn.Module], int] = {
     )
 } | {nn.BatchNorm2d: 4, nn.BatchNorm3d: 5}  # BatchNorm1d takes [N, C] and [N, C, L]
 
-_KEEPS_RANK = {"add", "iadd", "sub", "mul", "imul", "cat", "linear", "dropout", "batch_norm"} | {"contiguous"}
+_KEEPS_RANK = {
+    *("add", "iadd", "sub", "mul", "imul", "cat", "linear", "dropout", "batch_norm"),
+    *("contiguous", "permute", "transpose", "swapaxes", "swapdims"),
+}
 _KEEPS_RANK_MODULES = (
     nn.Linear,
     nn.GroupNorm,
@@ -119,7 +123,13 @@ def _rank_of(graph: fx.GraphModule, node: fx.Node) -> int | None:
         return _rank_of_module(graph, node, module)
     if flattens_channels(node):
         return 2
+    if node.target is operator.getitem and isinstance(node.args[1], tuple):
+        slices = all(part is Ellipsis or isinstance(part, slice) for part in node.args[1])
+        return _rank_of_inputs(node) if slices else None
     name = operator_name(node)
+    if name == "flatten":
+        given = operands(node, "start_dim", "end_dim")
+        return _rank_flattened(given.get("start_dim", 0), given.get("end_dim", -1))
     if name in _FUNCTION_RANKS:
         return _FUNCTION_RANKS[name]
     if name.removesuffix("_") in _KEEPS_RANK or activation_of(node) is not None:
@@ -132,8 +142,8 @@ def _rank_of(graph: fx.GraphModule, node: fx.Node) -> int | None:
 
 
 def _rank_of_module(graph: fx.GraphModule, node: fx.Node, module: nn.Module) -> int | None:
-    if flattens_module(module):
-        return 2
+    if isinstance(module, nn.Flatten):
+        return _rank_flattened(module.start_dim, module.end_dim)
     for cls, known in _MODULE_RANKS.items():
         if isinstance(module, cls):
             return known
@@ -151,6 +161,10 @@ def _rank_of_module(graph: fx.GraphModule, node: fx.Node, module: nn.Module) -> 
 def flattens_module(module: nn.Module) -> bool:
     """Whether `module` makes [N, C * S] of [N, C, *]."""
     return isinstance(module, nn.Flatten) and (module.start_dim, module.end_dim) == (1, -1)
+
+
+def _rank_flattened(start: Any, end: Any) -> int | None:
+    return start + 1 if isinstance(start, int) and start >= 0 and end == -1 else None
 
 
 def _rank_of_inputs(node: fx.Node) -> int | None:

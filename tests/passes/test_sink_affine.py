@@ -77,6 +77,26 @@ PASSES: dict[str, tuple[Callable[..., Tensor], int]] = {
 }  # fmt: skip
 
 
+TRANSPOSED: dict[str, tuple[Callable[..., Tensor], nn.Module]] = {
+    "pixels": (lambda a, b, x: torch.cat([a, b], 1)[:, :, 1:].transpose(2, 3), nn.Conv2d(16, 4, 1)),
+    "tokens": (lambda a, b, x: torch.cat([a, b], 1).flatten(2).transpose(1, 2), nn.Linear(16, 4)),
+    "rows of pixels": (
+        lambda a, b, x: torch.cat([a, b], 1),
+        nn.Sequential(nn.Flatten(2), nn.Conv1d(16, 4, 1)),
+    ),
+    "channels last": (lambda a, b, x: a.permute(0, 2, 3, 1).contiguous(), nn.Linear(8, 4)),
+    "there and back": (lambda a, b, x: a.permute(0, 2, 3, 1).permute(0, 3, 1, 2), nn.Conv2d(8, 4, 1)),
+    "by steps": (lambda a, b, x: a.transpose(1, 2).transpose(2, 3), nn.Linear(8, 4)),
+    "dropout": (lambda a, b, x: a.permute((0, 2, 3, 1)), nn.Sequential(nn.Dropout(), nn.Linear(8, 4))),
+}
+
+
+@pytest.mark.parametrize("name", TRANSPOSED)
+def test_transpositions_commute(name: str) -> None:
+    join, reader = TRANSPOSED[name]
+    check(converted(Net(join, reader, nn.SiLU)), 0)
+
+
 @pytest.mark.parametrize("act", [nn.ReLU, nn.SiLU])
 @pytest.mark.parametrize("name", PASSES)
 def test_what_commutes(name: str, act: Callable[[], nn.Module]) -> None:
@@ -110,7 +130,20 @@ STAYS: dict[str, tuple[Callable[..., Tensor], nn.Module]] = {
     "a product": (lambda a, b, x: a * b, nn.Conv2d(8, 4, 1)),
     "another scale": (lambda a, b, x: a + b, nn.Conv2d(8, 4, 1)),
     "rows": (lambda a, b, x: torch.cat([a, b], 2), nn.Conv2d(8, 4, 1)),
-    "pixels": (lambda a, b, x: torch.cat([a, b], 1)[:, :, 1:].transpose(2, 3), nn.Conv2d(16, 4, 1)),
+    "a row": (lambda a, b, x: torch.cat([a, b], 1)[:, :, :, 1], nn.Conv1d(16, 4, 1)),
+    "channels last, a convolution": (
+        lambda a, b, x: torch.cat([a, b], 1).permute(0, 2, 3, 1),
+        nn.Conv2d(9, 4, 1),
+    ),
+    "channels last, an activation": (
+        lambda a, b, x: torch.cat([a, b], 1).permute(0, 2, 3, 1),
+        nn.Sequential(nn.Sigmoid(), nn.Linear(16, 4)),
+    ),
+    "a linear layer over pixels": (lambda a, b, x: torch.cat([a, b], 1), nn.Linear(9, 4)),
+    "channels last, a sum": (
+        lambda a, b, x: a.permute(0, 2, 3, 1) + b.permute(0, 2, 3, 1),
+        nn.Linear(8, 4),
+    ),
     "in place": (lambda a, b, x: torch.cat([a, b], 1).add_(1), nn.Conv2d(16, 4, 1)),
     "channels unknown": (lambda a, b, x: torch.cat([a, b, x.square()], 1), nn.Conv2d(19, 4, 1)),
     "transposed": (lambda a, b, x: torch.cat([a, b], 1), nn.ConvTranspose2d(16, 4, 2)),
