@@ -7,8 +7,9 @@ variance of a group do not depend on the order of its elements, and a group of w
 memory in both layouts: there the normalizer works on the blocked memory as it is.
 """
 
+import dataclasses
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from pathlib import Path
 
 import numpy as np
@@ -52,7 +53,7 @@ def in_blocked_layout(model: onnx.ModelProto) -> tuple[onnx.ModelProto, int]:
     """What onnxruntime makes of `model` on this machine, with the normalizers in the blocked layout, too.
 
     The result is for onnxruntime alone, and for machines with blocks of the same size. On another one it
-    stops with an error whose text says so: when it is loaded, or if optimizations are off, when it is run.
+    stops with an error whose text says so when it is run.
 
     Args:
         model: standard operators, weights inside; left untouched.
@@ -70,7 +71,7 @@ def in_blocked_layout(model: onnx.ModelProto) -> tuple[onnx.ModelProto, int]:
     changed: dict[str, list[onnx.NodeProto]] = {}
     entries = []
     for reorder in [node for node in graph.node if node.op_type == "ReorderOutput"]:
-        normalizer = _Normalizer.behind(reorder, view)
+        normalizer = _normalizer_behind(reorder, view)
         if normalizer is None or attribute(reorder, "channels") // normalizer.groups % block:
             continue
         normalizer.entry.input[0] = reorder.input[0]
@@ -93,6 +94,7 @@ def in_blocked_layout(model: onnx.ModelProto) -> tuple[onnx.ModelProto, int]:
     return result, len(entries)
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
 class _Normalizer:
     """The part of a graph from the Reshape of a normalizer to the one that restores the shape.
 
@@ -100,30 +102,38 @@ class _Normalizer:
         entry: the first Reshape.
         exit: what the last one gives.
         groups: of the normalizer.
-        blocked: the same, reordered to the blocked layout.
+        blocked: the same as `exit`, reordered to the blocked layout.
     """
 
-    def __init__(self, entry: onnx.NodeProto, last: str, groups: int, blocked: list[str]) -> None:
-        self.entry, self.exit, self.groups, self.blocked = entry, last, groups, blocked
+    entry: onnx.NodeProto
+    exit: str
+    groups: int
+    blocked: tuple[str, ...]
 
-    @classmethod
-    def behind(cls, reorder: onnx.NodeProto, view: GraphView) -> "_Normalizer | None":
-        """That which alone reads what `reorder` gives, if it is only read in the blocked layout itself."""
-        entry = view.only_reader(reorder.output[0])
-        if entry is None or entry.op_type != "Reshape":
-            return None
-        shape = view.values(entry.input[1])
-        inner = list(_until_reshape(entry, view))
-        exits = {node.output[0] for node in inner if node.op_type == "Reshape"}
-        if shape is None or len(shape) < 3 or shape[0] != 0 or len(exits) != 1:
-            return None
-        if {node.op_type for node in inner} - _STATISTICS - {"Reshape"}:
-            return None
-        (last,) = exits
-        readers = view.readers.get(last, [])
-        if last in view.outputs or any(node.op_type != "ReorderInput" for node in readers):
-            return None
-        return cls(entry, last, int(shape[1]), [node.output[0] for node in readers])
+
+def _normalizer_behind(reorder: onnx.NodeProto, view: GraphView) -> _Normalizer | None:
+    """That which alone reads what `reorder` gives, and is only read in the blocked layout itself."""
+    entry = view.only_reader(reorder.output[0])
+    if entry is None or entry.op_type != "Reshape":
+        return None
+    inner = {node.output[0]: node for node in _until_reshape(entry, view)}
+    exits = [node for node in inner.values() if node.op_type == "Reshape"]
+    shape = view.values(entry.input[1])
+    if shape is None or len(shape) < 3 or shape[0] != 0 or len(exits) != 1:
+        return None
+    (last,) = exits
+    restored, sizes = view.values(last.input[1]), view.shapes.get(reorder.output[0])
+    if restored is None or sizes is None or list(restored)[1:] != sizes[1:]:
+        return None
+    del inner[last.output[0]]
+    if not all(
+        _ignores_order(node, inner.keys() | {entry.output[0]}, len(shape), view) for node in inner.values()
+    ):
+        return None
+    readers = view.readers.get(last.output[0], [])
+    if last.output[0] in view.outputs or any(node.op_type != "ReorderInput" for node in readers):
+        return None
+    return _Normalizer(entry, last.output[0], int(shape[1]), tuple(node.output[0] for node in readers))
 
 
 def _until_reshape(node: onnx.NodeProto, view: GraphView) -> Iterator[onnx.NodeProto]:
@@ -132,6 +142,27 @@ def _until_reshape(node: onnx.NodeProto, view: GraphView) -> Iterator[onnx.NodeP
         yield reader
         if reader.op_type in _STATISTICS:
             yield from _until_reshape(reader, view)
+
+
+def _ignores_order(node: onnx.NodeProto, inside: Set[str], dims: int, view: GraphView) -> bool:
+    """Whether `node` treats all elements of a group alike, [N, G, L] or [N, G, C / G, S].
+
+    Args:
+        inside: the values that are computed of the group.
+        dims: 3 or 4, of the two.
+    """
+    if node.op_type == "InstanceNormalization":
+        return dims == 3
+    if node.op_type == "ReduceMean":
+        axes = view.values(node.input[1]) if len(node.input) > 1 else None
+        if axes is None or len(axes) != 1:
+            return False
+        if dims == 3 or axes[0] == 2:  # the mean of a group, of all its elements or of its channels
+            return axes[0] == 2 and (dims == 3 or view.producers[node.input[0]].op_type == "ReduceMean")
+        reader = view.only_reader(node.output[0])  # means of channels are for nothing else
+        return axes[0] == 3 and reader is not None and reader.op_type == "ReduceMean"
+    constants = [view.values(name) for name in node.input if name not in inside]
+    return node.op_type in _STATISTICS and all(c is not None and c.size == 1 for c in constants)
 
 
 def _optimized(model: onnx.ModelProto) -> onnx.ModelProto:

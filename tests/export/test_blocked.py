@@ -76,6 +76,80 @@ def test_padded_channels_do_not_enter_statistics(tmp_path) -> None:
         in_blocked_layout(portable(tmp_path, BLOCK, 2))
 
 
+def by_hand(inner: list[onnx.NodeProto], entry: list[int], leave: list[int]) -> onnx.ModelProto:
+    """Conv, Reshape to `entry`, `inner` from "a" to "b", Reshape to `leave`, Conv."""
+    channels = 2 * BLOCK
+    shapes = {"entry": entry, "leave": leave}
+    weights = {"w": (channels, 3, 1, 1), "v": (4, leave[1], 1, 1)}
+    generator = np.random.default_rng(0)
+    constants = {name: np.array(value) for name, value in shapes.items()}
+    constants |= {k: generator.normal(size=size).astype(np.float32) for k, size in weights.items()}
+    constants |= {
+        "ones": np.ones(1, np.float32), "zeros": np.zeros(1, np.float32), "two": np.array([2]),
+        "three": np.array([3]), "rows": np.arange(8, dtype=np.float32),
+    }  # fmt: skip
+    make = onnx.helper.make_node
+    nodes = [
+        make("Conv", ["x", "w"], ["y"]), make("Reshape", ["y", "entry"], ["a"]), *inner,
+        make("Reshape", ["b", "leave"], ["c"]), make("Conv", ["c", "v"], ["z"]),
+    ]  # fmt: skip
+    graph = onnx.helper.make_graph(
+        nodes, "g", [onnx.helper.make_tensor_value_info("x", 1, ["batch", 3, 4, 8])],
+        [onnx.helper.make_tensor_value_info("z", 1, None)],
+        [onnx.numpy_helper.from_array(value, name) for name, value in constants.items()],
+    )  # fmt: skip
+    proto = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 20)], ir_version=9)
+    return onnx.shape_inference.infer_shapes(proto)
+
+
+NORM = onnx.helper.make_node("InstanceNormalization", ["a", "ones", "zeros"], ["n"])
+SUB = onnx.helper.make_node("Sub", ["a", "m"], ["b"])
+
+
+def rename(node: onnx.NodeProto, output: str) -> onnx.NodeProto:
+    copy = onnx.NodeProto()
+    copy.CopyFrom(node)
+    copy.output[0] = output
+    return copy
+
+
+def mean(axis: str, source: str = "a", result: str = "m") -> onnx.NodeProto:
+    return onnx.helper.make_node("ReduceMean", [source, axis], [result])
+
+
+ORDERED = {
+    "whole": ([rename(NORM, "b")], [0, 1, -1], [-1, 2 * BLOCK, 4, 8], True),
+    "mean": ([mean("two"), SUB], [0, 1, -1], [-1, 2 * BLOCK, 4, 8], True),
+    "mean of means": (
+        [mean("three", "a", "k"), mean("two", "k"), SUB], [0, 1, 2 * BLOCK, -1], [-1, 2 * BLOCK, 4, 8], True,
+    ),
+    "another shape behind": ([rename(NORM, "b")], [0, 1, -1], [-1, BLOCK, 8, 8], False),
+    "means of channels": ([mean("three"), SUB], [0, 1, 2 * BLOCK, -1], [-1, 2 * BLOCK, 4, 8], False),
+    "means of pixels": ([mean("two"), SUB], [0, 1, 2 * BLOCK, -1], [-1, 2 * BLOCK, 4, 8], False),
+    "a weight for each element": (
+        [NORM, onnx.helper.make_node("Mul", ["n", "rows"], ["b"])],
+        [0, 1, 8 * BLOCK, 8], [-1, 2 * BLOCK, 4, 8], False,
+    ),
+    "a softmax": (
+        [onnx.helper.make_node("Softmax", ["a"], ["b"])], [0, 1, -1], [-1, 2 * BLOCK, 4, 8], False,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ORDERED)
+def test_only_what_ignores_the_order_of_elements(name: str) -> None:
+    inner, entry, leave, fits = ORDERED[name]
+    proto = by_hand(inner, entry, leave)
+    if not fits:
+        with pytest.raises(ExportError, match="no normalizer"):
+            in_blocked_layout(proto)
+        return
+    result, count = in_blocked_layout(proto)
+    assert count == 1
+    x = np.random.default_rng(1).normal(size=(2, 3, 4, 8)).astype(np.float32)
+    np.testing.assert_allclose(run(result, x), run(proto, x), rtol=1e-5, atol=1e-5)
+
+
 def test_the_input_is_left_alone_and_only_used_domains_are_declared(tmp_path) -> None:
     proto = portable(tmp_path, BLOCK)
     before = proto.SerializeToString(deterministic=True)
