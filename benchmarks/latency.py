@@ -1,221 +1,212 @@
-"""How long an ONNX file takes, beside that of the same network with BatchNorm, in onnxruntime on a CPU.
+"""How long an ONNX file takes, beside that of the same network with BatchNorm, on a CPU.
 
-    python -m benchmarks.latency --mode exact --json latency.json
-    python -m benchmarks.latency --mode static --models resnet50,mobilenet_v2,efficientnet_b0
+    python -m benchmarks.latency --mode exact --json latency.json --plot latency.png
+    python -m benchmarks.latency --mode static --models resnet50,mobilenet_v2,efficientnet_b0 --openvino
+    python -m benchmarks.latency --mode exact --profile resnet50 "pn_compiler, after a warm start"
 
 Each mode compares several files made from one network of torchvision, or the U-Net of `benchmarks.networks`,
 the first with BatchNorm folded into the convolutions. Weights and running statistics are random, which is no
 matter for the time. Sessions are opened one after the other, never two at a time, for the threads of an idle
 one spin. In each round every file gets a session, forwards in one round and backwards in the next; its time
 is the median of its runs. A ratio is the median over all rounds of the time to that of the first file in the
-same round.
+same round and the same runtime.
 """
 
 import argparse
 import dataclasses
-import io
+import importlib.util
 import itertools
 import json
 import os
 import statistics
-import tempfile
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor, nn
 from tqdm import tqdm
 
-import pn_compiler
-from benchmarks.networks import UNet
-from pn_compiler.export import DEFAULT_OPSET, make_session
-from pn_compiler.testing import randomize_batch_norms
-from tests import zoo
+from benchmarks import latency_plot, operator_profile
+from benchmarks.runtimes import CRASHES, RUNTIMES, Runtime
+from benchmarks.variants import MODES, RUNTIME_OF, image
 
 NETWORKS = ("resnet18", "resnet50", "mobilenet_v2", "efficientnet_b0", "densenet121", "unet")
 _WARM_UP = 3  # runs
 
-#: makes a file of the network with a name, for images of a size in batches of a size
-Variant = Callable[[str, int, int], bytes]
-
-
-def build(name: str) -> nn.Module:
-    torch.manual_seed(0)
-    network = UNet(classes=11) if name == "unet" else zoo.torchvision().models.get_model(name, weights=None)
-    return randomize_batch_norms(network).eval()
-
-
-def batch_norm(name: str, pixels: int, batch: int = 1) -> bytes:
-    """As torch exports it; onnxruntime folds the normalization when it loads the file."""
-    return _plain_export(build(name), _image(name, pixels, batch), DEFAULT_OPSET)
-
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Plain:
-    """What `torch.onnx.export` makes of the converted network, with none of our work on it.
+class Row:
+    """One line of the output; `ratio` is to the first variant with all else equal."""
 
-    Attributes:
-        proxy: with proxy normalization, computed from its parameters in each run; else normalizers alone.
-        opset_version: of the file.
-    """
+    model: str
+    batch: int
+    threads: int
+    runtime: str
+    variant: str
+    milliseconds: float
+    ratio: float
 
-    proxy: bool
-    opset_version: int = DEFAULT_OPSET
-
-    def __call__(self, name: str, pixels: int, batch: int = 1) -> bytes:
-        image = _image(name, pixels, batch)
-        converted = pn_compiler.transform(build(name), image, proxy=self.proxy, warm_start="none")
-        return _plain_export(converted.eval(), image, self.opset_version)
-
-
-def _plain_export(network: nn.Module, image: Tensor, opset_version: int) -> bytes:
-    program = torch.onnx.export(network, (image,), dynamo=True, opset_version=opset_version, verbose=False)
-    assert program is not None
-    content = io.BytesIO()
-    program.save(content)
-    return content.getvalue()
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Compiled:
-    """What pn_compiler makes of it, with these options of `pn_compiler.transform`."""
-
-    options: Mapping[str, Any]
-
-    def __call__(self, name: str, pixels: int, batch: int = 1) -> bytes:
-        image = _image(name, pixels)
-        return _exported(pn_compiler.transform(build(name), image, **self.options), image)
-
-
-def _exported(network: nn.Module, image: Tensor) -> bytes:
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "model.onnx"
-        pn_compiler.export_onnx(network, path, image)  # verified, too
-        return path.read_bytes()
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Frozen:
-    """All statistics constant, after a conversion with these options of `pn_compiler.transform`."""
-
-    options: Mapping[str, Any]
-
-    def __call__(self, name: str, pixels: int, batch: int = 1) -> bytes:
-        converted = pn_compiler.transform(build(name), **self.options)
-        samples = _image(name, 64, batch=4)  # what the constants are does not matter
-        frozen, report = pn_compiler.freeze_statistics(converted, samples)
-        assert report.frozen == len(report.sites)
-        return _exported(frozen, _image(name, pixels))
-
-
-def _image(name: str, pixels: int, batch: int = 2) -> Tensor:
-    channels = 1 if name == "unet" else 3
-    return torch.randn(batch, channels, pixels, pixels, generator=torch.Generator().manual_seed(0))
-
-
-#: what is compared; the first is what the others are measured by
-MODES: dict[str, dict[str, Variant]] = {
-    "exact": {
-        "BatchNorm": batch_norm,
-        "normalizer, plain export": Plain(proxy=False),
-        "the same, opset 24": Plain(proxy=False, opset_version=24),
-        "normalizer + PN, plain export": Plain(proxy=True),
-        "pn_compiler, PN everywhere": Compiled({"warm_start": "none"}),
-        "pn_compiler, after a warm start": Compiled({}),
-    },
-    "static": {
-        "BatchNorm": batch_norm,
-        "warm start": Frozen({}),
-        "PN everywhere": Frozen({"warm_start": "none"}),
-        "PN everywhere, reference padding": Frozen({"warm_start": "none", "proxy_padding": "output"}),
-    },
-}
+    def __str__(self) -> str:
+        return (
+            f"{self.model:<17}{self.batch:>6}{self.threads:>8}  {self.runtime:<12}{self.variant:<34}"
+            f"{self.milliseconds:>8.2f}{self.ratio:>8.3f}"
+        )
 
 
 def measure(
-    files: Mapping[str, bytes], image: Tensor, *, threads: int, rounds: int, runs: int, title: str
+    files: Mapping[str, bytes],
+    images: np.ndarray[Any, Any],
+    runtime: Runtime,
+    *,
+    threads: int,
+    rounds: int,
+    runs: int,
+    title: str,
 ) -> dict[str, list[float]]:
     """Seconds of one inference, the median of a session, for each file and round."""
     seconds: dict[str, list[float]] = {variant: [] for variant in files}
     with tqdm(total=rounds * len(files), desc=title, disable=None, leave=False) as bar:
         for index in range(rounds):
             for variant in list(files) if index % 2 else reversed(files):
-                seconds[variant].append(_session(files[variant], image, threads, runs))
+                seconds[variant].append(_session(files[variant], images, runtime, threads, runs))
                 bar.update()
     return seconds
 
 
-def _session(content: bytes, image: Tensor, threads: int, runs: int) -> float:
+def _session(
+    content: bytes, images: np.ndarray[Any, Any], runtime: Runtime, threads: int, runs: int
+) -> float:
     """Median of the seconds of `runs` runs in a session of their own."""
-    session = make_session(content, threads=threads)
-    feed = {session.get_inputs()[0].name: np.ascontiguousarray(image.numpy())}
+    run = runtime(content, images, threads)
     times = []
     for _ in range(_WARM_UP + runs):
         start = time.perf_counter()
-        session.run(None, feed)
+        run()
         times.append(time.perf_counter() - start)
     return statistics.median(times[_WARM_UP:])
 
 
 def rows(
-    name: str, files: Mapping[str, bytes], arguments: argparse.Namespace, batch: int, threads: int
-) -> list[dict[str, Any]]:
+    name: str,
+    files: Mapping[str, bytes],
+    arguments: argparse.Namespace,
+    batch: int,
+    threads: int,
+    runtime: str,
+) -> list[Row]:
     """One for each file."""
+    files = {
+        variant: content
+        for variant, content in files.items()
+        if (runtime, variant) not in CRASHES and RUNTIME_OF.get(variant, runtime) == runtime
+    }
     seconds = measure(
-        files, _image(name, arguments.pixels, batch), threads=threads, rounds=arguments.rounds,
-        runs=arguments.runs, title=f"{name}, {threads} threads",
+        files, image(name, arguments.pixels, batch).numpy(), RUNTIMES[runtime], threads=threads,
+        rounds=arguments.rounds, runs=arguments.runs, title=f"{name}, {threads} threads, {runtime}",
     )  # fmt: skip
     base = next(iter(seconds.values()))
     return [
-        {
-            "model": name,
-            "batch": batch,
-            "threads": threads,
-            "variant": variant,
-            "milliseconds": 1e3 * statistics.median(times),
-            "ratio": statistics.median(a / b for a, b in zip(times, base, strict=True)),
-        }
+        Row(
+            name, batch, threads, runtime, variant, 1e3 * statistics.median(times),
+            statistics.median(a / b for a, b in zip(times, base, strict=True)),
+        )
         for variant, times in seconds.items()
-    ]
+    ]  # fmt: skip
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--mode", choices=list(MODES), required=True)
-    parser.add_argument("--models", default=",".join(NETWORKS))
-    parser.add_argument("--batches", default="1", help="batch sizes")
-    parser.add_argument("--threads", default="1,2")
-    parser.add_argument("--pixels", type=int, default=224)
-    parser.add_argument("--rounds", type=int, default=20)
-    parser.add_argument("--runs", type=int, default=20, help="in a session, besides some to warm up")
-    parser.add_argument("--json", type=Path)
-    arguments = parser.parse_args(argv)
-    warnings.simplefilter("ignore")
+def compare(arguments: argparse.Namespace) -> list[Row]:
+    """Measures and prints all that is asked for."""
     found = []
     print(f"load average {os.getloadavg()[0]:.1f} at the start; what else runs changes ratios, too")
-    print(f"{'model':<17}{'batch':>6}{'threads':>8}  {'variant':<34}{'ms':>8}{'ratio':>8}")
-    sizes, counts = ([*map(int, text.split(","))] for text in (arguments.batches, arguments.threads))
-    for name, batch in itertools.product(arguments.models.split(","), sizes):
+    print(f"{'model':<17}{'batch':>6}{'threads':>8}  {'runtime':<12}{'variant':<34}{'ms':>8}{'ratio':>8}")
+    runtimes = ["onnxruntime", *(["OpenVINO"] if arguments.openvino else [])]
+    for name, batch in itertools.product(arguments.models, arguments.batches):
         bar = tqdm(MODES[arguments.mode].items(), desc=f"{name}: files", disable=None, leave=False)
-        files = {variant: make(name, arguments.pixels, batch) for variant, make in bar}
-        for row in itertools.chain(*(rows(name, files, arguments, batch, threads) for threads in counts)):
-            found.append(row)
-            print(
-                f"{name:<17}{batch:>6}{row['threads']:>8}  {row['variant']:<34}{row['milliseconds']:>8.2f}"
-                f"{row['ratio']:>8.3f}",
-                flush=True,
-            )
+        files = {
+            variant: make(name, arguments.pixels, batch)
+            for variant, make in bar
+            if RUNTIME_OF.get(variant) in (None, *runtimes)
+        }
+        for runtime, threads in itertools.product(runtimes, arguments.threads):
+            measured = rows(name, files, arguments, batch, threads, runtime)
+            print(*measured, sep="\n", flush=True)
+            found += measured
     print(
         f"{arguments.pixels} x {arguments.pixels} pixels, float32, {arguments.rounds} sessions of "
         f"{arguments.runs} runs each, load average {os.getloadavg()[0]:.1f} at the end"
     )
+    return found
+
+
+def profile(arguments: argparse.Namespace) -> None:
+    """Prints the operator profile of one file, for each batch size."""
+    name, variant = arguments.profile
+    for batch in arguments.batches:
+        content = MODES[arguments.mode][variant](name, arguments.pixels, batch)
+        images = image(name, arguments.pixels, batch).numpy()
+        nodes = operator_profile.profile(content, images, runs=arguments.runs, warm_up=_WARM_UP)
+        print(f"{name}, {variant}, batch {batch}, {arguments.pixels} pixels, onnxruntime, 1 thread\n")
+        print(operator_profile.tables(nodes))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    arguments = _arguments(argv)
+    warnings.simplefilter("ignore")
+    if arguments.profile:
+        profile(arguments)
+        return 0
+    found = [dataclasses.asdict(row) for row in compare(arguments)]
     if arguments.json is not None:
         arguments.json.write_text(json.dumps(found, indent=1))
+    if arguments.plot is not None:
+        latency_plot.plot(found, arguments.plot)
     return 0
+
+
+def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    """What was asked for; exits with one line if it cannot be done, before any work."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--mode", choices=list(MODES), required=True)
+    parser.add_argument("--models", type=_names, default=list(NETWORKS))
+    parser.add_argument("--batches", type=_numbers, default=[1], help="batch sizes")
+    parser.add_argument("--threads", type=_numbers, default=[1, 2])
+    parser.add_argument("--pixels", type=int, default=224)
+    parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--runs", type=int, default=20, help="in a session, besides some to warm up")
+    parser.add_argument("--openvino", action="store_true", help="OpenVINO as well")
+    parser.add_argument(
+        "--profile", nargs=2, metavar=("MODEL", "VARIANT"), help="operators of one file, instead"
+    )
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="a picture, such as latency.png")
+    parser.add_argument("--json", type=Path)
+    arguments = parser.parse_args(argv)
+    variants = MODES[arguments.mode]
+    if arguments.profile and arguments.profile[1] not in variants:
+        parser.error(f"no variant {arguments.profile[1]!r}: expected one of {', '.join(map(repr, variants))}")
+    if arguments.openvino and importlib.util.find_spec("openvino") is None:
+        parser.error("--openvino needs OpenVINO: pip install openvino (pn-compiler[benchmark])")
+    if arguments.plot is not None:
+        _check_plot(parser, arguments.plot)
+    return arguments
+
+
+def _check_plot(parser: argparse.ArgumentParser, path: Path) -> None:
+    try:
+        known = latency_plot.file_types()
+    except ImportError:
+        parser.error("--plot needs matplotlib: pip install matplotlib (pn-compiler[benchmark])")
+    if path.suffix.removeprefix(".").lower() not in known:
+        parser.error(f"cannot plot to {path}: expected an ending out of {', '.join(known)}")
+
+
+def _names(text: str) -> list[str]:
+    return text.split(",")
+
+
+def _numbers(text: str) -> list[int]:
+    return [int(part) for part in text.split(",")]
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ import torch
 from onnx.reference import ReferenceEvaluator
 
 import pn_compiler
-from benchmarks.latency import build
+from benchmarks.variants import build
 from pn_compiler.export import relative_error
 from tests.serving.processes import ROOT
 
