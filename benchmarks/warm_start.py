@@ -65,7 +65,8 @@ def calibrated(name: str, groups: int) -> Networks:
 
 def distilled(name: str, groups: int) -> Networks:
     start, teacher = _converted(name, groups), trained.load_network(name)
-    network, _ = pn_compiler.distill(start, teacher, _samples(name, DISTILLATION))
+    logits = "all" if trained.RECIPES[name].segments else "auto"
+    network, _ = pn_compiler.distill(start, teacher, _samples(name, DISTILLATION), logits=logits)
     return {"distilled": network}
 
 

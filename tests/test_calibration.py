@@ -338,9 +338,13 @@ def test_the_command_calibrates_and_distills(tmp_path, capsys) -> None:
     printed = capsys.readouterr().out
     assert "residual" in printed.splitlines()[0]
     assert "distilled   5 steps on" in printed
+    assert "distilled   output is taken for logits of 5 classes" in printed
+    assert main([*arguments, "--distill-logits", "none"]) == 0
+    assert "distilled   output is taken for values" in capsys.readouterr().out
     assert main([paths[0], "--dry-run", "--calibrate", paths[3]]) == 0
     assert " %" in capsys.readouterr().out.splitlines()[1]
-    for wrong in (["--distill", "5"], ["--mean", "0.5"]):
+    unused = ["--calibrate", paths[3], "--distill-logits", "all"]
+    for wrong in (["--distill", "5"], ["--mean", "0.5"], unused):
         with pytest.raises(SystemExit) as stopped:
             main([paths[0], "-o", paths[1], *wrong])
         assert stopped.value.code == 2
