@@ -348,6 +348,12 @@ def test_the_command_calibrates_and_distills(tmp_path, capsys) -> None:
         with pytest.raises(SystemExit) as stopped:
             main([paths[0], "-o", paths[1], *wrong])
         assert stopped.value.code == 2
+    for options, message in (
+        ({"distill_logits": "all"}, "distill_logits='all' has no effect without distill_steps"),
+        ({"distill_logits": "yes"}, "distill_logits='yes': expected one of 'auto', 'all', 'none'"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            pn_compiler.compile(model, paths[1], calibration=x.split(16), **options)
     missing = str(tmp_path / "none.npy")
     assert main([paths[0], "-o", str(tmp_path / "b.onnx"), "--calibrate", missing]) == 1
     assert "none.npy" in capsys.readouterr().err
