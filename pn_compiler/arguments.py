@@ -110,6 +110,11 @@ def make_parser() -> argparse.ArgumentParser:
         "samples of --calibrate",
     )  # fmt: skip
     conversion.add_argument(
+        "--distill-logits", choices=("auto", "all", "none"),
+        help="which outputs hold logits of classes along dim 1, for --distill: all, with those of a "
+        "segmentation network; auto (the default): those [N, K]",
+    )  # fmt: skip
+    conversion.add_argument(
         "--static-statistics", nargs="?", const="auto", choices=("auto", "all"),
         help="replace instance statistics by constants from the samples of --calibrate: faster, and lossy; "
         "auto (the default): as many as --error-budget allows",

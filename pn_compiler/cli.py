@@ -104,6 +104,8 @@ def _check_usage(arguments: argparse.Namespace) -> None:
     for name in ("distill", "static_statistics"):
         if getattr(arguments, name) is not None and arguments.calibrate is None:
             make_parser().error(f"--{name.replace('_', '-')} needs samples: give --calibrate DATA")
+    if arguments.distill_logits is not None and arguments.distill is None:
+        make_parser().error("--distill-logits goes with --distill")
     if arguments.error_budget is not None and arguments.static_statistics != "auto":
         make_parser().error("--error-budget goes with --static-statistics=auto")
     clashes = ("output", "model_repository", "dry_run", "input_shape", "calibrate")
@@ -179,6 +181,7 @@ def _compile(loaded: "LoadedModel", arguments: argparse.Namespace, say: Callable
         verify=arguments.verify,
         progress=say,
         distill_steps=arguments.distill or 0,
+        distill_logits=arguments.distill_logits or "auto",
         static_statistics=arguments.static_statistics,
         **({} if arguments.error_budget is None else {"error_budget": arguments.error_budget}),
         **_transform_options(loaded, arguments),

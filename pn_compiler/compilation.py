@@ -18,6 +18,7 @@ from pn_compiler.graph_module import is_converted, notes, record, sites
 from pn_compiler.graph_utils import count_operators, count_parameters
 from pn_compiler.input_shape import choose_inputs
 from pn_compiler.inputs import Inputs
+from pn_compiler.losses import Logits
 from pn_compiler.nn import ProxyNormAct
 from pn_compiler.pass_base import Progress
 from pn_compiler.regions import copy_model, trace, unwrap
@@ -114,6 +115,7 @@ def compile(  # noqa: A001  # the name that users of torch.compile look for
     warm_start: WarmStart = "auto",
     calibration: Iterable[Any] | None = None,
     distill_steps: int = 0,
+    distill_logits: Logits = "auto",
     static_statistics: StaticStatistics | None = None,
     error_budget: float = ERROR_BUDGET,
     strict: bool = False,
@@ -143,6 +145,7 @@ def compile(  # noqa: A001  # the name that users of torch.compile look for
         repository: where the model is written for Triton and MLServer, too: see `export_model_repository`.
         calibration: samples for warm_start="calibrate", `distill_steps` and `static_statistics`.
         distill_steps: steps of `distill` towards the outputs of `model`; 0 leaves it out.
+        distill_logits: its `logits`; "all" for a segmentation network.
         static_statistics: replace instance statistics by constants, which changes results: "auto" as many as
             keep the error within `error_budget`, "all" whatever it is; None leaves them. See
             `freeze_statistics`. The file is then compared with the network that has the constants.
@@ -174,7 +177,7 @@ def compile(  # noqa: A001  # the name that users of torch.compile look for
         raise ConfigError("the model is already converted: options of transform have no effect")
     if is_converted(model) and distill_steps:
         raise ConfigError("the model is already converted: distill it with its BatchNorm network as teacher")
-    _check_calibration(calibration, config, distill_steps, static_statistics)
+    _check_calibration(calibration, config, distill_steps, distill_logits, static_statistics)
     report = Report(parameters_before=count_parameters(model))
     say = progress or (lambda stage: None)
     given = Inputs.of(example_inputs, example_kwargs)
@@ -196,7 +199,9 @@ def compile(  # noqa: A001  # the name that users of torch.compile look for
     converted = traced.root
     if distill_steps:
         with timed(report, "distill", say):
-            converted, report.distillation = distill(converted, model, calibration, steps=distill_steps)
+            converted, report.distillation = distill(
+                converted, model, calibration, steps=distill_steps, logits=distill_logits
+            )
     if static_statistics is not None:
         budget = error_budget if static_statistics == "auto" else None
         with timed(report, "freeze", say):
@@ -243,9 +248,13 @@ def _check_calibration(
     calibration: Iterable[Any] | None,
     config: TransformConfig,
     distill_steps: int,
+    distill_logits: Logits,
     static_statistics: StaticStatistics | None,
 ) -> None:
-    """Raises ConfigError if samples are missing, or given for nothing."""
+    """Raises ConfigError if samples, or options of their uses, are missing or given for nothing."""
+    one_of("distill_logits", distill_logits, get_args(Logits))
+    if distill_logits != "auto" and not distill_steps:
+        raise ConfigError(f"distill_logits={distill_logits!r} has no effect without distill_steps")
     if static_statistics is not None:
         one_of("static_statistics", static_statistics, get_args(StaticStatistics))
     uses = {

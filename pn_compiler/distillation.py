@@ -1,21 +1,23 @@
 """A short fine-tune of a converted network towards the outputs of the BatchNorm network, without labels."""
 
 import dataclasses
+import functools
 import json
 import math
 import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
 
+from pn_compiler.config import one_of
 from pn_compiler.errors import ConfigError
 from pn_compiler.evaluation import untouched
 from pn_compiler.lesson import Checkpoint, Lesson, Loss
-from pn_compiler.losses import output_loss
+from pn_compiler.losses import Logits, output_loss, readings
 from pn_compiler.regions import copy_model, unwrap
 from pn_compiler.samples import Outputs, Samples, digest
 
@@ -36,8 +38,11 @@ class DistillReport:
         steps: steps that were made.
         best_step: after which of them the result is; 0 is the model as it was given.
         loss_before, loss_after: on the held-out samples, of the model as it was given and of the result.
-        agreement_before, agreement_after: share of held-out samples to which it gives the same class as the
-            teacher, from 0 to 1; None if no output looks like logits.
+        agreement_before, agreement_after: share of held-out samples, or of their pixels, to which it gives
+            the same class as the teacher, from 0 to 1; None if no output is taken for logits.
+        outputs: place of each floating-point output -> what it is taken for, in words.
+        retreats: how often the model became worse than it was given, and training went back to its best state
+            and on at a quarter of the learning rate.
         training, held_out: number of samples.
         unit: "samples", or "batches" if these could not be cut into samples: then those are counted.
         seconds: of all that was done, and of the steps of earlier runs if it was resumed.
@@ -50,6 +55,8 @@ class DistillReport:
     loss_after: float
     agreement_before: float | None
     agreement_after: float | None
+    outputs: dict[str, str]
+    retreats: int
     training: int
     held_out: int
     unit: str
@@ -68,6 +75,11 @@ class DistillReport:
         if self.agreement_before is not None and self.agreement_after is not None:
             shares = f"{100 * self.agreement_before:.1f} % -> {100 * self.agreement_after:.1f} %"
             lines[1] += f", the teacher's class {shares}"
+        if self.retreats:
+            lines.append(
+                f"went back to its best state and on at a lower learning rate: {self.retreats} times"
+            )
+        lines += [f"{place} is taken for {what}" for place, what in self.outputs.items()]
         return "\n".join([*lines, *([f"stopped: {self.stopped}"] if self.stopped else [])])
 
 
@@ -83,7 +95,8 @@ def distill(
     seed: int = 0,
     max_samples: int = 4096,
     held_out: float = 0.2,
-    loss: Loss = output_loss,
+    logits: Logits = "auto",
+    loss: Loss | None = None,
     checkpoint: str | os.PathLike[str] | None = None,
 ) -> tuple[nn.Module, DistillReport]:
     """Trains a copy of `model` for some steps to give the outputs of `teacher`. It needs no labels.
@@ -91,8 +104,9 @@ def distill(
     Adam without weight decay, on all parameters that require gradients. Both networks run in eval mode: what
     is wanted is the function that will be used, without dropout or stochastic depth. The loss on held-out
     samples is taken before the first step, after every 25th and after the last one; the result is the state
-    where it was lowest, that before the first step included. A loss or gradient that is nan or infinite ends
-    the training there.
+    where it was lowest, that before the first step included. Where it is higher than before the first step,
+    training goes back to the best state and on at a quarter of the learning rate. A loss or gradient that is
+    nan or infinite ends the training there.
 
     The first `max_samples` samples of `batches` are held in memory, or those that fill 1 GB. A random part of
     them is held out; the others are shuffled and put together to batches of `batch_size`, again and again. So
@@ -114,8 +128,12 @@ def distill(
             own state is left as it was.
         max_samples: how many are used, the held-out ones included.
         held_out: share of them that is never trained on, above 0 and below 1.
-        loss: of (outputs of the model, outputs of the teacher), a scalar: `pn_compiler.output_loss` knows
-            logits by their shape, which is wrong for other outputs [N, K].
+        logits: which floating-point outputs hold the logits of K > 1 classes along their dim 1. "all": those
+            [N, K] and [N, K, *S], say it of a segmentation network. "none": they are values, such as
+            embeddings. "auto": those [N, K]; those [N, K, *S] count as values, but a state by whose
+            divergence as logits they would be worse than before the first step is not kept.
+        loss: of (outputs of the model, outputs of the teacher), a scalar, instead of `output_loss`; `logits`
+            then only says what the agreement compares.
         checkpoint: a file that is written every few seconds. A later call with the same arguments goes on
             from there, to the same result bit for bit. It is kept at the end.
 
@@ -130,32 +148,38 @@ def distill(
         UnsupportedModelError: the model cannot be copied.
     """
     began = time.monotonic()
+    one_of("logits", logits, get_args(Logits))
     options = _checked(
         steps=steps, batch_size=batch_size, lr=lr, seed=seed, max_samples=max_samples, held_out=held_out
     )
     file = None if checkpoint is None else Checkpoint(Path(checkpoint))
+    # Without a word, maps may hold values or logits: the result is no worse as either.
+    watched = functools.partial(output_loss, logits="all") if loss is None and logits == "auto" else None
     student, teacher = copy_model(unwrap(model)), unwrap(teacher)
     _refuse(student)
     with untouched(teacher), untouched(student):
         torch.manual_seed(seed)
         samples = Samples.read(batches, teacher, max_samples)
         wanted = Outputs(teacher, samples, 1 if samples.whole else batch_size)
+        outputs = readings(wanted([0]), logits)
         generator = torch.Generator().manual_seed(seed)
         held, train = samples.divide(held_out, generator)
         size = 1 if samples.whole else min(batch_size, len(train))
         lesson = Lesson(
-            student, wanted, samples, loss, lr=lr, seed=seed,
+            student, wanted, samples, loss or functools.partial(output_loss, logits=logits),
+            watched=watched, lr=lr, logits=logits, seed=seed,
             batches=_order(train, steps, size, generator), held_out=torch.split(held, size),
         )  # fmt: skip
         if file is not None:
             values = {"samples": samples.digest(), "model": _digest(student), "teacher": _digest(teacher)}
-            file.resume(lesson, options | values)
+            file.resume(lesson, {**options, **values, "logits": logits})
         prepared = time.monotonic()
         lesson.train(file)
     result = lesson.result
     return student, DistillReport(
         steps=lesson.step, best_step=result.step, loss_before=lesson.start.loss, loss_after=result.loss,
         agreement_before=lesson.start.agreement, agreement_after=result.agreement,
+        outputs=outputs, retreats=lesson.retreats,
         training=len(train), held_out=len(held), unit="batches" if samples.whole else "samples",
         seconds=prepared - began + lesson.seconds, stopped=lesson.stopped,
     )  # fmt: skip

@@ -15,14 +15,15 @@ from tqdm import tqdm
 
 from pn_compiler.errors import ConfigError, LoadError
 from pn_compiler.evaluation import run
-from pn_compiler.losses import agreement
+from pn_compiler.losses import Logits, agreement
 from pn_compiler.samples import Outputs, Samples, digest
 
 Loss = Callable[[Any, Any], Tensor]  # of (outputs of the student, outputs of the teacher)
 
 EVALUATE_EVERY = 25  # steps
 SAVE_EVERY = 5.0  # seconds
-_KIND = "pn_compiler.distill, version 1"
+SLOWER = 0.25  # of the learning rate is left after a retreat
+_KIND = "pn_compiler.distill, version 2"
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -32,22 +33,30 @@ class Grade:
     Attributes:
         step: after which step.
         loss: mean over the samples.
-        agreement: share of them to which it gives the class of the teacher; None without logits.
+        agreement: share of them, or of their pixels, to which it gives the class of the teacher; None without
+            logits.
+        watched: mean of a second loss; 0 without one.
     """
 
     step: int
     loss: float
     agreement: float | None
+    watched: float
 
 
 class Lesson:
     """Adam from some state of the student to the best one.
 
+    A grade worse than that at the start says that the steps are too long: it goes back to the best state, and
+    on from there with a new Adam at a quarter of the learning rate.
+
     Args:
         student: trained in place, in the mode in which it is.
         teacher, samples: what it has to give, and for what.
         loss: a scalar.
+        watched: another one, by which the result is no worse than the start either; or None.
         lr: learning rate at first; it falls to zero along a cosine.
+        logits: which outputs `agreement` compares.
         seed: of torch's random numbers, for a student that draws some.
         batches: the samples of each step.
         held_out: samples that grade it, in batches.
@@ -55,6 +64,7 @@ class Lesson:
     Attributes:
         step: how many steps are done.
         start, result: grade of the student as it was given, and the best one so far.
+        retreats: how often it went back.
         seconds: time in steps and grades.
         stopped: why it ended before its time, or "".
 
@@ -69,17 +79,20 @@ class Lesson:
         samples: Samples,
         loss: Loss,
         *,
+        watched: Loss | None,
         lr: float,
+        logits: Logits,
         seed: int,
         batches: Sequence[Tensor],
         held_out: Sequence[Tensor],
     ) -> None:
         self._student, self._teacher, self._samples, self._loss = student, teacher, samples, loss
-        self._lr, self._seed, self._batches, self._held_out = lr, seed, batches, held_out
+        self._watched, self._lr, self._logits, self._seed = watched, lr, logits, seed
+        self._batches, self._held_out = batches, held_out
         self._parameters = [p for p in student.parameters() if p.requires_grad]
-        self._optimizer = torch.optim.Adam(self._parameters, lr)
+        self._optimizer = torch.optim.Adam(self._parameters)
         self._best = self._copies()
-        self.step, self.seconds, self.stopped = 0, 0.0, ""
+        self.step, self.retreats, self.seconds, self.stopped = 0, 0, 0.0, ""
         self.start = self.result = self._grade()
         if not math.isfinite(self.start.loss):
             raise ConfigError("the loss is nan or infinite before the first step: so are the model's outputs")
@@ -114,7 +127,7 @@ class Lesson:
             self.stopped = f"loss or gradient of step {number} is nan or infinite"
             return
         for group in self._optimizer.param_groups:
-            group["lr"] = self._lr * (1 + math.cos(math.pi * self.step / len(self._batches))) / 2
+            group["lr"] = self._rate()
         self._optimizer.step()
         self.step = number
         if number % EVALUATE_EVERY and number < len(self._batches):
@@ -122,30 +135,41 @@ class Lesson:
         grade = self._grade()
         if not math.isfinite(grade.loss):
             self.stopped = f"the held-out loss is nan or infinite after step {number}"
-        elif grade.loss < self.result.loss:
+        elif grade.loss < self.result.loss and grade.watched <= self.start.watched:
             self.result, self._best = grade, self._copies()
+        elif grade.loss > self.start.loss or grade.watched > self.start.watched:
+            self.retreats += 1
+            self._assign(self._best)
+            self._optimizer = torch.optim.Adam(self._parameters)
 
-    def _loss_on(self, rows: Tensor) -> tuple[Tensor, float | None]:
-        """Loss and agreement on the samples `rows`."""
+    def _rate(self) -> float:
+        """Learning rate of the next step."""
+        share = (1 + math.cos(math.pi * self.step / len(self._batches))) / 2
+        return self._lr * SLOWER**self.retreats * share
+
+    def _loss_on(self, rows: Tensor) -> tuple[Tensor, Any, Any]:
+        """Loss on the samples `rows`, and the outputs of student and teacher."""
         numbers = rows.tolist()
         wanted = self._teacher(numbers)
         outputs = run(self._student, self._samples.inputs(numbers), "a batch for the student")
         loss = self._loss(outputs, wanted)
         if not (isinstance(loss, Tensor) and loss.numel() == 1 and loss.is_floating_point()):
             raise ConfigError("the loss function must return one floating-point number, as a tensor")
-        return loss, agreement(outputs, wanted)
+        return loss, outputs, wanted
 
     @torch.no_grad()
     def _grade(self) -> Grade:
-        total = same = 0.0
+        total = watched = same = 0.0
         count = sum(map(len, self._held_out))
         classes = True
         for rows in self._held_out:
-            loss, share = self._loss_on(rows)
+            loss, outputs, wanted = self._loss_on(rows)
+            share = agreement(outputs, wanted, self._logits)
             total += float(loss) * len(rows)
+            watched += float(self._watched(outputs, wanted)) * len(rows) if self._watched else 0.0
             same += (share or 0.0) * len(rows)
             classes = share is not None
-        return Grade(self.step, total / count, same / count if classes else None)
+        return Grade(self.step, total / count, same / count if classes else None, watched / count)
 
     def _copies(self) -> list[Tensor]:
         return [p.detach().clone() for p in self._parameters]
@@ -164,6 +188,7 @@ class Lesson:
             "optimizer": self._optimizer.state_dict(),
             "start": dataclasses.astuple(self.start),
             "result": dataclasses.astuple(self.result),
+            "retreats": self.retreats,
             "seconds": self.seconds,
             "stopped": self.stopped,
         }
@@ -173,8 +198,11 @@ class Lesson:
         self._assign(state["parameters"])
         self._best = [value.to(p.device) for value, p in zip(state["best"], self._parameters, strict=True)]
         self._optimizer.load_state_dict(state["optimizer"])
+        watched = self.start.watched  # the file may be from another loss of equal values
         self.start, self.result = Grade(*state["start"]), Grade(*state["result"])
-        self.step, self.seconds, self.stopped = state["step"], state["seconds"], state["stopped"]
+        self.start = dataclasses.replace(self.start, watched=watched)
+        self.step, self.retreats = state["step"], state["retreats"]
+        self.seconds, self.stopped = state["seconds"], state["stopped"]
 
 
 class Checkpoint:

@@ -1,7 +1,7 @@
 """How far the outputs of a student are from those of its teacher."""
 
 import dataclasses
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -11,18 +11,21 @@ from torch.utils import _pytree as pytree
 from pn_compiler.errors import ConfigError
 
 TEMPERATURE = 4.0
+PIXEL_TEMPERATURE = 1.0
+Logits = Literal["auto", "all", "none"]
 
 
-def output_loss(student: Any, teacher: Any) -> Tensor:
+def output_loss(student: Any, teacher: Any, logits: Logits = "auto") -> Tensor:
     """The sum over all floating-point tensors of an output, other values being ignored.
 
-    A tensor [N, K] with K > 1 is taken for the logits of K classes: T^2 KL(softmax(t/T) || softmax(s/T)) at
-    the temperature T = 4, mean over N, in nats. It does not see a constant that is added to all K values of
-    a sample. Every other tensor counts by `relative_l2`.
+    The logits of K classes count by T^2 KL(softmax(t/T) || softmax(s/T)), in nats: those of samples [N, K] at
+    the temperature T = 4, those of pixels [N, K, *S] at T = 1, mean over N and S. It does not see a constant
+    that is added to all K values of a sample or pixel. Every other tensor counts by `relative_l2`.
 
     Args:
         student, teacher: outputs of one structure: tensors, and any nesting of tuples, lists, dicts and
             dataclasses.
+        logits: what is taken for logits, as in `pn_compiler.distill`.
 
     Returns:
         A scalar, zero where the two are equal.
@@ -31,9 +34,11 @@ def output_loss(student: Any, teacher: Any) -> Tensor:
         ConfigError: the outputs differ in structure or shape, or hold no floating-point tensor.
 
     Source: Hinton, Vinyals, Dean, "Distilling the Knowledge in a Neural Network" (arXiv 1503.02531). A
-    trained teacher is so sure of its training data that at T = 1 there is little to learn from.
+    trained teacher is so sure of its training data that at T = 1 there is little to learn from. Not of all
+    pixels: docs/distillation.md has the figures.
     """
-    return torch.stack([_kl(s, t) if is_logits(t) else _l2(s, t) for s, t in pairs(student, teacher)]).sum()
+    found = pairs(student, teacher)
+    return torch.stack([_kl(s, t) if is_logits(t, logits) else _l2(s, t) for s, t in found]).sum()
 
 
 def relative_l2(student: Any, teacher: Any) -> Tensor:
@@ -46,8 +51,10 @@ def relative_l2(student: Any, teacher: Any) -> Tensor:
 
 
 def _kl(student: Tensor, teacher: Tensor) -> Tensor:
-    got, wanted = ((logits / TEMPERATURE).log_softmax(1) for logits in (student, teacher))
-    return TEMPERATURE**2 * F.kl_div(got, wanted, reduction="batchmean", log_target=True)
+    temperature = TEMPERATURE if teacher.ndim == 2 else PIXEL_TEMPERATURE
+    got, wanted = ((logits / temperature).log_softmax(1) for logits in (student, teacher))
+    divergence = F.kl_div(got, wanted, reduction="sum", log_target=True)
+    return temperature**2 * divergence / (teacher.numel() // teacher.shape[1])
 
 
 def _l2(student: Tensor, teacher: Tensor) -> Tensor:
@@ -55,18 +62,41 @@ def _l2(student: Tensor, teacher: Tensor) -> Tensor:
     return (student - teacher).square().sum() / torch.where(power > 0, power, 1)
 
 
-def is_logits(output: Tensor) -> bool:
-    """Whether it has the shape of class logits, [N, K] with more than one class."""
-    return output.ndim == 2 and output.shape[1] > 1
+def is_logits(output: Tensor, logits: Logits = "auto") -> bool:
+    """Whether it is taken for class logits: [N, K] with more than one class, or, if "all" are, [N, K, *S]."""
+    fits = output.ndim >= 2 and output.shape[1] > 1
+    return fits and (logits == "all" or (logits == "auto" and output.ndim == 2))
 
 
-def agreement(student: Any, teacher: Any) -> float | None:
-    """Share of samples to which both give the same class, mean over outputs of logits; None without any."""
+def agreement(student: Any, teacher: Any, logits: Logits = "auto") -> float | None:
+    """Share of samples, or pixels, to which both give the same class; None without logits.
+
+    With several outputs of logits it is the mean over these.
+    """
     got, wanted = _floating(student), _floating(teacher)
     both = [name for name, tensor in wanted.items() if name in got and got[name].shape == tensor.shape]
-    logits = [(got[name], wanted[name]) for name in both if is_logits(wanted[name])]
-    shares = [float((s.argmax(1) == t.argmax(1)).double().mean()) for s, t in logits]
+    found = [(got[name], wanted[name]) for name in both if is_logits(wanted[name], logits)]
+    shares = [float((s.argmax(1) == t.argmax(1)).double().mean()) for s, t in found]
     return sum(shares) / len(shares) if shares else None
+
+
+def readings(outputs: Any, logits: Logits = "auto") -> dict[str, str]:
+    """Place of each floating-point tensor -> what it is taken for, in words.
+
+    Raises:
+        ConfigError: all are said to hold logits, and none can.
+    """
+    tensors = _floating(outputs)
+    words = {}
+    for name, tensor in tensors.items():
+        classes = f"logits of {tensor.shape[1]} classes" if is_logits(tensor, "all") else ""
+        words[name] = classes if is_logits(tensor, logits) else "values"
+        if classes and logits == "auto" and words[name] == "values":
+            words[name] += f"; if it holds {classes}, say so: logits='all', --distill-logits all"
+    if logits == "all" and tensors and all(what == "values" for what in words.values()):
+        shapes = ", ".join(f"{name} is {list(tensor.shape)}" for name, tensor in tensors.items())
+        raise ConfigError(f"logits='all', and no output has several classes along its dim 1: {shapes}")
+    return words
 
 
 def pairs(student: Any, teacher: Any) -> list[tuple[Tensor, Tensor]]:

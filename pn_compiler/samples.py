@@ -118,11 +118,13 @@ class Outputs:
         """The outputs of each sample; None if they are too large, or no nesting of tensors."""
         kept: list[Any] = []
         held = 0
-        for rows in torch.split(torch.arange(len(self._samples)), size):
+        total = len(self._samples)
+        for rows in torch.split(torch.arange(total), size):
             outputs = self._compute(rows.tolist())
             parts = [outputs] if len(rows) == 1 else cut(outputs)
             held += sum(tensor.nbytes for tensor in named_outputs(outputs).values())
-            if parts is None or len(parts) != len(rows) or held > _KEPT_BYTES:
+            expected = held / (len(kept) + len(rows)) * total  # so that little is computed for nothing
+            if parts is None or len(parts) != len(rows) or expected > _KEPT_BYTES:
                 return None
             kept += parts
         return kept

@@ -338,12 +338,22 @@ def test_the_command_calibrates_and_distills(tmp_path, capsys) -> None:
     printed = capsys.readouterr().out
     assert "residual" in printed.splitlines()[0]
     assert "distilled   5 steps on" in printed
+    assert "distilled   output is taken for logits of 5 classes" in printed
+    assert main([*arguments, "--distill-logits", "none"]) == 0
+    assert "distilled   output is taken for values" in capsys.readouterr().out
     assert main([paths[0], "--dry-run", "--calibrate", paths[3]]) == 0
     assert " %" in capsys.readouterr().out.splitlines()[1]
-    for wrong in (["--distill", "5"], ["--mean", "0.5"]):
+    unused = ["--calibrate", paths[3], "--distill-logits", "all"]
+    for wrong in (["--distill", "5"], ["--mean", "0.5"], unused):
         with pytest.raises(SystemExit) as stopped:
             main([paths[0], "-o", paths[1], *wrong])
         assert stopped.value.code == 2
+    for options, message in (
+        ({"distill_logits": "all"}, "distill_logits='all' has no effect without distill_steps"),
+        ({"distill_logits": "yes"}, "distill_logits='yes': expected one of 'auto', 'all', 'none'"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            pn_compiler.compile(model, paths[1], calibration=x.split(16), **options)
     missing = str(tmp_path / "none.npy")
     assert main([paths[0], "-o", str(tmp_path / "b.onnx"), "--calibrate", missing]) == 1
     assert "none.npy" in capsys.readouterr().err

@@ -180,6 +180,22 @@ def test_the_best_step_wins(
     assert (report.best_step, report.steps, report.held_out) == (10, 30, 13)
 
 
+def test_steps_that_are_too_long_become_shorter(
+    monkeypatch: pytest.MonkeyPatch, images: Tensor, teacher: nn.Module, converted: nn.Module
+) -> None:
+    """What a learning rate that is 100 times too high has spoilt is taken back."""
+    monkeypatch.setattr(lesson, "EVALUATE_EVERY", 5)
+    x = images[:256]
+    _, report = distill(converted, teacher, x, steps=60, lr=0.2)
+    assert report.retreats > 1
+    assert report.best_step > 10
+    assert report.loss_after < 0.8 * report.loss_before
+    assert f"went back to its best state and on at a lower learning rate: {report.retreats}" in str(report)
+    monkeypatch.setattr(lesson, "SLOWER", 1.0)
+    _, other = distill(converted, teacher, x, steps=60, lr=0.2)
+    assert other.loss_after > report.loss_after
+
+
 def test_no_steps_only_measure(images: Tensor, teacher: nn.Module, converted: nn.Module) -> None:
     student, report = distill(converted, teacher, images[:64], steps=0)
     assert (report.steps, report.best_step) == (0, 0)
@@ -212,11 +228,12 @@ def test_what_is_not_finite_ends_it(
 
 def test_the_report_is_text_and_json(images: Tensor, teacher: nn.Module, converted: nn.Module) -> None:
     _, report = distill(converted, teacher, images[:64], steps=2)
-    first, second = str(report).splitlines()
+    first, second, third = str(report).splitlines()
     assert re.fullmatch(r"2 steps on 51 samples in \d+\.\d s; the best is step 2", first)
     assert re.fullmatch(
         r"on 13 held-out samples: loss \S+ -> \S+, the teacher's class \S+ % -> \S+ %", second
     )
+    assert third == "output is taken for logits of 10 classes"
     assert json.loads(report.to_json()) == dataclasses.asdict(report)
 
 
@@ -529,6 +546,27 @@ def test_a_finished_run_is_read_back(tmp_path: Path, images: Tensor) -> None:
     two, other = distill(converted, net, images[:64], **OPTIONS, checkpoint=path, loss=loss)
     assert same(state_of(one), state_of(two))
     assert without_seconds(other) == without_seconds(report)
+
+
+def test_a_run_that_went_back_goes_on_bit_for_bit(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, images: Tensor
+) -> None:
+    monkeypatch.setattr(lesson, "SAVE_EVERY", 0.0)
+    monkeypatch.setattr(lesson, "EVALUATE_EVERY", 2)
+    net = tiny()
+    converted = pn_compiler.transform(net)
+    options = {**OPTIONS, "lr": 0.5}
+    whole, report = distill(converted, net, images[:64], **options)
+    assert 0 < report.retreats < report.best_step
+    for call in range(3, 1 + STEPS + 4 + 1):
+        path = tmp_path / f"{call}.pt"
+        with pytest.raises(KeyboardInterrupt):
+            distill(
+                converted, net, images[:64], **options, checkpoint=path, loss=stopping_loss(call, interrupt)
+            )
+        again, second = distill(converted, net, images[:64], **options, checkpoint=path)
+        assert same(state_of(again), state_of(whole))
+        assert without_seconds(second) == without_seconds(report)
 
 
 KILLED = """
