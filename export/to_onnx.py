@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import gc
 import importlib.metadata
 import logging
 import tempfile
@@ -47,7 +48,8 @@ def write_onnx(
     """Exports `folded` to `path`, after comparing the result with `reference`.
 
     Args:
-        folded: what is exported, in eval mode.
+        folded: what is exported, in eval mode. If its weights go to a file of their own, it has none
+            afterwards: onnxruntime takes as much memory again.
         reference: what it is compared with: the model in eval mode, or what `expect` gave for it.
         path: written whole or not at all, at the very end.
         inputs: arguments of a call; the first axis of each tensor is the batch.
@@ -74,6 +76,7 @@ def write_onnx(
         if options.verify and not isinstance(reference, Expected):
             with timed(report, "reference", say):
                 reference = expect(reference, inputs, verified_batches(options.dynamic_batch))
+        given = folded
         if options.dtype != "float32":
             folded = in_half(folded, DTYPES[options.dtype])
         if isinstance(reference, Expected):
@@ -82,6 +85,11 @@ def write_onnx(
             compare = functools.partial(verify_onnx, model=reference, tolerance=tolerance, path=staged)
         with timed(report, "export", say):
             proto = export_graph(folded, inputs, options, staged)
+        report.parameters_after = count_parameters(folded)
+        if staged is not None:
+            for module in (given, folded):
+                module.to("meta")
+            gc.collect()  # torch.onnx leaves cycles that hold the weights
         if options.target == "auto":
             assert compare is not None
             target = _choose_target(proto, inputs, options, compare, report, say)
@@ -95,7 +103,6 @@ def write_onnx(
     report.inputs = describe_values(proto.graph.input)
     report.outputs = describe_values(proto.graph.output)
     report.operators_after = count_onnx_operators(proto)
-    report.parameters_after = count_parameters(folded)
     report.versions = {
         name: importlib.metadata.version(name)
         for name in ("pn-compiler", "torch", "onnx", "onnxruntime", "onnxscript")

@@ -1,9 +1,12 @@
 """Weights in a file of their own: the pair is there whole or not at all."""
 
+import copy
+import gc
 import subprocess
 import sys
 import textwrap
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -13,7 +16,7 @@ from torch import nn
 
 import pn_compiler
 from pn_compiler.errors import ExportError, VerificationError
-from pn_compiler.export import external_data, files, make_session
+from pn_compiler.export import external_data, files, make_session, verify_onnx
 from pn_compiler.testing import randomize_batch_norms
 
 IMAGES = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -163,3 +166,28 @@ def test_weights_are_compared_in_the_file_that_is_written(
     with pytest.raises(VerificationError, match="differs from PyTorch"):
         pn_compiler.compile(network(), tmp_path / "m.onnx", IMAGES, external_data=True)
     assert names(tmp_path) == []
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_weights_leave_memory_before_onnxruntime_takes_as_much(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype
+) -> None:
+    """All but those of the caller's model, which is left as it was."""
+    net = network()
+    before = copy.deepcopy(net.state_dict())
+    shape, alive = net[0].weight.shape, []
+
+    def weights() -> int:
+        gc.collect()
+        found = [x for x in gc.get_objects() if isinstance(x, nn.Parameter) and x.device.type == "cpu"]
+        return sum(parameter.shape == shape for parameter in found)
+
+    def verify(*args: Any, **kwargs: Any) -> Any:
+        alive.append(weights())
+        return verify_onnx(*args, **kwargs)
+
+    monkeypatch.setattr("pn_compiler.export.to_onnx.verify_onnx", verify)
+    there = weights()
+    pn_compiler.compile(net, tmp_path / "m.onnx", IMAGES, external_data=True, dtype=dtype)
+    assert alive == [there]
+    torch.testing.assert_close(net.state_dict(), before, rtol=0, atol=0)
