@@ -8,10 +8,9 @@ INSTALLED := $(VENV)/.installed
 TRITON := .venv-triton
 MLSERVER := .venv-mlserver
 KSERVE := .venv-kserve
-OPENVINO := .venv-openvino
 RAY := .venv-ray
 
-.PHONY: demo test test-serving test-ray lint triton mlserver kserve openvino clean
+.PHONY: demo test test-serving test-ray lint triton mlserver kserve clean
 
 demo: $(INSTALLED)
 	$(BIN)/python examples/digits.py
@@ -19,7 +18,7 @@ demo: $(INSTALLED)
 test: lint triton
 	$(BIN)/python -m pytest -m "not servers"
 
-test-serving: $(INSTALLED) triton mlserver kserve openvino test-ray
+test-serving: $(INSTALLED) triton mlserver kserve test-ray
 	$(BIN)/python -m pytest tests/serving
 
 # Ray Serve and Ray Data, on a cluster of two nodes on this machine. Ray warns of itself: -W default.
@@ -47,7 +46,6 @@ $(RAY)/.installed: pyproject.toml constraints.txt
 triton: $(TRITON)/.installed
 mlserver: $(MLSERVER)/.installed
 kserve: $(KSERVE)/.installed
-openvino: $(OPENVINO)/.installed
 
 # A server in an environment of its own, from the file of its name in tests/serving/.
 .venv-%/.installed: tests/serving/requirements-%.txt
@@ -56,4 +54,4 @@ openvino: $(OPENVINO)/.installed
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(TRITON) $(MLSERVER) $(KSERVE) $(OPENVINO) $(RAY) build dist demo_output model_repository .pytest_cache .mypy_cache .ruff_cache *.egg-info
+	rm -rf $(VENV) $(TRITON) $(MLSERVER) $(KSERVE) $(RAY) build dist demo_output model_repository .pytest_cache .mypy_cache .ruff_cache *.egg-info
