@@ -31,6 +31,7 @@ from tqdm import tqdm
 from benchmarks import latency_plot, operator_profile
 from benchmarks.runtimes import CRASHES, RUNTIMES, Runtime
 from benchmarks.variants import MODES, RUNTIME_OF, image
+from pn_compiler.export import write_atomically
 
 NETWORKS = ("resnet18", "resnet50", "mobilenet_v2", "efficientnet_b0", "densenet121", "unet")
 _WARM_UP = 3  # runs
@@ -133,6 +134,9 @@ def compare(arguments: argparse.Namespace) -> list[Row]:
             measured = rows(name, files, arguments, batch, threads, runtime)
             print(*measured, sep="\n", flush=True)
             found += measured
+            if arguments.json is not None:  # each time: a run may be stopped
+                content = json.dumps([dataclasses.asdict(row) for row in found], indent=1)
+                write_atomically(arguments.json, content.encode())
     print(
         f"{arguments.pixels} x {arguments.pixels} pixels, float32, {arguments.rounds} sessions of "
         f"{arguments.runs} runs each, load average {os.getloadavg()[0]:.1f} at the end"
@@ -157,11 +161,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.profile:
         profile(arguments)
         return 0
-    found = [dataclasses.asdict(row) for row in compare(arguments)]
-    if arguments.json is not None:
-        arguments.json.write_text(json.dumps(found, indent=1))
+    found = compare(arguments)
     if arguments.plot is not None:
-        latency_plot.plot(found, arguments.plot)
+        latency_plot.plot([dataclasses.asdict(row) for row in found], arguments.plot)
     return 0
 
 

@@ -108,6 +108,8 @@ def _check_usage(arguments: argparse.Namespace) -> None:
         make_parser().error("--distill-logits goes with --distill")
     if arguments.error_budget is not None and arguments.static_statistics != "auto":
         make_parser().error("--error-budget goes with --static-statistics=auto")
+    if arguments.tune and arguments.target != "auto":
+        make_parser().error("--tune goes with --target auto")
     clashes = ("output", "model_repository", "dry_run", "input_shape", "calibrate")
     for name in (name for name in clashes if arguments.diagnose is not None and getattr(arguments, name)):
         make_parser().error(
