@@ -14,12 +14,12 @@ same round and the same runtime.
 
 import argparse
 import dataclasses
+import functools
 import importlib.util
 import itertools
 import json
 import os
 import statistics
-import time
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -32,9 +32,9 @@ from benchmarks import latency_plot, operator_profile
 from benchmarks.runtimes import CRASHES, RUNTIMES, Runtime
 from benchmarks.variants import MODES, RUNTIME_OF, image
 from pn_compiler.export import write_atomically
+from pn_compiler.export.tuning import WARM_UP, take_turns
 
 NETWORKS = ("resnet18", "resnet50", "mobilenet_v2", "efficientnet_b0", "densenet121", "unet")
-_WARM_UP = 3  # runs
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -67,26 +67,11 @@ def measure(
     title: str,
 ) -> dict[str, list[float]]:
     """Seconds of one inference, the median of a session, for each file and round."""
-    seconds: dict[str, list[float]] = {variant: [] for variant in files}
+    openers = {
+        variant: functools.partial(runtime, content, images, threads) for variant, content in files.items()
+    }
     with tqdm(total=rounds * len(files), desc=title, disable=None, leave=False) as bar:
-        for index in range(rounds):
-            for variant in list(files) if index % 2 else reversed(files):
-                seconds[variant].append(_session(files[variant], images, runtime, threads, runs))
-                bar.update()
-    return seconds
-
-
-def _session(
-    content: bytes, images: np.ndarray[Any, Any], runtime: Runtime, threads: int, runs: int
-) -> float:
-    """Median of the seconds of `runs` runs in a session of their own."""
-    run = runtime(content, images, threads)
-    times = []
-    for _ in range(_WARM_UP + runs):
-        start = time.perf_counter()
-        run()
-        times.append(time.perf_counter() - start)
-    return statistics.median(times[_WARM_UP:])
+        return take_turns(openers, bar.update, rounds=rounds, runs=runs)
 
 
 def rows(
@@ -150,7 +135,7 @@ def profile(arguments: argparse.Namespace) -> None:
     for batch in arguments.batches:
         content = MODES[arguments.mode][variant](name, arguments.pixels, batch)
         images = image(name, arguments.pixels, batch).numpy()
-        nodes = operator_profile.profile(content, images, runs=arguments.runs, warm_up=_WARM_UP)
+        nodes = operator_profile.profile(content, images, runs=arguments.runs, warm_up=WARM_UP)
         print(f"{name}, {variant}, batch {batch}, {arguments.pixels} pixels, onnxruntime, 1 thread\n")
         print(operator_profile.tables(nodes))
 

@@ -1,6 +1,7 @@
 """Which of several files of one network is the fastest on this machine."""
 
 import contextlib
+import functools
 import hashlib
 import json
 import os
@@ -20,8 +21,43 @@ from pn_compiler.export.files import write_atomically
 from pn_compiler.export.sessions import make_session
 
 ROUNDS = 5
-_RUNS = 10  # in a session, the first three to warm up
-_WARM_UP = 3
+_RUNS = 10  # in a session
+WARM_UP = 3  # runs before these
+
+
+def take_turns(
+    openers: Mapping[str, Callable[[], Callable[[], object]]],
+    done: Callable[[], object],
+    *,
+    rounds: int,
+    runs: int,
+) -> dict[str, list[float]]:
+    """Seconds of one inference, the median of a session, for each of `openers` and each round.
+
+    There is one session at a time, for the threads of an idle one spin; they take turns, forwards in one
+    round and backwards in the next, so that a drift of the machine meets all of them.
+
+    Args:
+        openers: each opens a session; calling what it gives is one run.
+        done: called after each session.
+        rounds: sessions of each.
+        runs: in a session, besides some to warm up.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in openers}
+    for index in range(rounds):
+        for name in list(openers) if index % 2 else list(openers)[::-1]:
+            seconds[name].append(_median_seconds(openers[name](), runs))
+            done()
+    return seconds
+
+
+def _median_seconds(run: Callable[[], object], runs: int) -> float:
+    times = []
+    for _ in range(WARM_UP + runs):
+        start = time.perf_counter()
+        run()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times[WARM_UP:])
 
 
 def milliseconds(
@@ -29,27 +65,19 @@ def milliseconds(
 ) -> dict[str, float]:
     """Median time of an inference in onnxruntime on the CPU, all cores, for each of `files`.
 
-    There is one session at a time, for the threads of an idle one spin; the files take turns for some
-    rounds, forwards and backwards, so that a drift of the machine meets all of them.
-
     Args:
         files: paths of ONNX files, by any name.
         feed: inputs.
         done: called after each session, of which there are `ROUNDS` for each file.
     """
-    times: dict[str, list[float]] = {name: [] for name in files}
-    for index in range(ROUNDS):
-        for name in list(files) if index % 2 else list(files)[::-1]:
-            session = make_session(str(files[name]))
-            spent = []
-            for _ in range(_WARM_UP + _RUNS):
-                start = time.perf_counter()
-                session.run(None, dict(feed))
-                spent.append(1e3 * (time.perf_counter() - start))
-            times[name].append(statistics.median(spent[_WARM_UP:]))
-            del session
-            done()
-    return {name: statistics.median(values) for name, values in times.items()}
+
+    def opener(path: Path) -> Callable[[], Callable[[], object]]:
+        return lambda: functools.partial(make_session(str(path)).run, None, dict(feed))
+
+    seconds = take_turns(
+        {name: opener(path) for name, path in files.items()}, done, rounds=ROUNDS, runs=_RUNS
+    )
+    return {name: 1e3 * statistics.median(values) for name, values in seconds.items()}
 
 
 def fingerprint(model: onnx.ModelProto, feed: Mapping[str, np.ndarray[Any, Any]]) -> str:
