@@ -52,6 +52,7 @@ class Report:
         norms: how the normalizers were lowered, if not as the target has it.
         distillation: the report of `pn_compiler.distill`; None if there was none.
         static: that of `pn_compiler.freeze_statistics`.
+        fidelity: how far outputs are from those of the model that was given; None if it was converted before.
         file_bytes, data_bytes: size of the ONNX file, and of the file beside it with the weights, if any.
         repository: the folder of the version that was written for servers.
         batching: what a server may do with several requests, in words.
@@ -83,6 +84,7 @@ class Report:
     norms: str = ""
     distillation: Any = None
     static: Any = None
+    fidelity: Any = None
     file_bytes: int = 0
     data_bytes: int = 0
     repository: str = ""
@@ -101,7 +103,8 @@ class Report:
 
     def __str__(self) -> str:
         lines = [format_sites(self.sites), ""] if self.sites else []
-        lines += [str(note) for note in self.notes if note.severity == "warning" or not note.site]
+        said = [note for note in self.notes if note.code != "PN212"]  # it stands at the end
+        lines += [str(note) for note in said if note.severity == "warning" or not note.site]
         names = sorted({*self.operators_before, *self.operators_after})
         rows = [
             (n, str(self.operators_before.get(n, "")), str(self.operators_after.get(n, ""))) for n in names
@@ -119,7 +122,6 @@ class Report:
         lines += self._target()
         if self.norms:
             lines.append(f"norms       {self.norms}")
-        lines.append(self._verdict())
         stages = ", ".join(f"{name} {seconds:.1f}" for name, seconds in self.seconds.items())
         lines.append(f"seconds     {stages}")
         data = f" and {self.data_bytes / 1e6:.2f} MB in {self.path}.data" if self.data_bytes else ""
@@ -129,6 +131,11 @@ class Report:
         )
         if self.repository:
             lines.append(f"repository  {self.repository} ({self.batching})")
+        if self.fidelity is not None:
+            lines.append(f"conversion  {self.fidelity}")
+        lines.append(self._verdict())
+        if self.fidelity is not None:
+            lines.append(f"next        {self.fidelity.advice}")
         return "\n".join(lines)
 
     def _target(self) -> list[str]:

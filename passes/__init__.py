@@ -35,12 +35,19 @@ def preparation_pipeline() -> tuple[GraphPass, ...]:
     )
 
 
-def transform_pipeline(
+def transform_pipeline(config: TransformConfig) -> tuple[GraphPass, ...]:
+    """The passes of `pn_compiler.transform`, in order: BatchNorm in, proxy normalization out.
+
+    Between the two parts the graph is compared with the model that it was traced from.
+    """
+    return (*preparation_pipeline(), *conversion_pipeline(config))
+
+
+def conversion_pipeline(
     config: TransformConfig, calibrated: Mapping[str, Calibrated] | None = None
 ) -> tuple[GraphPass, ...]:
-    """The passes of `pn_compiler.transform`, in order: BatchNorm in, proxy normalization out."""
+    """The passes that change what a prepared graph computes, in order."""
     return (
-        *preparation_pipeline(),
         ReplaceBatchNorm(config, calibrated),  # changes outputs on purpose; the warm start is computed here
         InsertProxyNorm(config),  # reads the new normalizers' affine; consumers undo it in a warm start
         *(

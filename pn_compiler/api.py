@@ -1,27 +1,27 @@
 """The public functions transform and fold."""
 
 import dataclasses
-import logging
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import nn
 
-from pn_compiler.batch_norms import batch_norms, closed_diagnostic, closed_kind
-from pn_compiler.calibration import Calibrated, calibrate
 from pn_compiler.config import Norm, ProxyPadding, TransformConfig, WarmStart
-from pn_compiler.diagnostics import Diagnostic, Site, skipped
-from pn_compiler.errors import ConfigError, RefusedError
-from pn_compiler.evaluation import batches_of, inputs_of
+from pn_compiler.conversion import (
+    calibrate_prepared,
+    convert,
+    first_sample,
+    measure_conversion,
+    prepare,
+)
+from pn_compiler.errors import ConfigError
+from pn_compiler.evaluation import batches_of
 from pn_compiler.graph_module import is_converted, notes, record, sites
 from pn_compiler.inputs import Inputs
 from pn_compiler.pass_base import Progress, run_pipeline
-from pn_compiler.passes import fold_pipeline, preparation_pipeline, transform_pipeline
-from pn_compiler.ranks import infer_ranks, record_pixels
-from pn_compiler.regions import Region, Trace, copy_model, fake_mode, trace, unwrap
-from pn_compiler.site_table import take_sites
-
-logger = logging.getLogger(__name__)
+from pn_compiler.passes import fold_pipeline
+from pn_compiler.ranks import infer_ranks
+from pn_compiler.regions import copy_model, fake_mode, trace, unwrap
 
 
 def transform(
@@ -50,7 +50,8 @@ def transform(
         example_inputs: the positional arguments of a call: a tensor, or a tuple of tensors and nested
             tuples, lists and dicts of them. Needed where the rank of a BatchNorm1d's input cannot be told
             from the layers around it, and to convert the forward with optional arguments: those that are
-            not given keep their defaults, and the result takes no other value for them.
+            not given keep their defaults, and the result takes no other value for them. With them, what was
+            traced is compared with `model`, in float64, before it is converted; they are not written to.
         example_kwargs: the arguments of that call that are given by name.
         norm: "layer" normalizes over [C, *] (one group), "group" over groups of channels, "instance"
             over each channel alone. LayerNorm stays closest to a trained BatchNorm.
@@ -78,8 +79,8 @@ def transform(
         with graphs inside; so does the model itself if its own forward is one.
 
     Raises:
-        ConfigError: an option has an impossible value, or the inputs do not fit the forward.
-        TraceError: nothing of a model without BatchNorm can be traced.
+        ConfigError: an option has an impossible value, or the model does not run on the inputs.
+        TraceError: nothing of a model without BatchNorm can be traced, or the trace computes something else.
         UnsupportedModelError: `model` has uninitialised lazy modules.
         RefusedError: `strict` and something was refused.
 
@@ -97,121 +98,18 @@ def transform(
     if is_converted(model):
         raise ConfigError("the model is already converted")
     inputs = Inputs.of(example_inputs, example_kwargs)
-    calibrated = None
     if calibration is not None:
         calibration = batches_of(calibration, again=True)
         inputs = inputs or first_sample(calibration)
-    if config.warm_start == "calibrate":
-        calibrated = calibrate_model(model, inputs, config, calibration, leaves)
     with fake_mode(model):
         traced = trace(model, inputs, leaves)
-        convert(traced, model, inputs, config, calibrated, strict=strict)
+        prepare(traced, model, inputs)
+        calibrated = None
+        if config.warm_start == "calibrate":
+            calibrated = calibrate_prepared(traced, model, config, calibration)
+        convert(traced, model, config, calibrated, strict=strict)
+    measure_conversion(model, traced.root, inputs, calibration)
     return traced.root
-
-
-def first_sample(batches: Iterable[Any]) -> Inputs:
-    """The first sample of `batches`, as a batch of one. Raises ConfigError if there is none."""
-    first = next(iter(batches), None)
-    if first is None:
-        raise ConfigError("there is no batch for the calibration: batches is empty")
-    return inputs_of(first).map(lambda x: x[:1] if x.dim() else x)
-
-
-def calibrate_model(
-    model: nn.Module,
-    inputs: Inputs | None,
-    config: TransformConfig,
-    batches: Iterable[Any] | None,
-    leaves: Sequence[str | type[nn.Module]] = (),
-) -> dict[str, Calibrated]:
-    """Weight and bias of the normalizer of each site of `model`, by path, fitted to `batches`."""
-    if batches is None:
-        raise ConfigError("warm_start='calibrate' needs samples: give calibration=, batches of inputs")
-    teacher, student = trace(model, inputs, leaves), trace(model, inputs, leaves)
-    for region in teacher.regions:
-        _infer_shapes(region, inputs)
-        run_pipeline(preparation_pipeline(), region.graph)
-        region.finish()
-    plain = dataclasses.replace(config, proxy=False)  # the normalizers alone, as modules of their own
-    convert(student, model, inputs, plain)
-    names = [site.name for site in sites(student.root) if site.kind != "skipped"]
-    return calibrate(student.root, teacher.root, names, batches)
-
-
-def convert(
-    traced: Trace,
-    model: nn.Module,
-    inputs: Inputs | None,
-    config: TransformConfig,
-    calibrated: Mapping[str, Calibrated] | None = None,
-    *,
-    strict: bool = False,
-    progress: Progress | None = None,
-) -> None:
-    """Converts `traced`, the trace of `model`, in place; see `transform`."""
-    table: dict[str, Site] = {}
-    all_notes = [*traced.notes]
-    for region in traced.regions:
-        _infer_shapes(region, inputs)
-        own = {
-            name.removeprefix(region.prefix): found
-            for name, found in (calibrated or {}).items()
-            if name.startswith(region.prefix)
-        }
-        result = run_pipeline(transform_pipeline(config, own), region.graph, progress)
-        region.finish()
-        for name, site in take_sites(region.graph).items():
-            alone = region.owner is not None and site.code == "PN201"
-            reason = "called by code that torch.fx cannot trace" if alone else site.reason
-            table[region.prefix + name] = dataclasses.replace(site, name=region.prefix + name, reason=reason)
-        all_notes += [dataclasses.replace(note, site=region.prefix + note.site) for note in result.notes]
-    found = _account(model, traced, table, all_notes)
-    if not found:
-        all_notes.append(Diagnostic("PN100", "", "the model has no BatchNorm"))
-    for note in all_notes:
-        logger.info("%s", note)
-    refused = [str(note) for note in all_notes if note.severity == "warning"]
-    if strict and refused:
-        raise RefusedError("; ".join(refused))
-    record(traced.root, found, tuple(all_notes))
-
-
-def _infer_shapes(region: Region, inputs: Inputs | None) -> None:
-    """What the passes ask of shapes, from a call of the whole model if there is one."""
-    if inputs is not None and not region.prefix and region.owner is None:
-        record_pixels(region.graph, inputs)
-    infer_ranks(region.graph, None if region.prefix else inputs)
-
-
-def _account(
-    model: nn.Module, traced: Trace, table: dict[str, Site], notes: list[Diagnostic]
-) -> tuple[Site, ...]:
-    """One record for each BatchNorm of `model` in its order, those that no graph met included."""
-    found: dict[str, Site] = {}
-    for name, _ in batch_norms(model):
-        if name not in table:
-            notes.append(lost := _lost(name, model, traced))
-            table[name] = skipped(lost)
-        found[name] = table[name]
-    return tuple((found | table).values())
-
-
-def _lost(name: str, model: nn.Module, traced: Trace) -> Diagnostic:
-    """Why no graph met the BatchNorm `name`."""
-    around = [module for path, module in model.named_modules() if not path or name.startswith(f"{path}.")]
-    kinds = [kind for module in around if (kind := closed_kind(module))]
-    if kinds:
-        return closed_diagnostic(name, kinds[0])
-    whole = [path for path in traced.opaque if not path or name.startswith(f"{path}.")]
-    if not whole:
-        return Diagnostic("PN102", name, "the traced forward never calls it")
-    inside = whole[-1] or "the model"
-    return Diagnostic(
-        "PN101",
-        name,
-        f"the forward of {inside} cannot be traced, and the BatchNorm is shared or looked into there",
-        f"let {inside} call it as a module of its own",
-    )
 
 
 def fold(model: nn.Module, *, progress: Progress | None = None) -> nn.Module:

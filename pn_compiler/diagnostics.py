@@ -33,6 +33,8 @@ CODES: dict[str, tuple[Severity, str]] = {
     "PN208": ("note", "several activations read the BatchNorm's output"),
     "PN209": ("note", "calibration leaves more than a tenth of the BatchNorm's variance unexplained"),
     "PN210": ("note", "where the scale and shift of proxy normalization went, in the folded network"),
+    "PN211": ("note", "the graph was not compared with the model that it was traced from"),
+    "PN212": ("note", "how far the conversion moved the outputs"),
 }
 
 
@@ -76,6 +78,8 @@ class Site:
         warm_start: whether weight and bias were computed from running statistics or calibration data.
         residual: mean square difference to the BatchNorm's output on the calibration data, relative to the
             variance of that; None if it was not calibrated.
+        error: |n - t| / |t|, with t the BatchNorm's output and n that of what is there now, both for the same
+            input; None if it was not measured.
         affine: where scale and shift of proxy normalization went, once folded; empty before.
         static: whether the normalizer became a constant scale and shift, by `pn_compiler.freeze_statistics`.
     """
@@ -89,6 +93,7 @@ class Site:
     reason: str = ""
     warm_start: bool = False
     residual: float | None = None
+    error: float | None = None
     static: bool = False
     affine: str = ""
 
@@ -102,8 +107,13 @@ def skipped(diagnostic: Diagnostic) -> Site:
 def format_sites(sites: tuple[Site, ...]) -> str:
     """A table of `sites` for a terminal, one line a BatchNorm."""
     calibrated = any(s.residual is not None for s in sites)
+    measured = any(s.error is not None for s in sites)
     folded = any(s.affine for s in sites)
-    extra = (*(("residual",) if calibrated else ()), *(("scale and shift",) if folded else ()))
+    extra = (
+        *(("residual",) if calibrated else ()),
+        *(("error",) if measured else ()),
+        *(("scale and shift",) if folded else ()),
+    )
     header = ("site", "kind", "norm", "groups", "activation", *extra, "remark")
     rows = [
         (
@@ -112,13 +122,18 @@ def format_sites(sites: tuple[Site, ...]) -> str:
             f"{s.norm or '-'}{', static' if s.static else ''}",
             str(s.num_groups or "-"),
             s.activation or "-",
-            *(("-" if s.residual is None else f"{100 * s.residual:.1f} %",) if calibrated else ()),
+            *((_percent(s.residual),) if calibrated else ()),
+            *((_percent(s.error),) if measured else ()),
             *((s.affine or "-",) if folded else ()),
             f"{s.code} {s.reason}" if s.code else "",
         )
         for s in sites
     ]
     return format_table(header, rows)
+
+
+def _percent(share: float | None) -> str:
+    return "-" if share is None else f"{100 * share:.1f} %"
 
 
 def format_table(header: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:

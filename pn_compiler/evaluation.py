@@ -2,9 +2,11 @@
 
 import abc
 import contextlib
+import random
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -95,12 +97,13 @@ def run(model: nn.Module, inputs: Inputs, name: str) -> Any:
 
 
 @contextlib.contextmanager
-def untouched(model: nn.Module, *, batch_statistics: bool = False) -> Iterator[None]:
-    """Eval mode, eager and without gradients; the model and torch's random numbers are as before at the end.
+def untouched(model: nn.Module, *, batch_statistics: bool = False, own_modes: bool = False) -> Iterator[None]:
+    """Eval mode, eager and without gradients; the model and all random numbers are as before at the end.
 
     Args:
         model: any module that has values.
         batch_statistics: leave its BatchNorms in train mode.
+        own_modes: leave every module in the mode in which it is.
 
     Raises:
         ConfigError: its tensors are on the meta device, or fake.
@@ -111,12 +114,19 @@ def untouched(model: nn.Module, *, batch_statistics: bool = False) -> Iterator[N
     modes = [(module, module.training) for module in model.modules()]
     state = ModuleState(model)
     norms = [module for module, _ in modes if isinstance(module, _BatchNorm)]
-    running = [(b, b.clone()) for norm in norms for b in norm.buffers(False) if batch_statistics]
+    updated = batch_statistics or own_modes
+    running = [(b, b.clone()) for norm in norms for b in norm.buffers(False) if updated]
     gpus = {tensor.get_device() for tensor in tensors if tensor.is_cuda}
-    with torch.random.fork_rng(gpus), torch.no_grad(), torch.compiler.set_stance("force_eager"):
+    with (
+        torch.random.fork_rng(gpus),
+        _python_rng_restored(),
+        torch.no_grad(),
+        torch.compiler.set_stance("force_eager"),
+    ):
         try:
-            for module, _ in modes:  # not model.eval(), which some models override to do more
-                module.training = batch_statistics and isinstance(module, _BatchNorm)
+            for module, training in modes:  # not model.eval(), which some models override to do more
+                norm_in_train_mode = batch_statistics and isinstance(module, _BatchNorm)
+                module.training = training if own_modes else norm_in_train_mode
             yield
         finally:
             state.restore()
@@ -124,3 +134,20 @@ def untouched(model: nn.Module, *, batch_statistics: bool = False) -> Iterator[N
                 buffer.copy_(value)
             for module, training in modes:
                 module.training = training
+
+
+@contextlib.contextmanager
+def _python_rng_restored() -> Iterator[None]:
+    states = random.getstate(), np.random.get_state()  # noqa: NPY002  # what models draw from
+    try:
+        yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])  # noqa: NPY002
+
+
+def seed_everything(seed: int = 0) -> None:
+    """The same random numbers for torch, Python and NumPy; within `untouched`, which restores theirs."""
+    torch.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed)  # noqa: NPY002  # what models draw from

@@ -5,6 +5,7 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
@@ -32,15 +33,18 @@ class Inputs:
         return cls((example_inputs,), kwargs)
 
     def call(self, model: nn.Module) -> Any:
-        return model(*self.args, **self.kwargs)
+        """The outputs of `model`, which gets copies of the tensors: a forward may write to its inputs."""
+        copies = self.map(torch.clone)
+        return model(*copies.args, **copies.kwargs)
 
     def by_name(self, model: nn.Module) -> dict[str, Any]:
         """Parameter of the forward of `model` -> argument. Raises TypeError if they do not fit."""
         return dict(inspect.signature(model.forward).bind(*self.args, **self.kwargs).arguments)
 
     def of_graph(self, graph: fx.GraphModule) -> tuple[Any, ...]:
-        """The values of the placeholders of `graph`, in order. Raises TypeError if they do not fit."""
-        bound = inspect.signature(graph.forward).bind(*self.args, **self.kwargs)
+        """Copies for the placeholders of `graph`, in order. Raises TypeError if they do not fit."""
+        copies = self.map(torch.clone)
+        bound = inspect.signature(graph.forward).bind(*copies.args, **copies.kwargs)
         bound.apply_defaults()
         return tuple(graph.graph.process_inputs(*bound.args))
 

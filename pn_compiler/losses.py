@@ -73,11 +73,29 @@ def agreement(student: Any, teacher: Any, logits: Logits = "auto") -> float | No
 
     With several outputs of logits it is the mean over these.
     """
+    found = _logit_pairs(student, teacher, logits)
+    return _mean([float((s.argmax(1) == t.argmax(1)).double().mean()) for s, t in found])
+
+
+def divergence(student: Any, teacher: Any, logits: Logits = "auto") -> float | None:
+    """KL(softmax(t) || softmax(s)) in nats, mean over samples or pixels; as `agreement`."""
+    found = [(_wide(s), _wide(t)) for s, t in _logit_pairs(student, teacher, logits)]
+    return _mean([
+        float(F.kl_div(s.log_softmax(1), t.log_softmax(1), reduction="sum", log_target=True))
+        / (t.numel() // t.shape[1])
+        for s, t in found
+    ])  # fmt: skip
+
+
+def _logit_pairs(student: Any, teacher: Any, logits: Logits) -> list[tuple[Tensor, Tensor]]:
+    """The outputs that hold logits, where both have them in one shape."""
     got, wanted = _floating(student), _floating(teacher)
     both = [name for name, tensor in wanted.items() if name in got and got[name].shape == tensor.shape]
-    found = [(got[name], wanted[name]) for name in both if is_logits(wanted[name], logits)]
-    shares = [float((s.argmax(1) == t.argmax(1)).double().mean()) for s, t in found]
-    return sum(shares) / len(shares) if shares else None
+    return [(got[name], wanted[name]) for name in both if is_logits(wanted[name], logits)]
+
+
+def _mean(values: list[float]) -> float | None:
+    return sum(values) / len(values) if values else None
 
 
 def readings(outputs: Any, logits: Logits = "auto") -> dict[str, str]:

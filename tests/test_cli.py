@@ -89,7 +89,7 @@ def test_a_model_repository(folder: Path, capsys: pytest.CaptureFixture[str]) ->
         capsys, "model.pt", *SHAPE, *serving, "--target-ort", "1.18", "--max-batch-size", "4"
     )
     assert status == cli.DONE
-    assert out.endswith("repository  models/net/1 (batches of 4 at most)\n")
+    assert "\nrepository  models/net/1 (batches of 4 at most)\n" in out
     assert "wrote       models/net/1/model.onnx" in out
     status, out, _ = run(capsys, "model.pt", *SHAPE, *serving, "-o", "m.onnx", "--report", "r.json")
     assert status == cli.DONE

@@ -200,7 +200,7 @@ def test_a_trace_that_computes_something_else_is_refused(tmp_path: Path) -> None
             z /= 2  # torch.fx records this out of place
             return y
 
-    with pytest.raises(TraceError, match="to something else, off by"):
+    with pytest.raises(TraceError, match=r"to something else.*outputs are off by.*writes in place"):
         pn_compiler.compile(randomize_batch_norms(Net()).eval(), tmp_path / "m.onnx", IMAGES)
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import pn_compiler
-from pn_compiler.export.wide import Float64
+from pn_compiler.float64 import Float64
 from pn_compiler.testing import randomize_batch_norms
 
 

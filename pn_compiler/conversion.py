@@ -1,0 +1,196 @@
+"""A conversion as it goes: trace and prepare, compare with the model, calibrate, convert, measure."""
+
+import copy
+import dataclasses
+import logging
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from torch import nn
+
+from pn_compiler.batch_norms import batch_norms, closed_diagnostic, closed_kind
+from pn_compiler.calibration import Calibrated, calibrate
+from pn_compiler.config import TransformConfig
+from pn_compiler.diagnostics import Diagnostic, Site, skipped
+from pn_compiler.equivalence import check_equivalent
+from pn_compiler.errors import ConfigError, RefusedError
+from pn_compiler.evaluation import inputs_of
+from pn_compiler.fidelity import Fidelity, measure
+from pn_compiler.graph_module import notes, record, sites
+from pn_compiler.graph_utils import has_values
+from pn_compiler.inputs import Inputs
+from pn_compiler.losses import Logits
+from pn_compiler.pass_base import Progress, run_pipeline
+from pn_compiler.passes import conversion_pipeline, preparation_pipeline
+from pn_compiler.ranks import infer_ranks, record_pixels
+from pn_compiler.regions import Region, Trace
+from pn_compiler.site_table import take_sites
+
+logger = logging.getLogger(__name__)
+
+
+def first_sample(batches: Iterable[Any]) -> Inputs:
+    """The first sample of `batches`, as a batch of one. Raises ConfigError if there is none."""
+    first = next(iter(batches), None)
+    if first is None:
+        raise ConfigError("there is no batch for the calibration: batches is empty")
+    return inputs_of(first).map(lambda x: x[:1] if x.dim() else x)
+
+
+def prepare(traced: Trace, model: nn.Module, inputs: Inputs | None, progress: Progress | None = None) -> None:
+    """Makes every BatchNorm and activation of `traced` a plain module, and compares it with `model`.
+
+    Args:
+        traced: a trace of `model`, or of a copy; changed in place.
+        model: the network as the user brought it; left as it was.
+        inputs: arguments of a call. Without them nothing can be compared, and the notes say so.
+
+    Raises:
+        ConfigError: the model does not run on `inputs`.
+        TraceError: the trace computes something else.
+    """
+    for region in traced.regions:
+        _infer_shapes(region, inputs)
+        run_pipeline(preparation_pipeline(), region.graph, progress)
+    reason = _why_not_compared(model, inputs)
+    if reason:
+        traced.notes.append(Diagnostic("PN211", "", *reason))
+    elif inputs is not None:
+        branches = any(note.code == "PN110" for note in traced.notes)
+        check_equivalent(model, traced.root, inputs, own_modes=branches)
+
+
+def _why_not_compared(model: nn.Module, inputs: Inputs | None) -> tuple[str, str] | None:
+    """(why the graph cannot be compared with the model, what to do), or None if it can."""
+    if inputs is None:
+        return "nothing is known to run the model on", "pass example_inputs"
+    if not all(map(has_values, (*model.parameters(), *model.buffers(), *inputs.tensors()))):
+        return "the model or the inputs have no values", "convert the real one to compare"
+    return None
+
+
+def calibrate_prepared(
+    traced: Trace, model: nn.Module, config: TransformConfig, batches: Iterable[Any] | None
+) -> dict[str, Calibrated]:
+    """Weight and bias of the normalizer of each site of `traced`, by path, fitted to `batches`.
+
+    Args:
+        traced: prepared; left as it is.
+        model: what it was traced from.
+    """
+    if batches is None:
+        raise ConfigError("warm_start='calibrate' needs samples: give calibration=, batches of inputs")
+    teacher, student = copy.deepcopy(traced), copy.deepcopy(traced)
+    plain = dataclasses.replace(config, proxy=False)  # the normalizers alone, as modules of their own
+    convert(student, model, plain)
+    names = [site.name for site in sites(student.root) if site.kind != "skipped"]
+    return calibrate(student.root, teacher.root, names, batches)
+
+
+def convert(
+    traced: Trace,
+    model: nn.Module,
+    config: TransformConfig,
+    calibrated: Mapping[str, Calibrated] | None = None,
+    *,
+    strict: bool = False,
+    progress: Progress | None = None,
+) -> None:
+    """Converts `traced`, a prepared trace of `model`, in place; see `pn_compiler.transform`."""
+    table: dict[str, Site] = {}
+    all_notes = [*traced.notes]
+    for region in traced.regions:
+        own = {
+            name.removeprefix(region.prefix): found
+            for name, found in (calibrated or {}).items()
+            if name.startswith(region.prefix)
+        }
+        result = run_pipeline(conversion_pipeline(config, own), region.graph, progress)
+        region.finish()
+        for name, site in take_sites(region.graph).items():
+            alone = region.owner is not None and site.code == "PN201"
+            reason = "called by code that torch.fx cannot trace" if alone else site.reason
+            table[region.prefix + name] = dataclasses.replace(site, name=region.prefix + name, reason=reason)
+        all_notes += [dataclasses.replace(note, site=region.prefix + note.site) for note in result.notes]
+    found = _account(model, traced, table, all_notes)
+    if not found:
+        all_notes.append(Diagnostic("PN100", "", "the model has no BatchNorm"))
+    for note in all_notes:
+        logger.info("%s", note)
+    refused = [str(note) for note in all_notes if note.severity == "warning"]
+    if strict and refused:
+        raise RefusedError("; ".join(refused))
+    record(traced.root, found, tuple(all_notes))
+
+
+def _infer_shapes(region: Region, inputs: Inputs | None) -> None:
+    """What the passes ask of shapes, from a call of the whole model if there is one."""
+    if inputs is not None and not region.prefix and region.owner is None:
+        record_pixels(region.graph, inputs)
+    infer_ranks(region.graph, None if region.prefix else inputs)
+
+
+def _account(
+    model: nn.Module, traced: Trace, table: dict[str, Site], notes: list[Diagnostic]
+) -> tuple[Site, ...]:
+    """One record for each BatchNorm of `model` in its order, those that no graph met included."""
+    found: dict[str, Site] = {}
+    for name, _ in batch_norms(model):
+        if name not in table:
+            notes.append(lost := _lost(name, model, traced))
+            table[name] = skipped(lost)
+        found[name] = table[name]
+    return tuple((found | table).values())
+
+
+def _lost(name: str, model: nn.Module, traced: Trace) -> Diagnostic:
+    """Why no graph met the BatchNorm `name`."""
+    around = [module for path, module in model.named_modules() if not path or name.startswith(f"{path}.")]
+    kinds = [kind for module in around if (kind := closed_kind(module))]
+    if kinds:
+        return closed_diagnostic(name, kinds[0])
+    whole = [path for path in traced.opaque if not path or name.startswith(f"{path}.")]
+    if not whole:
+        return Diagnostic("PN102", name, "the traced forward never calls it")
+    inside = whole[-1] or "the model"
+    return Diagnostic(
+        "PN101",
+        name,
+        f"the forward of {inside} cannot be traced, and the BatchNorm is shared or looked into there",
+        f"let {inside} call it as a module of its own",
+    )
+
+
+def measure_conversion(
+    model: nn.Module,
+    converted: nn.Module,
+    inputs: Inputs | None,
+    calibration: Iterable[Any] | None,
+    logits: Logits = "auto",
+) -> Fidelity | None:
+    """Notes in `converted` how far its outputs are from those of `model`, as a whole and by site.
+
+    Returns:
+        The distance, on the calibration data or else on the example `inputs`; None without either.
+    """
+    found = [site for site in sites(converted) if site.kind != "skipped"]
+    if _why_not_compared(model, inputs) or not found:
+        return None
+    fidelity = measure(
+        model,
+        converted,
+        inputs if calibration is None else calibration,
+        representative=calibration is not None,
+        kept=any(site.warm_start for site in found),
+        sites=[site.name for site in found],
+        logits=logits,
+    )
+    table = (
+        dataclasses.replace(site, error=fidelity.sites.get(site.name, site.error))
+        for site in sites(converted)
+    )
+    note = Diagnostic("PN212", "", str(fidelity), fidelity.advice)
+    logger.info("%s", note)
+    others = (other for other in notes(converted) if other.code != note.code)
+    record(converted, tuple(table), (*others, note))
+    return fidelity

@@ -1,0 +1,154 @@
+"""A conversion changes outputs on purpose; by how much is measured and said."""
+
+import copy
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import pn_compiler
+from pn_compiler import cli
+from pn_compiler.errors import VerificationError
+from pn_compiler.fidelity import measure
+from pn_compiler.testing import randomize_batch_norms
+
+X = torch.randn(6, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+
+
+def classifier() -> nn.Module:
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 5),
+    )  # fmt: skip
+    return randomize_batch_norms(net).eval()
+
+
+@torch.no_grad()
+def test_distances_are_those_of_the_formulas() -> None:
+    model = classifier()
+    converted = pn_compiler.transform(model, X)
+    found = measure(model, converted, [X[:4], X[4:]], sites=["1", "4"])
+    o, c = model(X).double(), converted.eval()(X).double()
+    assert found.relative_l2 == pytest.approx(float((c - o).norm() / o.norm()), rel=1e-4)
+    p, q = o.softmax(1), c.softmax(1)
+    assert found.kl == pytest.approx(float((p * (p / q).log()).sum(1).mean()), rel=1e-3)
+    assert found.same_class == pytest.approx(float((o.argmax(1) == c.argmax(1)).double().mean()))
+    assert found.data == "6 samples of the calibration data"
+
+
+@torch.no_grad()
+def test_each_site_is_measured_on_its_own_input() -> None:
+    model = classifier()
+    converted = pn_compiler.transform(model, X)
+    errors = {site.name: site.error for site in pn_compiler.sites(converted)}
+    for name in ("1", "4"):
+        x = model[: int(name)](X)  # type: ignore[index]
+        norm, new = model.get_submodule(name), converted.get_submodule(name)
+        actual = F.layer_norm(x, x.shape[1:]) * new.weight.view(-1, 1, 1) + new.bias.view(-1, 1, 1)
+        expected = norm(x)
+        assert errors[name] == pytest.approx(float((actual - expected).norm() / expected.norm()), rel=1e-4)
+
+
+def test_nothing_moved_where_instances_are_like_the_population() -> None:
+    """All instances are one instance, whose statistics the BatchNorm has."""
+    net = nn.Sequential(nn.BatchNorm1d(4), nn.ReLU(), nn.Conv1d(4, 2, 1)).eval()
+    x = torch.randn(1, 4, 64)
+    net[0].running_mean.copy_(x.mean((0, 2)))
+    net[0].running_var.copy_(x.var((0, 2), correction=0))
+    with torch.no_grad():
+        net[0].weight.uniform_(0.5, 2)
+    converted = pn_compiler.transform(net, x)
+    found = measure(net, converted, x, sites=["0"])
+    assert found.relative_l2 is not None
+    assert found.relative_l2 < 1e-4
+    assert found.sites["0"] < 1e-4
+    assert found.kl is None
+
+
+def test_notes_and_advice() -> None:
+    def note(converted: nn.Module) -> str:
+        return next(str(n) for n in pn_compiler.notes(converted) if n.code == "PN212")
+
+    model = classifier()
+    example = note(pn_compiler.transform(model, X))
+    assert "on the example inputs" in example
+    assert "says nothing about accuracy" in example
+    assert "--calibrate" in example
+    calibrated = note(pn_compiler.transform(model, warm_start="calibrate", calibration=[X]))
+    assert "on 6 samples of the calibration data" in calibrated
+    assert "--distill" in calibrated
+    assert "train the converted network" in note(pn_compiler.transform(model, X, warm_start="none"))
+
+
+def test_networks_are_left_as_they_were() -> None:
+    model = classifier().train()
+    converted = pn_compiler.transform(model, X)
+    before = copy.deepcopy((model.state_dict(), converted.state_dict()))
+    measure(model, converted, [X], sites=["1", "4"])
+    for state, old in zip((model.state_dict(), converted.state_dict()), before, strict=True):
+        assert all(torch.equal(state[name], old[name]) for name in old)
+    assert model.training
+    assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+def test_the_last_lines_state_both_errors(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    torch.save(classifier(), tmp_path / "m.pt")
+    report = tmp_path / "r.json"
+    arguments = [str(tmp_path / "m.pt"), "-o", str(tmp_path / "m.onnx"), "--input-shape", "1,3,8,8"]
+    assert cli.main([*arguments, "--report", str(report)]) == cli.DONE
+    *_, moved, verified, advice = capsys.readouterr().out.splitlines()
+    assert moved.startswith("conversion  outputs moved by ")
+    assert "KL divergence" in moved
+    assert "most enters at" in moved
+    assert verified.startswith("verified    largest error ")
+    assert advice.startswith("next        this says nothing about accuracy")
+    content = json.loads(report.read_text())
+    assert 0 < content["fidelity"]["relative_l2"] < 10
+    assert set(content["fidelity"]["sites"]) == {"1", "4"}
+    assert all(site["error"] > 0 for site in content["sites"])
+
+
+def test_the_report_measures_what_was_distilled(tmp_path: Path) -> None:
+    model, data = classifier(), torch.randn(64, 3, 8, 8)
+    plain = pn_compiler.compile(model, tmp_path / "a.onnx", X, calibration=[data], warm_start="calibrate")
+    better = pn_compiler.compile(model, tmp_path / "b.onnx", X, calibration=[data], distill_steps=100)
+    assert better.fidelity.representative
+    assert "64 samples" in better.fidelity.data
+    with torch.no_grad():
+        assert better.fidelity.kl < measure(model, pn_compiler.transform(model, X), [data]).kl  # type: ignore[operator]
+    assert plain.fidelity.kl is not None
+
+
+class Chaotic(nn.Module):
+    """Amplifies rounding to some tenths of the output, in PyTorch as well."""
+
+    def __init__(self, steps: int) -> None:
+        super().__init__()
+        self.conv, self.steps = nn.Conv2d(3, 4, 1), steps
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.sigmoid(self.conv(x))
+        for _ in range(self.steps):  # the logistic map doubles an error in every step
+            y = 3.99 * y * (1 - y)
+        return y
+
+
+def test_a_file_that_is_far_off_is_never_written(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    pn_compiler.export_onnx(Chaotic(6).eval(), tmp_path / "good.onnx", X)
+    with pytest.raises(VerificationError, match=r"limit 1\.0e-02; PyTorch itself"):
+        pn_compiler.export_onnx(Chaotic(24).eval(), tmp_path / "m.onnx", X)
+    assert not (tmp_path / "m.onnx").exists()
+
+
+def test_a_model_that_draws_random_numbers_is_told_so(tmp_path: Path) -> None:
+    class Noisy(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x + torch.rand_like(x)
+
+    with pytest.raises(VerificationError, match="draws random numbers"):
+        pn_compiler.export_onnx(Noisy(), tmp_path / "m.onnx", X)
