@@ -53,11 +53,23 @@ def prepare(traced: Trace, model: nn.Module, inputs: Inputs | None, progress: Pr
         _infer_shapes(region, inputs)
         run_pipeline(preparation_pipeline(), region.graph, progress)
     reason = _why_not_compared(model, inputs)
+    if inputs is not None and not reason:
+        reason = _compare(traced, model, inputs)
     if reason:
         traced.notes.append(Diagnostic("PN211", "", *reason))
-    elif inputs is not None:
-        branches = any(note.code == "PN110" for note in traced.notes)
-        check_equivalent(model, traced.root, inputs, own_modes=branches)
+
+
+def _compare(traced: Trace, model: nn.Module, inputs: Inputs) -> tuple[str, str] | None:
+    """Raises TraceError if `traced` differs from `model`; returns as `_why_not_compared` if nothing tells."""
+    branches = any(note.code == "PN110" for note in traced.notes)
+    if not (branches and any(module.training for module in model.modules())):
+        check_equivalent(model, traced.root, inputs)
+        return None
+    try:  # the branch that was traced runs in train mode only
+        check_equivalent(model, traced.root, inputs, own_modes=True)
+    except ConfigError as error:
+        return str(error), "give an example that runs in train mode, such as a batch of two"
+    return None
 
 
 def _why_not_compared(model: nn.Module, inputs: Inputs | None) -> tuple[str, str] | None:

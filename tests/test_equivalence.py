@@ -186,6 +186,23 @@ def test_a_branch_on_training_is_compared_in_train_mode() -> None:
         assert "PN110" in {note.code for note in pn_compiler.notes(converted)}
 
 
+def test_an_example_too_small_for_train_mode_is_noted() -> None:
+    class Flat(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear, self.bn = nn.Linear(4, 8), nn.BatchNorm1d(8)
+
+        def forward(self, x: Tensor) -> Any:
+            y = self.bn(self.linear(x))
+            return (y, y.mean()) if self.training else y
+
+    converted = pn_compiler.transform(Flat(), torch.randn(1, 4))  # one value per channel
+    assert "PN211" in {note.code for note in pn_compiler.notes(converted)}
+    assert "PN211" not in {
+        note.code for note in pn_compiler.notes(pn_compiler.transform(Flat(), torch.randn(2, 4)))
+    }
+
+
 def test_without_inputs_the_notes_say_that_nothing_was_compared() -> None:
     codes = {note.code for note in pn_compiler.notes(pn_compiler.transform(ready(Net())))}
     assert "PN211" in codes
