@@ -1,9 +1,12 @@
 """Every model with BatchNorm that timm and torchvision have.
 
     python -m benchmarks.zoo --stage transform --libs timm,torchvision --json zoo.json
+    python -m benchmarks.zoo --stage compare --json compared.json
     python -m benchmarks.zoo --stage onnx --one-per-family --json families.json
 
 "transform" converts each on the meta device, without memory for parameters, and accounts for every BatchNorm.
+"compare" converts models with random weights and running statistics and an example, so that what is traced is
+compared with the model; it says how much longer that takes than without an example.
 "onnx" compiles models with random weights and running statistics, verifies them in onnxruntime at batch 1 and
 3, takes a training step at batch 1, and sees whether torch.onnx exports the unconverted model.
 """
@@ -83,6 +86,15 @@ def family(library: str, model: nn.Module) -> str:
 
 def transform_one(task: Name) -> Row | None:
     """One row of the stage "transform"; None for a model without BatchNorm."""
+    return _convert(task, compare=False)
+
+
+def compare_one(task: Name) -> Row | None:
+    """One row of the stage "compare"; None for a model without BatchNorm."""
+    return _convert(task, compare=True)
+
+
+def _convert(task: Name, *, compare: bool) -> Row | None:
     library, name = task
     row: Row = {"library": library, "model": name}
     start = time.perf_counter()
@@ -91,7 +103,10 @@ def transform_one(task: Name) -> Row | None:
         wanted = [path for path, _ in batch_norms(model)]
         if not wanted:
             return None
-        converted = pn_compiler.transform(model)
+        if compare:
+            converted = _transform_compared(build(library, name, meta=False), row)
+        else:
+            converted = pn_compiler.transform(model)
         sites = pn_compiler.sites(converted)
         names = {site.name for site in sites}
         left = [path for path, _ in batch_norms(converted)]
@@ -106,6 +121,18 @@ def transform_one(task: Name) -> Row | None:
         row["traceback"] = traceback.format_exc()
     row["seconds"] = round(time.perf_counter() - start, 2)
     return row
+
+
+def _transform_compared(model: nn.Module, row: Row) -> nn.Module:
+    """The model converted with an example; `row` gets the seconds of that, and of a conversion without."""
+    torch.manual_seed(0)
+    randomize_batch_norms(model)
+    start = time.perf_counter()
+    pn_compiler.transform(model)
+    between = time.perf_counter()
+    converted = pn_compiler.transform(model, example_inputs(model, 2))
+    row["plain_seconds"], row["compared_seconds"] = between - start, time.perf_counter() - between
+    return converted
 
 
 def example_inputs(model: nn.Module, batch: int) -> tuple[Any, ...]:
@@ -236,6 +263,12 @@ def summarize_transform(rows: list[Row]) -> int:
         print(f"failure      {row['model']}: {row['error']}")
     for name, paths in unaccounted:
         print(f"unaccounted  {name}: {', '.join(paths)}")
+    extra = sorted(
+        row["compared_seconds"] - row["plain_seconds"] for row in rows if "compared_seconds" in row
+    )
+    if extra:
+        middle, most = extra[len(extra) // 2], extra[-1]
+        print(f"comparison   {middle:.1f} s (median), {most:.1f} s (most), with an example of two")
     print(f"failures     {len(failures)}\nunaccounted  {len(unaccounted)} models")
     return 1 if failures or unaccounted else 0
 
@@ -298,9 +331,16 @@ def _run_alone(function: Task, task: Name) -> Row | None:
         }  # fmt: skip
 
 
+_STAGES: dict[str, tuple[Task, Callable[[list[Row]], int]]] = {
+    "transform": (transform_one, summarize_transform),
+    "compare": (compare_one, summarize_transform),
+    "onnx": (onnx_one, summarize_onnx),
+}
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--stage", choices=("transform", "onnx"), required=True)
+    parser.add_argument("--stage", choices=tuple(_STAGES), required=True)
     parser.add_argument("--libs", default="timm,torchvision")
     parser.add_argument("--one-per-family", action="store_true", help="the smallest model of each family")
     parser.add_argument("--match", default="", help="only models whose name contains this")
@@ -314,10 +354,7 @@ def main() -> int:
     else:
         tasks = [(library, name) for library in libraries for name in model_names(library)]
     tasks = [task for task in tasks if arguments.match in task[1]]
-    function: Task
-    function, summarize = (
-        (transform_one, summarize_transform) if arguments.stage == "transform" else (onnx_one, summarize_onnx)
-    )
+    function, summarize = _STAGES[arguments.stage]
     rows = []
     for row in run(function, tasks, arguments.jobs):
         rows.append(row)
