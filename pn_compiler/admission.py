@@ -1,4 +1,4 @@
-"""What a pickle may name: classes of modules, activation functions and plain types. Nothing is called here."""
+"""What a pickle may name: classes of modules, activation functions and plain types. Nothing is called."""
 
 import dataclasses
 import enum
@@ -74,8 +74,8 @@ def _admit_on_request(name: str) -> Any:
     inert = dataclasses.is_dataclass(found) or issubclass(found, enum.Enum) or hasattr(found, "_fields")
     if package in _NO_MODELS or not inert:
         raise LoadError(
-            f"--allow {name}: it is neither an nn.Module, nor a dataclass, an Enum or a named tuple of yours, "
-            "and might run code when it is unpickled"
+            f"--allow {name}: it is neither an nn.Module, nor a dataclass, Enum or named tuple of yours, and "
+            "might run code when it is unpickled"
         )
     return found
 

@@ -121,11 +121,7 @@ def _directory(path: Path, file: BinaryIO) -> tuple[str, dict[str, int]]:
     try:
         with zipfile.ZipFile(file) as archive:
             entries = archive.infolist()
-            if any(entry.filename.endswith("/constants.pkl") for entry in entries):
-                raise LoadError(
-                    f"{path} is TorchScript, which has no modules to convert: save the original nn.Module "
-                    "with torch.save, or a torch.export program of it"
-                )
+            _refuse_torchscript(path, entries)
             _check_directory(path, file, archive)
     except (LoadError, OSError):
         raise
@@ -135,6 +131,14 @@ def _directory(path: Path, file: BinaryIO) -> tuple[str, dict[str, int]]:
     if len(folders) != 1:
         raise LoadError(f"{path} is a zip archive but not a model saved by torch.save or torch.export")
     return folders.pop(), {entry.filename.partition("/")[2]: entry.file_size for entry in entries}
+
+
+def _refuse_torchscript(path: Path, entries: list[zipfile.ZipInfo]) -> None:
+    if any(entry.filename.endswith("/constants.pkl") for entry in entries):
+        raise LoadError(
+            f"{path} is TorchScript, which has no modules to convert: save the original nn.Module "
+            "with torch.save, or a torch.export program of it"
+        )
 
 
 def _check_directory(path: Path, file: BinaryIO, archive: zipfile.ZipFile) -> None:
@@ -155,7 +159,9 @@ def _check_directory(path: Path, file: BinaryIO, archive: zipfile.ZipFile) -> No
         signature, *_, length, extra = _LOCAL.unpack(local)
         start = entry.header_offset
         if signature != b"PK\3\4" or file.read(length) != name or start < end or (start and not end):
-            raise LoadError(f"{path} is damaged: its zip archive says two things about {name.decode()[:80]!r}")
+            raise LoadError(
+                f"{path} is damaged: its zip archive says two things about {name.decode()[:80]!r}"
+            )
         end = start + _LOCAL.size + length + extra + entry.file_size
     if not entries or end > archive.start_dir:
         raise LoadError(f"{path} is damaged: its zip archive is empty or cut short")

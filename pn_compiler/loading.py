@@ -13,7 +13,7 @@ import torch
 from torch import fx, nn
 
 from pn_compiler.admission import admit, import_from_here, refusal, resolve
-from pn_compiler.archives import Archive, read_start
+from pn_compiler.archives import Archive
 from pn_compiler.errors import LoadError, first_line
 from pn_compiler.inputs import Inputs
 from pn_compiler.pickle_audit import audit_pickle, names_in
@@ -118,7 +118,11 @@ def _check_kinds(path: Path, state: dict[str, Any], model: nn.Module, arch: str)
         raise LoadError(f"{path} holds tensors under keys that are no names: it is not a state_dict")
     for key, value in model.state_dict().items():
         given = state.get(key)
-        if isinstance(given, torch.Tensor) and isinstance(value, torch.Tensor) and _kind(given) != _kind(value):
+        if (
+            isinstance(given, torch.Tensor)
+            and isinstance(value, torch.Tensor)
+            and _kind(given) != _kind(value)
+        ):
             dtypes = (str(tensor.dtype).removeprefix("torch.") for tensor in (given, value))
             raise LoadError("{} does not fit {}: {} holds {}, not {}".format(path, arch, key, *dtypes))
 
@@ -173,7 +177,9 @@ def _load_program(archive: Archive, *, unsafe: bool) -> LoadedModel:
         plain = fx.GraphModule(module, module.graph)  # without the export's ban on train() and eval()
         users = set(program.graph_signature.user_inputs)
     except Exception as error:  # whatever a damaged program provokes in torch
-        raise LoadError(f"cannot load {path}: torch.export.load fails on it ({_cause(error)[:200]})") from error
+        raise LoadError(
+            f"cannot load {path}: torch.export.load fails on it ({_cause(error)[:200]})"
+        ) from error
     for node in program.graph.nodes:
         if _runs_in_train_mode(node):
             raise LoadError(

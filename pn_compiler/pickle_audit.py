@@ -22,8 +22,8 @@ _ENTRY = re.compile(
 _BUILDERS = frozenset(
     ["torch._utils._rebuild_tensor_v2", "torch._utils._rebuild_tensor_v3", "torch._utils._rebuild_parameter",
      "torch._utils._rebuild_parameter_with_state", "torch.Size", "torch.device", "collections.OrderedDict",
-     "torch.serialization._get_layout", "builtins.set", "builtins.complex", "builtins.slice", "builtins.range",
-     "collections.defaultdict", "_codecs.encode", "functools.partial"]
+     "torch.serialization._get_layout", "builtins.set", "builtins.complex", "builtins.slice",
+     "builtins.range", "collections.defaultdict", "_codecs.encode", "functools.partial"]
 )  # fmt: skip
 _TENSORS = ("torch._utils._rebuild_tensor_v2", "torch._utils._rebuild_tensor_v3")
 _PARAMETERS = ("torch._utils._rebuild_parameter", "torch._utils._rebuild_parameter_with_state")
@@ -117,11 +117,13 @@ class _Audit:
         if isinstance(value, list | tuple | set):
             return sum(map(self.count, value))
         self.require(isinstance(value, Call), "a storage outside of a tensor")
-        self.require(isinstance(value.function, Name) and isinstance(value.arguments, tuple), "a call of a value")
+        self.require(
+            isinstance(value.function, Name) and isinstance(value.arguments, tuple), "a call of a value"
+        )
         return self.call(value, value.function.path)
 
     def check_metadata(self, value: Mapping) -> None:
-        """An OrderedDict has no attributes, that of a state_dict has its versions; another might hide items()."""
+        """An OrderedDict has no attributes but the versions of a state_dict: others might hide items()."""
         state = value.state
         fine = state is None or (isinstance(state, dict) and state.keys() <= {"_metadata"})
         self.require(fine, "a dictionary with attributes")
@@ -148,7 +150,9 @@ class _Audit:
         self.require(isinstance(storage, Stored), "a tensor without values")
         elements = self.elements(storage.id)
         if value.function.path == _TENSORS[1]:
-            self.require(isinstance(arguments[6], Name) and _is_dtype(arguments[6].path), "a tensor of no dtype")
+            self.require(
+                isinstance(arguments[6], Name) and _is_dtype(arguments[6].path), "a tensor of no dtype"
+            )
             elements //= getattr(torch, arguments[6].path.partition(".")[2]).itemsize
         self.require(type(gradient) is bool and self.is_empty(hooks), "a tensor with hooks")
         self.require(self.is_empty(arguments[-1]) or len(arguments) < versions[1], "a tensor with metadata")
@@ -163,17 +167,23 @@ class _Audit:
         self.require(isinstance(key, str) and key.isdecimal(), "a storage without a number")
         size = self.archive.sizes.get(f"data/{key}")
         if size is None or type(elements) is not int or elements * _STORAGES[kind.path] != size:
-            raise LoadError(f"{self.archive.path} is damaged: the values of a tensor are missing or cut short")
+            raise LoadError(
+                f"{self.archive.path} is damaged: the values of a tensor are missing or cut short"
+            )
         return elements
 
     def check_parameter(self, value: Call) -> None:
         data, gradient, hooks, *state = (*value.arguments, None, None, None)[:4]
         self.require(self.is_tensor(data) and type(gradient) is bool, "a parameter without values")
-        self.require(self.is_empty(hooks) and value.state is None and not any(state), "a parameter with hooks")
+        self.require(
+            self.is_empty(hooks) and value.state is None and not any(state), "a parameter with hooks"
+        )
         self.count(data)
 
     def is_tensor(self, value: Any) -> bool:
-        return isinstance(value, Call) and isinstance(value.function, Name) and value.function.path in _TENSORS
+        return (
+            isinstance(value, Call) and isinstance(value.function, Name) and value.function.path in _TENSORS
+        )
 
     def is_empty(self, hooks: Any) -> bool:
         return hooks is None or (isinstance(hooks, dict) and not hooks and not getattr(hooks, "state", None))
@@ -194,7 +204,9 @@ class _Audit:
     def check_partial(self, value: Call) -> None:
         """Of a class of modules or an activation function, with plain values."""
         state = value.state
-        fine = isinstance(state, tuple) and len(state) == 4 and not state[3] and state[0] is value.arguments[0]
+        fine = (
+            isinstance(state, tuple) and len(state) == 4 and not state[3] and state[0] is value.arguments[0]
+        )
         self.require(fine, "a functools.partial with another state than its own")
         self.count(state)
 
@@ -217,7 +229,9 @@ class _Audit:
                 self.require(item is None or self.is_member(item, key), f"{name!r} in {key}, which is none")
         self.require(type(state.get("training")) is bool, f"a {cls.__name__} without a mode")
         layers = state.get("num_layers", 1)
-        self.require(type(layers) is not int or layers <= _DEEPEST_STACK, f"a {cls.__name__} of {layers} layers")
+        self.require(
+            type(layers) is not int or layers <= _DEEPEST_STACK, f"a {cls.__name__} of {layers} layers"
+        )
         for key, item in state.items():
             self.check_attribute(key, item, cls)
         return self.count(state)

@@ -15,7 +15,7 @@ import types
 import typing
 from typing import Any
 
-from torch._export.serde import schema
+from torch._export.serde import schema, union
 
 from pn_compiler.archives import Archive
 from pn_compiler.errors import LoadError
@@ -80,7 +80,9 @@ def _parse(archive: Archive, name: str) -> Any:
     try:
         return json.loads(archive.read(name).decode())
     except (ValueError, RecursionError) as error:
-        raise LoadError(f"{archive.path} is damaged: {name} is not the JSON that torch.export writes") from error
+        raise LoadError(
+            f"{archive.path} is damaged: {name} is not the JSON that torch.export writes"
+        ) from error
 
 
 def _check_versions(archive: Archive, program: Any) -> None:
@@ -122,12 +124,12 @@ def _check_record(kind: Any, value: Any) -> None:
     fields = {field.name: field for field in dataclasses.fields(kind)}
     unknown = value.keys() - fields.keys()
     _require(not unknown, f"{sorted(unknown)[:1]}, which is unknown in a {name}")
-    union = issubclass(kind, schema._Union)
+    one_of = issubclass(kind, union._Union)
     needed = {
         n for n, f in fields.items()
         if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
     }  # fmt: skip
-    _require(len(value) == 1 if union else needed <= value.keys(), f"a {name} without what belongs to it")
+    _require(len(value) == 1 if one_of else needed <= value.keys(), f"a {name} without what belongs to it")
     hints = typing.get_type_hints(kind)
     for key, item in value.items():
         _check(hints[key], item, f"{name}.{key}")
@@ -169,7 +171,9 @@ def _check_leaf(kind: Any, value: Any, place: str) -> None:
         _require(type(value) is int and value in kind.__members__.values(), f"an unknown {place}")
     elif kind in (int, bool):
         fine = type(value) is kind and -_LARGEST <= value < _LARGEST
-        _require(fine, f"a {place} that is no number" if kind is int else f"a {place} that is not true or false")
+        _require(
+            fine, f"a {place} that is no number" if kind is int else f"a {place} that is not true or false"
+        )
     else:
         raise _UnfitError(f"holds {place}, of which nothing is known here")
 
@@ -195,7 +199,9 @@ def _check_payload(archive: Archive, folder: str, config: dict[str, Any]) -> Non
         dtype = schema.ScalarType(meta["dtype"])
         if size is None:
             raise _UnfitError(f"is damaged: the values of {name} are missing")
-        _require(dtype.name in _ITEM_BYTES and meta["layout"] == schema.Layout.Strided, f"{name} as {dtype.name}")
+        _require(
+            dtype.name in _ITEM_BYTES and meta["layout"] == schema.Layout.Strided, f"{name} as {dtype.name}"
+        )
         _require(dtypes.setdefault(entry, dtype) == dtype, f"{name} with the values of another dtype")
         places = [meta["sizes"], meta["strides"], [meta["storage_offset"]]]
         sizes, strides, (offset,) = ([n.get("as_int") for n in numbers] for numbers in places)

@@ -22,23 +22,31 @@ _PRIVATE_OPERATORS = frozenset(
     [
         "_adaptive_avg_pool2d", "_adaptive_avg_pool3d", "_assert_scalar", "_assert_tensor_metadata", "_conj",
         "_convolution", "_fft_c2c", "_fft_c2r", "_fft_r2c", "_local_scalar_dense", "_log_softmax",
-        "_native_batch_norm_legit", "_native_batch_norm_legit_functional", "_native_batch_norm_legit_no_training",
-        "_native_multi_head_attention", "_scaled_dot_product_flash_attention_for_cpu", "_softmax", "_to_copy",
+        "_native_batch_norm_legit", "_native_batch_norm_legit_functional",
+        "_native_batch_norm_legit_no_training", "_native_multi_head_attention",
+        "_scaled_dot_product_flash_attention_for_cpu", "_softmax", "_to_copy",
         "_transformer_encoder_layer_fwd", "_unsafe_index", "_unsafe_view", "_upsample_bicubic2d_aa",
         "_upsample_bilinear2d_aa", "_upsample_nearest_exact1d", "_upsample_nearest_exact2d",
         "_upsample_nearest_exact3d", "_weight_norm", "_weight_norm_interface",
     ]
 )  # fmt: skip  # other private ones trust their caller with sizes and indices
-_NO_TENSORS = frozenset(["_assert_scalar", "sym_constrain_range", "sym_constrain_range_for_size", "scalar_tensor"])
+_NO_TENSORS = frozenset(
+    ["_assert_scalar", "sym_constrain_range", "sym_constrain_range_for_size", "scalar_tensor"]
+)
 _OTHER_OPERATORS = frozenset(
     [f"torch.ops.higher_order.{n}" for n in ("cond", "wrap_with_set_grad_enabled", "wrap_with_autocast")]
     + [f"torch.{n}" for n in ("sym_int", "sym_float", "sym_max", "sym_min", "sym_not", "sym_sqrt", "sym_ite")]
-    + [f"_operator.{n}" for n in ("add", "sub", "mul", "floordiv", "truediv", "mod", "neg", "pos", "eq", "ne")]
+    + [
+        f"_operator.{n}"
+        for n in ("add", "sub", "mul", "floordiv", "truediv", "mod", "neg", "pos", "eq", "ne")
+    ]
     + [f"_operator.{n}" for n in ("lt", "le", "gt", "ge", "and_", "or_", "getitem")]
     + ["torch._sym_sqrt", "math.trunc", "math.ceil", "math.floor"]
 )
 _TREES = frozenset(["builtins.tuple", "builtins.list", "builtins.dict", "collections.OrderedDict"])
-_METADATA = frozenset(["stack_trace", "nn_module_stack", "source_fn_stack", "torch_fn", "custom", "from_node"])
+_METADATA = frozenset(
+    ["stack_trace", "nn_module_stack", "source_fn_stack", "torch_fn", "custom", "from_node"]
+)
 _LONGEST = 2**20  # of a text that nothing reads
 _DEEPEST = 50
 
@@ -158,7 +166,9 @@ TEXTS: dict[str, Callable[[str], bool]] = {
 
 #: The same for the keys of dictionaries.
 KEYS: dict[str, Callable[[str], bool]] = {
-    **dict.fromkeys([f"Graph.{kind}_values" for kind in ("tensor", "sym_int", "sym_bool", "sym_float")], is_identifier),
+    **dict.fromkeys(
+        [f"Graph.{kind}_values" for kind in ("tensor", "sym_int", "sym_bool", "sym_float")], is_identifier
+    ),
     "Graph.custom_obj_values": _nothing,
     "GraphModule.treespec_namedtuple_fields": _nothing,
     "GraphModule.metadata": _one_of("custom"),

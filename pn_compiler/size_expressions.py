@@ -15,9 +15,9 @@ _PRODUCTS = frozenset(["Mul"])
 _POWERS = frozenset(["Pow", "PowByNatural"])
 _OTHERS = frozenset(
     [
-        "Add", "Max", "Min", "Where", "Integer", "Mod", "PythonMod", "FloorDiv", "CleanDiv", "CeilDiv", "ModularIndexing",
-        "IntTrueDiv", "FloatTrueDiv", "TruncToInt", "FloorToInt", "CeilToInt", "ToFloat", "RoundToInt", "Abs",
-        "Eq", "Ne", "Lt", "Le", "Gt", "Ge", "And", "Or", "Not", "floor", "ceiling", "sqrt", "Rational",
+        "Add", "Max", "Min", "Where", "Integer", "Mod", "PythonMod", "FloorDiv", "CleanDiv", "CeilDiv",
+        "ModularIndexing", "IntTrueDiv", "FloatTrueDiv", "TruncToInt", "FloorToInt", "CeilToInt", "ToFloat",
+        "RoundToInt", "Abs", "Eq", "Ne", "Lt", "Le", "Gt", "Ge", "And", "Or", "Not", "floor", "ceiling", "sqrt", "Rational",
         "Equality", "Unequality", "StrictLessThan", "LessThan", "StrictGreaterThan", "GreaterThan",
     ]
 )  # fmt: skip
