@@ -22,6 +22,7 @@ _PART = re.compile(r"[^/\\\x00-\x1f]{1,255}")  # of the name of an entry
 _ENCRYPTED = 0x1 | 0x40 | 0x2000
 _END = struct.Struct("<4s4H2LH")  # end of central directory
 _LOCAL = struct.Struct("<4s5H3L2H")  # header before the bytes of an entry
+_SEE_ZIP64 = 0xFFFF  # for the number of entries
 _TEXT = 2**28  # bytes of an entry that is parsed, such as the graph of a program
 
 
@@ -145,8 +146,11 @@ def _check_directory(path: Path, file: BinaryIO, archive: zipfile.ZipFile) -> No
     """Raises LoadError unless the archive can be read in one way only, and holds what its directory says."""
     entries = archive.infolist()
     file.seek(-_END.size, os.SEEK_END)
-    if archive.comment or not file.read().startswith(b"PK\5\6"):
+    signature, disk, first_disk, here, count, *_ = _END.unpack(file.read())
+    if archive.comment or signature != b"PK\5\6":
         raise LoadError(f"{path} is damaged: there is data behind its zip archive")
+    if disk or first_disk or here != count or count not in (len(entries), _SEE_ZIP64):
+        raise LoadError(f"{path} is damaged: its zip archive is cut short or broken")
     double = [name for name, count in Counter(entry.filename for entry in entries).items() if count > 1]
     if double:
         raise LoadError(f"{path} is damaged: it holds {double[0][:80]!r} twice")

@@ -11,6 +11,7 @@ from pn_compiler.activations import is_activation
 from pn_compiler.errors import ConfigError, TraceError
 from pn_compiler.graph_utils import called_module
 from pn_compiler.inputs import Inputs
+from pn_compiler.memory import refuse_giant_tensors
 
 GUESSED_PIXELS = 224
 _SAME = 1e-2  # relative; the same operators in the same order
@@ -38,6 +39,7 @@ def choose_inputs(
         if not shape or any(size < 1 for size in shape):
             raise ConfigError(f"input shape {shape}: expected positive sizes")
         inputs = random_inputs(model, [shape])
+    refuse_giant_tensors(model, inputs)
     try:
         with torch.no_grad():
             got, want = inputs.call(traced), inputs.call(model)

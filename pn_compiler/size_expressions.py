@@ -27,7 +27,7 @@ _ASSUMPTIONS = frozenset(["positive", "nonnegative", "integer", "real", "commuta
 
 def is_size_expression(text: str) -> bool:
     """Whether `text` is arithmetic on size symbols and numbers whose result stays small."""
-    if len(text) > _LONGEST:
+    if len(text) > _LONGEST or not text.isascii():  # Python reads other letters as if they were these
         return False
     try:
         return _bits(ast.parse(text, mode="eval").body) <= _MOST_BITS
