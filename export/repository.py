@@ -4,8 +4,6 @@ import contextlib
 import dataclasses
 import importlib.metadata
 import os
-import shutil
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,7 +12,7 @@ from google.protobuf.message import Message
 
 from pn_compiler.config import ModelRepository
 from pn_compiler.errors import ExportError
-from pn_compiler.export.files import check_writable, write_atomically
+from pn_compiler.export.files import check_writable, temporary_folder, write_atomically
 from pn_compiler.export.golden_calls import Calls, check_golden, why_no_batching
 from pn_compiler.export.manifests import model_files, server_files, to_json
 from pn_compiler.export.onnx_file import OnnxFile
@@ -144,16 +142,13 @@ def _staging(repository: ModelRepository) -> Iterator[Path]:
     """A folder in the repository, on its disk, in which a version is made; it is gone at the end."""
     directory = repository.directory
     existed = directory.exists()
-    stage = None
     try:
         directory.mkdir(exist_ok=True)
-        stage = Path(tempfile.mkdtemp(prefix=f".{repository.name}.", suffix=".tmp", dir=directory))
-        yield stage
+        with temporary_folder(directory) as stage:
+            yield stage
     except OSError as error:
         raise ExportError(f"cannot write {directory}: {error.strerror}") from error
     finally:
-        if stage is not None:
-            shutil.rmtree(stage, ignore_errors=True)
         if not existed:
             with contextlib.suppress(OSError):  # there is something in it
                 directory.rmdir()

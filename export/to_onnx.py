@@ -17,7 +17,14 @@ from pn_compiler.errors import ExportError, PnCompilerError, VerificationError
 from pn_compiler.export.blocked import in_blocked_layout
 from pn_compiler.export.exporter import export_graph
 from pn_compiler.export.external_data import data_file, needs_external_data
-from pn_compiler.export.files import check_writable, publish, staging_folder, write_atomically
+from pn_compiler.export.files import (
+    check_plain,
+    check_writable,
+    output_target,
+    publish,
+    staging_folder,
+    write_atomically,
+)
 from pn_compiler.export.half import DTYPES, in_half
 from pn_compiler.export.normalizers import use_two_stage_sums
 from pn_compiler.export.options import ExportOptions
@@ -63,6 +70,7 @@ def write_onnx(
         VerificationError: the ONNX model computes something else.
     """
     _check_arguments(path, inputs)
+    path = output_target(path)  # weights beside it are found beside the file, not beside a link to it
     options = options or ExportOptions()
     report = Report() if report is None else report
     say = progress or (lambda stage: None)
@@ -71,6 +79,7 @@ def write_onnx(
         if options.external_data or needs_external_data(folded):
             if options.target in ("ort-cpu", "auto"):
                 raise ExportError(f"target {options.target} writes one file, of 2 GB at most: use portable")
+            check_plain(path.parent / f"{path.name}.data")
             staged = stack.enter_context(staging_folder(path)) / path.name
         compare = None
         if options.verify and not isinstance(reference, Expected):

@@ -4,23 +4,24 @@ import argparse
 import contextlib
 import itertools
 import logging
-import signal
+import os
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from pn_compiler.arguments import DATA_OPTIONS, REPOSITORY_OPTIONS, make_parser
-from pn_compiler.errors import ConfigError, PnCompilerError, RefusedError
+from pn_compiler.errors import ConfigError, PnCompilerError, RefusedError, first_line
+from pn_compiler.interruption import STATUS as INTERRUPTED
+from pn_compiler.interruption import Interruption, interruptible
 
 if TYPE_CHECKING:
     from pn_compiler.config import ModelRepository
     from pn_compiler.data import Batches
     from pn_compiler.loading import LoadedModel
 
-DONE, FAILED, USAGE, REFUSED, INTERRUPTED = 0, 1, 2, 3, 130
+DONE, FAILED, USAGE, REFUSED = 0, 1, 2, 3
 _STAGES = 16  # of a whole run, for the progress bar
 
 
@@ -29,57 +30,93 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     0 done; 1 an error, told in one line; 2 wrong usage; 3 ``--strict`` and a site was refused.
     """
+    try:
+        with interruptible() as interruption:
+            return _main(argv, interruption)
+    except SystemExit:
+        with contextlib.suppress(ConfigError):
+            _print("")  # what --help printed
+        raise
+
+
+def _main(argv: Sequence[str] | None, interruption: Interruption) -> int:
     arguments = make_parser().parse_args(argv)
     logging.basicConfig(
         level=(logging.WARNING, logging.INFO, logging.DEBUG)[min(arguments.verbose, 2)],
         format="%(name)s: %(message)s",
     )
-    previous = signal.signal(signal.SIGTERM, _terminate)
     try:
         with warnings.catch_warnings():
             if not arguments.verbose:
                 warnings.simplefilter("ignore")
-            return _run(arguments)
+            return _run(arguments, interruption)
     except KeyboardInterrupt:
-        return _fail("interrupted; nothing was written", INTERRUPTED)
+        return _fail("interrupted; files are as they were, or whole", INTERRUPTED)
     except RefusedError as error:
         return _fail(str(error), REFUSED, error if arguments.verbose else None)
     except PnCompilerError as error:
         return _fail(str(error), FAILED, error if arguments.verbose else None)
     except Exception as error:
-        message = f"internal error, please report it with the output of -v: {type(error).__name__}: {error}"
-        return _fail(message, FAILED, error if arguments.verbose else None)
-    finally:
-        signal.signal(signal.SIGTERM, previous)
+        if interruption.requested:  # a library turned it into an error of its own
+            return _fail("interrupted; files are as they were, or whole", INTERRUPTED)
+        return _fail(_unexpected(error), FAILED, error if arguments.verbose else None)
 
 
-def _terminate(number: int, frame: FrameType | None) -> None:
-    """SIGTERM unwinds as Ctrl-C does, so that temporary files are removed."""
-    raise KeyboardInterrupt
+def _unexpected(error: Exception) -> str:
+    if isinstance(error, MemoryError) or "can't allocate memory" in str(error):
+        return "there is not enough memory for this model and input shape"
+    name = type(error).__name__
+    return f"internal error, please report it with the output of -v: {name}: {first_line(error)}"
 
 
 def _fail(message: str, status: int, error: Exception | None = None) -> int:
     if error is not None:
         logging.getLogger(__name__).error("traceback", exc_info=error)
-    sys.stderr.write(f"pn-compile: error: {' '.join(message.split())}\n")
+    with contextlib.suppress(OSError, ValueError):  # nobody listens
+        sys.stderr.write(f"pn-compile: error: {_printable(message)}\n")
+        sys.stderr.flush()
     return status
 
 
-def _run(arguments: argparse.Namespace) -> int:
+def _printable(message: str) -> str:
+    """One line, without what would steer a terminal: names come from files."""
+    line = " ".join(message.split())
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in line)
+
+
+def _print(text: str) -> None:
+    """To the standard output, which may be a pipe that nobody reads any more.
+
+    Raises:
+        ConfigError: it takes nothing, for example because the disk is full.
+    """
+    try:
+        if sys.stdout is not None:  # which it is if the caller closed it
+            sys.stdout.write(text)
+            sys.stdout.flush()
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python tries again at its end
+        if not isinstance(error, BrokenPipeError):
+            raise ConfigError(f"cannot print the result: {error.strerror}") from error
+
+
+def _run(arguments: argparse.Namespace, interruption: Interruption) -> int:
     if arguments.list_passes:
         return _list_passes()
     _check_usage(arguments)
+    from pn_compiler.loading import load_model  # torch is only imported for work
+
+    interruption.starting = False
     for path in (arguments.output, arguments.report):
         if path is not None and not arguments.dry_run:
             from pn_compiler.export import check_writable
 
             check_writable(path)
     data = [Path(source) for source in (arguments.diagnose, arguments.calibrate) if source is not None]
-    _refuse_same_file(arguments.model, arguments.output, arguments.report, *data)
-    with _progress() as say:
+    weights = [Path(f"{arguments.output}.data")] if arguments.output and arguments.external_data else []
+    _refuse_same_file(arguments.model, arguments.output, arguments.report, *data, *weights)
+    with _progress(interruption.check) as say:
         say("load")
-        from pn_compiler.loading import load_model  # torch is only imported for work
-
         loaded = load_model(
             arguments.model,
             arch=arguments.arch,
@@ -90,7 +127,7 @@ def _run(arguments: argparse.Namespace) -> int:
             text = _diagnose(loaded, arguments, say)
         else:
             text = _dry_run(loaded, arguments) if arguments.dry_run else _compile(loaded, arguments, say)
-    sys.stdout.write(text + "\n")
+    _print(f"{text}\n")
     return DONE
 
 
@@ -131,11 +168,25 @@ def _check_repository_usage(arguments: argparse.Namespace) -> None:
 
 
 def _refuse_same_file(*paths: Path | None) -> None:
-    """The model, the data, the ONNX file and the report must be different files."""
-    given = [path.resolve() for path in paths if path is not None]
-    double = next((path for path in given if given.count(path) > 1), None)
-    if double is not None:
-        raise ConfigError(f"{double} is named twice among the model, the data, the output and the report")
+    """The model, the data, the ONNX file with its weights and the report must be different files."""
+    seen: set[object] = set()
+    for path in paths:
+        if path is not None:
+            identity = _identity(path)
+            if identity in seen:
+                raise ConfigError(
+                    f"{path} is named twice among the model, the data, the output and the report"
+                )
+            seen.add(identity)
+
+
+def _identity(path: Path) -> object:
+    """Equal for two names of one file, links of both kinds included."""
+    try:
+        found = path.stat()
+    except (OSError, ValueError):  # there is none yet, or it cannot be looked at
+        return os.path.realpath(path)
+    return found.st_dev, found.st_ino
 
 
 def _transform_options(loaded: "LoadedModel", arguments: argparse.Namespace) -> dict[str, Any]:
@@ -266,22 +317,23 @@ def _list_passes() -> int:
         "freeze": freeze_pipeline({}),
     }
     for name, passes in pipelines.items():
-        sys.stdout.write(f"{name}\n")
+        _print(f"{name}\n")
         for position, graph_pass in enumerate(passes, start=1):
             line = (type(graph_pass).__doc__ or "").strip().splitlines()[0]
-            sys.stdout.write(f"  {position}. {type(graph_pass).__name__}: {line}\n")
+            _print(f"  {position}. {type(graph_pass).__name__}: {line}\n")
     return DONE
 
 
 @contextlib.contextmanager
-def _progress() -> Iterator[Callable[[str], None]]:
-    """A bar on a terminal, nothing in a pipe."""
+def _progress(check: Callable[[], None]) -> Iterator[Callable[[str], None]]:
+    """A bar on a terminal, nothing in a pipe. Each stage begins with `check`."""
     from tqdm import tqdm
 
     layout = "{percentage:3.0f}% |{bar}| {elapsed} {desc}"
     with tqdm(total=_STAGES, disable=None, leave=False, bar_format=layout, file=sys.stderr) as bar:
 
         def say(stage: str) -> None:
+            check()
             bar.update(min(1, _STAGES - bar.n))
             bar.set_description_str(stage)
             bar.refresh()

@@ -10,6 +10,7 @@ from pn_compiler.errors import ConfigError
 from pn_compiler.evaluation import untouched
 from pn_compiler.graph_utils import called_module
 from pn_compiler.inputs import Inputs
+from pn_compiler.memory import refuse_giant_tensors
 
 GUESSED_PIXELS = 224
 _ASK = "pass the shape, for example --input-shape 1,3,224,224 (input_shape=(1, 3, 224, 224))"
@@ -35,6 +36,7 @@ def choose_inputs(
         if not shape or any(size < 1 for size in shape):
             raise ConfigError(f"input shape {shape}: expected positive sizes")
         inputs = random_inputs(model, [shape])
+    refuse_giant_tensors(model, inputs)
     try:
         with untouched(model):
             inputs.call(model)

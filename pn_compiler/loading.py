@@ -4,13 +4,7 @@ A pickle names functions and calls them, an exported program names operators and
 are read against lists of what is harmless. Everything else is refused by name.
 """
 
-import collections
 import dataclasses
-import functools
-import importlib
-import inspect
-import sys
-import zipfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,26 +12,15 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from pn_compiler.activations import activation_functions
-from pn_compiler.errors import LoadError
+from pn_compiler.admission import admit, import_from_here, refusal, resolve
+from pn_compiler.archives import Archive
+from pn_compiler.errors import LoadError, first_line
 from pn_compiler.inputs import Inputs
+from pn_compiler.pickle_audit import audit_pickle, names_in
 from pn_compiler.program_audit import audit_program
 
-_LIBRARIES = ("torch.nn", "torchvision.models", "torchvision.ops", "timm.models", "timm.layers")
-_HARMLESS: dict[str, object] = {
-    "functools.partial": functools.partial,
-    "builtins.slice": slice,
-    "builtins.range": range,
-    "collections.defaultdict": collections.defaultdict,
-    "builtins.dict": dict,
-    "builtins.list": list,
-    "builtins.tuple": tuple,
-    "builtins.int": int,
-    "builtins.float": float,
-    "builtins.bool": bool,
-}
-_SOURCE_TEXT = ("torch.fx.", "torch.jit.")  # modules whose pickles run source text
 _STATE_DICT_KEYS = ("state_dict", "model_state_dict", "model")
+_TRAINING_ARGUMENTS = {"aten.dropout.default": (2, "train"), "aten.batch_norm.default": (5, "training")}
 _WRAPPER_PREFIXES = ("module.", "_orig_mod.")  # DataParallel, torch.compile
 
 
@@ -71,136 +54,39 @@ def load_model(
     Raises:
         LoadError: the file is missing, damaged, of another kind, or names what is not allowed.
     """
-    names = _archive_names(path)
-    if any(name.endswith("models/model.json") for name in names):
-        return _load_program(path, names, unsafe=unsafe_pickle)
-    if any("/code/" in name or name.endswith("constants.pkl") for name in names):
-        raise LoadError(
-            f"{path} is TorchScript, which has no modules to convert: save the original nn.Module "
-            "with torch.save, or a torch.export program of it"
-        )
-    if not any(name.endswith("/data.pkl") for name in names):
+    archive = Archive.open(path)
+    names = archive.sizes
+    if any(name.startswith("models/") for name in names):
+        return _load_program(archive, unsafe=unsafe_pickle)
+    if "data.pkl" not in names:
         raise LoadError(f"{path} is a zip archive but not a model saved by torch.save or torch.export")
-    loaded = _unpickle(path, allow, unsafe=unsafe_pickle)
-    return LoadedModel(_as_module(path, loaded, arch))
-
-
-def _archive_names(path: Path) -> list[str]:
-    """The entries of the file, all of today's formats being zip archives."""
-    try:
-        with path.open("rb") as file:
-            start = file.read(8)
-        if start.startswith(b"PK") and zipfile.is_zipfile(path):
-            with zipfile.ZipFile(path) as archive:
-                return archive.namelist()
-    except OSError as error:
-        raise LoadError(f"cannot read {path}: {error.strerror or error}") from error
-    except Exception as error:  # a damaged directory of the archive
-        raise LoadError(f"{path} is damaged: {first_line(error)}") from error
-    if not start:
-        raise LoadError(f"{path} is empty")
-    if start.startswith(b"PK"):
-        raise LoadError(f"{path} is damaged: the zip archive is cut short")
-    if start[:1] == b"\x80":
-        raise LoadError(
-            f"{path} is in the format of torch before 1.6 or a plain pickle, which cannot be checked: "
-            "load it where you trust it and save it again with torch.save"
-        )
-    raise LoadError(f"{path} is not a model saved by torch.save or torch.export")
+    return LoadedModel(_as_module(path, _unpickle(archive, allow, unsafe=unsafe_pickle), arch))
 
 
 # Pickles -------------------------------------------------------------------------------------------
 
 
-def _unpickle(path: Path, allow: Sequence[str], *, unsafe: bool) -> Any:
-    try:
-        if unsafe:
-            import_from_here()
-            return torch.load(path, map_location="cpu", weights_only=False)
-        named = sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path))
-        with torch.serialization.safe_globals(_admit_all(path, named, allow)):
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except LoadError:
-        raise
-    except Exception as error:  # whatever a damaged or hostile file provokes
-        raise LoadError(f"cannot load {path}: {first_line(error)}") from error
-
-
-def _admit_all(path: Path, names: list[str], allow: Sequence[str]) -> list[Any]:
-    """(object, name) of each name that a pickle uses beside tensors and containers, if all are harmless."""
-    found = {name: _admit(name, allow) for name in names}
-    refused = [name for name, admitted in found.items() if admitted is None]
-    if refused:
-        raise LoadError(_refusal(path, refused))
-    return [(admitted, name) for name, admitted in found.items()]
-
-
-def _admit(name: str, allow: Sequence[str]) -> Any:
-    """The object that a pickle names, if it is harmless or the user admits it; else None."""
-    if name in _HARMLESS:
-        return _HARMLESS[name]
-    if name in allow and not name.startswith(_SOURCE_TEXT):
+def _unpickle(archive: Archive, allow: Sequence[str], *, unsafe: bool) -> Any:
+    if unsafe:
         import_from_here()
-        return resolve(name)
-    functions = {f"{f.__module__}.{f.__name__}": f for f in activation_functions()}
-    if name in functions:
-        return functions[name]
-    if any(name.startswith(f"{library}.") for library in _LIBRARIES):
-        found = resolve(name)
-        if inspect.isclass(found) and issubclass(found, nn.Module) and not _runs_code(found):
-            return found
-    return None
+        return _torch_load(archive.path, weights_only=False)
+    try:
+        names = names_in(archive.read("data.pkl"))
+    except LoadError as error:
+        raise LoadError(f"{archive.path} is damaged: {error}") from error
+    admitted = {name: admit(name, allow) for name in names}
+    if refused := [name for name, found in admitted.items() if found is None]:
+        raise LoadError(f"{archive.path} {refusal(refused)}")
+    audit_pickle(archive, admitted.get)
+    with torch.serialization.safe_globals([(found, name) for name, found in admitted.items()]):
+        return _torch_load(archive.path, weights_only=True)
 
 
-def _refusal(path: Path, names: list[str]) -> str:
-    """What to say about a pickle that uses `names`; nobody is led to admit what runs anything."""
-    strange = [name for name in names if name.partition(".")[0] in sys.stdlib_module_names]
-    if strange:
-        return (
-            f"{path} uses {', '.join(strange)}, which a model does not need and which can run any code: it "
-            "was not loaded (--unsafe-pickle would run it)"
-        )
-    if any(name.startswith(_SOURCE_TEXT) for name in names):
-        return (
-            f"{path} is a pickled torch.fx or TorchScript module, which holds source text that loading runs: "
-            "save its state_dict or the original module, or if you trust the file, --unsafe-pickle"
-        )
-    flags = " ".join(f"--allow {name}" for name in names)
-    return (
-        f"{path} uses {', '.join(names)}, not a module class of torch.nn, torchvision or timm: if you trust "
-        f"the file, admit it with {flags}, or everything with --unsafe-pickle"
-    )
-
-
-def _runs_code(cls: type[nn.Module]) -> bool:
-    """Whether unpickling a `cls` executes source text or native code that the file brings."""
-    return issubclass(cls, fx.GraphModule | torch.jit.ScriptModule)
-
-
-def resolve(name: str) -> Any:
-    """The object with the dotted `name`, importing what holds it."""
-    parts = name.split(".")
-    for split in range(len(parts) - 1, 0, -1):
-        module = ".".join(parts[:split])
-        try:
-            found: Any = importlib.import_module(module)
-        except ModuleNotFoundError as error:
-            if error.name is not None and module.startswith(error.name):
-                continue
-            raise LoadError(f"importing {module} failed: {error}") from error
-        except Exception as error:
-            raise LoadError(f"importing {module} failed: {first_line(error)}") from error
-        try:
-            return functools.reduce(getattr, parts[split:], found)
-        except AttributeError:
-            break
-    raise LoadError(f"{name} cannot be imported: install the package that defines it")
-
-
-def import_from_here() -> None:
-    """Code that the user asked for may stand in the current folder, as with ``python -m``."""
-    if "" not in sys.path and str(Path.cwd()) not in sys.path:
-        sys.path.insert(0, str(Path.cwd()))
+def _torch_load(path: Path, *, weights_only: bool) -> Any:
+    try:
+        return torch.load(path, map_location="cpu", weights_only=weights_only)
+    except Exception as error:  # whatever a damaged file, or code of its own, provokes
+        raise LoadError(f"cannot load {path}: {type(error).__name__}: {first_line(error)[:200]}") from error
 
 
 def _as_module(path: Path, loaded: Any, arch: str | None) -> nn.Module:
@@ -217,12 +103,34 @@ def _as_module(path: Path, loaded: Any, arch: str | None) -> nn.Module:
             "it, for example --arch torchvision.models:resnet18"
         )
     model = _make(arch)
+    _check_kinds(path, state, model, arch)
     try:
         model.load_state_dict(state)
-    except RuntimeError as error:
+    except Exception as error:  # such as a shape that differs
         detail = " ".join(str(error).split())
         raise LoadError(f"{path} does not fit {arch}: {detail[:400]}") from error
     return model
+
+
+def _check_kinds(path: Path, state: dict[str, Any], model: nn.Module, arch: str) -> None:
+    """Raises LoadError where loading would convert numbers to another kind, and round them or drop a part."""
+    if not all(isinstance(key, str) for key in state):
+        raise LoadError(f"{path} holds tensors under keys that are no names: it is not a state_dict")
+    for key, value in model.state_dict().items():
+        given = state.get(key)
+        if (
+            isinstance(given, torch.Tensor)
+            and isinstance(value, torch.Tensor)
+            and _kind(given) != _kind(value)
+        ):
+            dtypes = (str(tensor.dtype).removeprefix("torch.") for tensor in (given, value))
+            raise LoadError("{} does not fit {}: {} holds {}, not {}".format(path, arch, key, *dtypes))
+
+
+def _kind(tensor: torch.Tensor) -> str:
+    if tensor.is_complex():
+        return "complex"
+    return "floating" if tensor.is_floating_point() else "integer"
 
 
 def _state_dict(loaded: Any) -> dict[str, Any] | None:
@@ -235,7 +143,7 @@ def _state_dict(loaded: Any) -> dict[str, Any] | None:
         return None if nested is None else _state_dict(nested)
     state: dict[str, Any] = dict(loaded)
     for prefix in _WRAPPER_PREFIXES:
-        if all(key.startswith(prefix) for key in state):
+        if all(isinstance(key, str) and key.startswith(prefix) for key in state):
             state = {key.removeprefix(prefix): value for key, value in state.items()}
     return state
 
@@ -255,23 +163,23 @@ def _make(arch: str) -> nn.Module:
     return model
 
 
-def first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
-
-
 # Exported programs ---------------------------------------------------------------------------------
 
 
-def _load_program(path: Path, names: list[str], *, unsafe: bool) -> LoadedModel:
+def _load_program(archive: Archive, *, unsafe: bool) -> LoadedModel:
+    path = archive.path
+    if not unsafe:
+        audit_program(archive)
     try:
-        if not unsafe:
-            audit_program(path, names)
-        program = torch.export.load(path)
+        with path.open("rb") as file:  # torch warns of a name that does not end in .pt2
+            program = torch.export.load(file)
         module = program.module(check_guards=False)  # guards are source text of the file
-    except LoadError:
-        raise
-    except Exception as error:
-        raise LoadError(f"cannot load {path}: {first_line(error)}") from error
+        plain = fx.GraphModule(module, module.graph)  # without the export's ban on train() and eval()
+        users = set(program.graph_signature.user_inputs)
+    except Exception as error:  # whatever a damaged program provokes in torch
+        raise LoadError(
+            f"cannot load {path}: torch.export.load fails on it ({_cause(error)[:200]})"
+        ) from error
     for node in program.graph.nodes:
         if _runs_in_train_mode(node):
             raise LoadError(
@@ -280,23 +188,31 @@ def _load_program(path: Path, names: list[str], *, unsafe: bool) -> LoadedModel:
             )
     if program.example_inputs is None or program.example_inputs[1]:
         raise LoadError(f"{path} takes keyword arguments: export it with positional inputs only")
+    if not program.example_inputs[0]:
+        raise LoadError(f"{path} has no example inputs: export it again with torch.export.save")
     inputs = Inputs(tuple(program.example_inputs[0]))
-    plain = fx.GraphModule(module, module.graph)  # without the export's ban on train() and eval()
-    return LoadedModel(plain.eval(), inputs, _fixed_batch(program))
+    return LoadedModel(plain.eval(), inputs, _fixed_batch(program.graph, users))
+
+
+def _cause(error: BaseException) -> str:
+    """What an error that torch wraps into others, with their tracebacks, began with."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return f"{type(error).__name__}: {first_line(error)}"
 
 
 def _runs_in_train_mode(node: fx.Node) -> bool:
     if node.op != "call_function":
         return False
-    name = str(node.target)
-    return (name == "aten.dropout.default" and node.args[2] is True) or (
-        name == "aten.batch_norm.default" and node.args[5] is True
-    )
+    position = _TRAINING_ARGUMENTS.get(str(node.target))
+    if position is None:
+        return False
+    index, name = position
+    return node.kwargs.get(name, node.args[index] if len(node.args) > index else None) is True
 
 
-def _fixed_batch(program: torch.export.ExportedProgram) -> int | None:
-    users = set(program.graph_signature.user_inputs)
-    for node in program.graph.nodes:
+def _fixed_batch(graph: fx.Graph, users: set[str]) -> int | None:
+    for node in graph.nodes:
         value = node.meta.get("val")
         if node.op == "placeholder" and node.name in users and isinstance(value, torch.Tensor):
             return value.shape[0] if value.dim() and isinstance(value.shape[0], int) else None

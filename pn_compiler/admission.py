@@ -1,0 +1,146 @@
+"""What a pickle may name: classes of modules, activation functions and plain types. Nothing is called."""
+
+import dataclasses
+import enum
+import functools
+import importlib
+import inspect
+import re
+import sys
+from _compat_pickle import IMPORT_MAPPING  # modules of Python 2
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from pn_compiler.activations import activation_functions
+from pn_compiler.errors import LoadError, first_line
+
+_LIBRARIES = ("torch.nn", "torchvision.models", "torchvision.ops", "timm.models", "timm.layers")
+_DOTTED = re.compile(r"(?!_*__)[A-Za-z_]\w*(\.(?!__)[A-Za-z_]\w*)+", re.ASCII)
+_CLASS = re.compile(r"_*[A-Z]\w*")  # how classes of modules are named
+_PLAIN: dict[str, object] = {
+    f"builtins.{kind.__name__}": kind for kind in (dict, list, tuple, set, int, float, bool, str)
+}
+_SOURCE_TEXT = ("torch.fx.", "torch.jit.")  # modules whose pickles run source text
+_NO_MODELS = {*sys.stdlib_module_names, *(n.partition(".")[0] for n in IMPORT_MAPPING)} | {
+    "torch", "torchvision", "timm", "numpy", "functorch", "pn_compiler",
+}  # fmt: skip  # top-level packages none of whose names is suggested to --allow
+
+
+def admit(name: str, allow: Sequence[str]) -> Any:
+    """The object that a pickle names, if it is harmless or the user admits it; else None.
+
+    Raises:
+        LoadError: it cannot be imported, or the user admits what no model needs.
+    """
+    if name in _PLAIN:
+        return _PLAIN[name]
+    if not _DOTTED.fullmatch(name):
+        return None
+    if name in allow:
+        return _admit_on_request(name)
+    functions = {f"{f.__module__}.{f.__name__}": f for f in activation_functions()}
+    if name in functions:
+        return functions[name]
+    if _within(name, _LIBRARIES):
+        found = resolve(name)
+        if is_module_class(found) and _within(found.__module__, _LIBRARIES) and not _runs_code(found):
+            return found
+    return None
+
+
+def _within(name: str, packages: Sequence[str]) -> bool:
+    return any(f"{name}.".startswith(f"{package}.") for package in packages)
+
+
+def is_module_class(found: object) -> bool:
+    return inspect.isclass(found) and issubclass(found, nn.Module)
+
+
+def _admit_on_request(name: str) -> Any:
+    """The class that a user admits by ``--allow``. Raises LoadError for what no pickled module needs."""
+    import_from_here()
+    found = resolve(name)
+    if not inspect.isclass(found):
+        raise LoadError(f"--allow {name}: it is a {type(found).__name__}, and only classes can be admitted")
+    if _runs_code(found):
+        raise LoadError(f"--allow {name}: unpickling it runs source text; --unsafe-pickle lets files do that")
+    if is_module_class(found):
+        return found
+    package = found.__module__.partition(".")[0]
+    inert = dataclasses.is_dataclass(found) or issubclass(found, enum.Enum) or hasattr(found, "_fields")
+    if package in _NO_MODELS or not inert:
+        raise LoadError(
+            f"--allow {name}: it is neither an nn.Module, nor a dataclass, Enum or named tuple of yours, and "
+            "might run code when it is unpickled"
+        )
+    return found
+
+
+def _runs_code(cls: type) -> bool:
+    """Whether unpickling a `cls` executes source text or native code that the file brings."""
+    return issubclass(cls, fx.GraphModule | torch.jit.ScriptModule)
+
+
+def refusal(names: Sequence[str]) -> str:
+    """What to say about a pickle that uses `names`; nobody is led to admit what runs anything."""
+    listed = ", ".join(name[:80] for name in names[:5]) + (", ..." if len(names) > 5 else "")
+    if any(_within(name, ("torch.fx", "torch.jit")) for name in names):
+        return (
+            f"uses {listed}: a pickled torch.fx or TorchScript module holds source text that loading runs: "
+            "save its state_dict or the original module, or if you trust the file, --unsafe-pickle"
+        )
+    if all(name.startswith("__main__.") for name in names):
+        return (
+            f"uses {listed}, defined in the script that saved it, where nobody else finds it: save the "
+            "state_dict and name its network with --arch, or move the class into a module"
+        )
+    if not all(_may_be_a_module(name) for name in names):
+        return (
+            f"uses {listed}, which a model does not need and which can run any code: it was not loaded "
+            "(--unsafe-pickle would run it)"
+        )
+    flags = " ".join(f"--allow {name}" for name in names)
+    return (
+        f"uses {listed}, not a module class of torch.nn, torchvision or timm: if you trust the file, admit "
+        f"it with {flags}, or everything with --unsafe-pickle"
+    )
+
+
+def _may_be_a_module(name: str) -> bool:
+    """Whether `name` looks like a class of somebody's own package."""
+    package, _, rest = name.partition(".")
+    return (
+        bool(_DOTTED.fullmatch(name))
+        and package not in _NO_MODELS
+        and bool(_CLASS.fullmatch(rest.rpartition(".")[2]))
+    )
+
+
+def resolve(name: str) -> Any:
+    """The object with the dotted `name`, importing what holds it."""
+    parts = name.split(".")
+    for split in range(len(parts) - 1, 0, -1):
+        module = ".".join(parts[:split])
+        try:
+            found: Any = importlib.import_module(module)
+        except ModuleNotFoundError as error:
+            if error.name is not None and module.startswith(error.name):
+                continue
+            raise LoadError(f"importing {module} failed: {error}") from error
+        except Exception as error:
+            raise LoadError(f"importing {module} failed: {first_line(error)}") from error
+        try:
+            return functools.reduce(getattr, parts[split:], found)
+        except AttributeError:
+            break
+    raise LoadError(f"{name} cannot be imported: install the package that defines it")
+
+
+def import_from_here() -> None:
+    """Code that the user asked for may stand in the current folder, as with ``python -m``."""
+    if "" not in sys.path and str(Path.cwd()) not in sys.path:
+        sys.path.insert(0, str(Path.cwd()))
