@@ -6,6 +6,7 @@ Adding an activation is adding a row to `_BUILDERS`, and one to `_PIECES` if it 
 
 import copy
 import inspect
+import itertools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -74,6 +75,8 @@ _STRIPS: dict[type[nn.Module], float] = {
     nn.Tanhshrink: math.pi / 2,
 }
 
+_NO_JUMP = 1e-8  # a hundredth of the error that the moments may have
+
 #: The others, with the points where their derivatives jump.
 _KINKS: dict[type[nn.Module], tuple[float, ...]] = {
     nn.Softsign: (0.0,),
@@ -108,15 +111,49 @@ def kinks_of(activation: object) -> tuple[float, ...]:
         return tuple(start for start, _ in pieces[1:])
     if strip_of(activation) is not None:
         return ()
+    if type(activation) is nn.Softplus:
+        return (activation.threshold * scale_of(activation) * math.copysign(1.0, activation.beta),)
     return _KINKS.get(type(activation), (0.0,))  # type: ignore[arg-type]  # as above
 
 
 def strip_of(activation: object) -> float | None:
     """d if the activation is in the table and analytic where |Im u| < d, else None."""
     strip = _STRIPS.get(type(activation))  # type: ignore[arg-type]  # any object may be asked
-    if strip is not None and isinstance(activation, nn.Softplus):
-        return strip / max(abs(float(activation.beta)), 1e-6)
+    if type(activation) is nn.Softplus:
+        return None if has_jumps(activation) else math.pi * scale_of(activation)
     return strip
+
+
+def has_jumps(activation: object) -> bool:
+    """Whether the activation itself, and not only a derivative, is known to jump somewhere."""
+    if type(activation) is nn.Softplus:  # u beyond the threshold; the default one leaves a jump of 2e-9
+        return _softplus_jump(activation) > _NO_JUMP
+    pieces = pieces_of(activation) or ()
+    return any(
+        not isinstance(gap, Tensor) and abs(gap) > _NO_JUMP
+        for (_, p), (edge, q) in itertools.pairwise(pieces)
+        if math.isfinite(edge)
+        for gap in [q[0] - p[0] + edge * (q[1] - p[1] + edge * (q[2] - p[2]))]
+    )
+
+
+def _softplus_jump(softplus: nn.Softplus) -> float:
+    below = math.exp(-abs(softplus.threshold))  # log(1 + e^x) - max(x, 0) is even in x
+    return (math.log1p(below) + max(-softplus.threshold, 0.0)) * scale_of(softplus)
+
+
+def scale_of(activation: object) -> float:
+    """The width of u over which the activation bends, against that of the others in the table."""
+    if type(activation) is nn.Softplus:
+        return 1 / max(abs(float(activation.beta)), 1e-6)
+    if type(activation) is nn.CELU:
+        return abs(float(activation.alpha))
+    return 1.0
+
+
+def has_long_tails(activation: object) -> bool:
+    """Whether the activation nears its asymptotes as slowly as 1 / u."""
+    return type(activation) is nn.Softsign
 
 
 def is_homogeneous(activation: nn.Module) -> bool:
@@ -205,13 +242,15 @@ def known_by_values(function: nn.Module) -> nn.Module | None:
 def _hardtanh(min_val: float = -1.0, max_val: float = 1.0, inplace: bool = False) -> nn.Module | None:
     if not all(isinstance(bound, int | float) for bound in (min_val, max_val)):
         return None
+    if not min_val < max_val or (min_val, max_val) == (-math.inf, math.inf):
+        return None  # a constant, or nothing
+    if (min_val, max_val) == (0, math.inf):
+        return nn.ReLU()
     return nn.ReLU6() if (min_val, max_val) == (0, 6) else nn.Hardtanh(min_val, max_val)
 
 
 def _clamp(min: Any = None, max: Any = None) -> nn.Module | None:  # noqa: A002  # torch's names
-    if max is None and min == 0:
-        return nn.ReLU()
-    return _hardtanh(min, max) if min is not None and max is not None else None
+    return _hardtanh(-math.inf if min is None else min, math.inf if max is None else max)
 
 
 def _elu(
@@ -250,6 +289,8 @@ _BUILDERS: dict[str, Callable[..., nn.Module | None]] = {
     "hardtanh": _hardtanh,
     "clamp": _clamp,
     "clip": _clamp,
+    "clamp_min": lambda min: _clamp(min=min),  # noqa: A006  # torch's name
+    "clamp_max": lambda max: _clamp(max=max),  # noqa: A006
 }
 
 

@@ -13,14 +13,14 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from pn_compiler.activations import Coefficient, Pieces, pieces_of
+from pn_compiler.activations import Coefficient, Pieces, has_jumps, pieces_of
 from pn_compiler.errors import ConfigError
 from pn_compiler.quadrature import WIDEST_TO_SHARE, is_transformed, nodes, quantiles, strip_to_share
 
 Method = Literal["exact", "quantile", "quadrature"]
 
 _TINY = 1e-20  # std below it counts as this: the moments and their gradients stay finite at 0
-_TINY_BESIDE_NODES = 1e-6  # the same where slopes are quotients; f bends too little within it to matter
+_TINY_BESIDE_NODES = 1e-7  # the same where slopes are quotients; f bends too little within it to matter
 _PEAK = 1 / math.sqrt(2 * math.pi)  # of the normal density
 
 
@@ -83,7 +83,8 @@ def moments(
     pieces = pieces_of(f) if method == "exact" else None
     if pieces is not None:
         return _by_pieces(pieces, m, s, slopes=slopes)
-    s = s.clamp_min(_TINY_BESIDE_NODES)
+    if slopes or has_jumps(f):
+        s = s.clamp_min(_TINY_BESIDE_NODES)
     if method == "quantile":
         return _by_nodes(f, m, s, *quantiles(m), slopes=slopes)
     return _by_quadrature(f, m, s, slopes=slopes)
@@ -139,7 +140,9 @@ def _within_reach(pieces: Pieces) -> Pieces:
 def _rows(rows: list[list[Coefficient]], m: Tensor) -> Tensor:
     """[rows, columns], or with learned coefficients [rows, columns, *m.shape]."""
     if any(isinstance(c, Tensor) for row in rows for c in row):
-        return torch.stack([torch.stack([torch.as_tensor(c).to(m).expand_as(m) for c in row]) for row in rows])
+        return torch.stack(
+            [torch.stack([torch.as_tensor(c).to(m).expand_as(m) for c in row]) for row in rows]
+        )
     return m.new_tensor(rows)
 
 
@@ -148,7 +151,11 @@ def _piece_at(pieces: Pieces, m: Tensor, beyond: Tensor | None) -> tuple[Tensor,
     coefficients = [c for _, c in pieces]
     bends = not all(_is_zero(c2) for _, _, c2 in coefficients)
     table = _rows([list(column) for column in zip(*coefficients, strict=True)][: 3 if bends else 2], m)
-    table = table.view(*table.shape[:2], *m.shape) if table.dim() > 2 else table.view(*table.shape, *[1] * m.dim())
+    table = (
+        table.view(*table.shape[:2], *m.shape)
+        if table.dim() > 2
+        else table.view(*table.shape, *[1] * m.dim())
+    )
     at = table[:, 0].expand(-1, *m.shape)
     for k in range(len(pieces) - 1):
         assert beyond is not None
@@ -278,7 +285,14 @@ def _by_quadrature(f: Callable[[Tensor], Tensor], m: Tensor, s: Tensor, *, slope
         if far.any() and not far.all():  # or one wild channel would make the nodes of all many
             parts = [(mask, _by_quadrature(f, m[mask], s[mask], slopes=slopes)) for mask in (~far, far)]
             return _merged(parts, len(m))
-    return _by_nodes(f, m, s, *nodes(f, m, s), slopes=slopes)
+    t, w = nodes(f, m, s)
+    if torch.is_grad_enabled() and has_jumps(f):
+        # the slope of f knows nothing of a jump, but the density at fixed u does: the same values
+        u = (m[..., None] + s[..., None] * t).detach()
+        moving = (u - m[..., None]) / s[..., None]
+        w = w * torch.exp((t * t - moving * moving) / 2) * (s.detach() / s)[..., None]
+        return _by_nodes(f, m.detach(), s.detach(), t, w, slopes=slopes)
+    return _by_nodes(f, m, s, t, w, slopes=slopes)
 
 
 def _merged(parts: list[tuple[Tensor, Moments]], size: int) -> Moments:
