@@ -4,7 +4,6 @@ Adding an activation is adding a row to `_BUILDERS`, and one to `_PIECES` if it 
 `_STRIPS` if it is analytic, else to `_KINKS`.
 """
 
-import copy
 import inspect
 import itertools
 import math
@@ -204,38 +203,6 @@ def same_activation(one: nn.Module, other: nn.Module) -> bool:
     return type(one) is type(other) and one.extra_repr() == other.extra_repr()
 
 
-_PROBE = 30.0  # where every activation below is at its asymptotes
-_SAME_VALUES = 1e-7  # float32 rounding; constants such as 0.79788456 are written with so many digits
-_KNOWN_BY_VALUES: tuple[nn.Module, ...] = (
-    nn.ReLU(), nn.ReLU6(), nn.SiLU(), nn.GELU(), nn.GELU("tanh"), nn.Mish(), nn.Hardswish(), nn.Hardsigmoid(),
-    nn.Sigmoid(), nn.Tanh(), nn.Softplus(), nn.ELU(), nn.SELU(), nn.Softsign(), nn.LogSigmoid(),
-    nn.Tanhshrink(),
-)  # fmt: skip
-
-
-@torch.no_grad()
-def known_by_values(function: nn.Module) -> nn.Module | None:
-    """The activation of torch.nn that `function` equals on a grid from -30 to 30, else None.
-
-    In train and in eval mode, to 1e-7 relative to 1 + the magnitude. A function that fails, or gives back
-    another shape, equals none.
-    """
-    x = torch.linspace(-_PROBE, _PROBE, 3000, dtype=torch.float64).view(2, 5, 15, 20)
-    try:
-        function = copy.deepcopy(function)
-        results = [function.train(mode)(x.clone()) for mode in (True, False)]
-    except Exception:  # somebody else's code
-        return None
-    if not all(isinstance(y, Tensor) and y.shape == x.shape for y in results):
-        return None
-    slope = float(results[0].flatten()[0]) / -_PROBE  # if it is a LeakyReLU
-    for candidate in (*_KNOWN_BY_VALUES, nn.LeakyReLU(slope)):
-        want = candidate(x)
-        if all(((y - want).abs() <= _SAME_VALUES * (1 + want.abs())).all() for y in results):
-            return copy.deepcopy(candidate)
-    return None
-
-
 # Spellings in a graph. Each builder has the signature of the function that it stands for, less the input.
 
 
@@ -246,7 +213,7 @@ def _hardtanh(min_val: float = -1.0, max_val: float = 1.0, inplace: bool = False
         return None  # a constant, or nothing
     if (min_val, max_val) == (0, math.inf):
         return nn.ReLU()
-    return nn.ReLU6() if (min_val, max_val) == (0, 6) else nn.Hardtanh(min_val, max_val)
+    return nn.ReLU6() if (min_val, max_val) == (0, 6) else nn.Hardtanh(float(min_val), float(max_val))
 
 
 def _clamp(min: Any = None, max: Any = None) -> nn.Module | None:  # noqa: A002  # torch's names
