@@ -45,8 +45,6 @@ def value_of(gm: fx.GraphModule, node: fx.Node, values: dict[fx.Node, Value]) ->
     try:
         if module is not None:
             return _of_module(module, values[node.all_input_nodes[0]])
-        if node.op == "get_attr":
-            return _of_constant(gm, str(node.target))
         evaluate = _OPERATORS.get(spelled(node))
         if evaluate is None:
             return None
@@ -74,14 +72,13 @@ def spelled(node: fx.Node) -> str:
     return name if name in _OPERATORS else name.removesuffix("_").removeprefix("i")
 
 
-def is_constant(gm: fx.GraphModule, node: fx.Node) -> bool:
-    """Whether `node` reads one number that tracing has taken from the forward, such as torch.tensor(0.)."""
-    return node.op == "get_attr" and _of_constant(gm, str(node.target)) is not None
-
-
-def _of_constant(gm: fx.GraphModule, target: str) -> Piecewise | None:
-    constant = getattr(gm, target, None) if target.startswith("_tensor_constant") else None
-    if not isinstance(constant, Tensor) or constant.numel() != 1 or constant.requires_grad:
+def constant_of(gm: fx.GraphModule, node: fx.Node) -> Piecewise | None:
+    """The number that `node` reads if tracing has taken it from the forward, such as torch.tensor(0.)."""
+    target = str(node.target)
+    if node.op != "get_attr" or not target.startswith("_tensor_constant"):
+        return None
+    constant = getattr(gm, target, None)
+    if not isinstance(constant, Tensor) or constant.dim() or constant.requires_grad:
         return None
     return piecewise.constant(float(constant)) if math.isfinite(constant) else None
 

@@ -10,7 +10,7 @@ from pn_compiler.graph_utils import add_module, call_module_after, called_module
 from pn_compiler.known_activations import known_by_values, known_module, known_piecewise
 from pn_compiler.pass_base import GraphPass, PassResult
 from pn_compiler.passes.canonicalize_activations import CanonicalizeActivations
-from pn_compiler.passes.elementwise import Value, is_constant, value_of
+from pn_compiler.passes.elementwise import Value, constant_of, value_of
 from pn_compiler.piecewise import Piecewise, identity
 from pn_compiler.spelling import moves_values, reads_shape
 
@@ -103,19 +103,25 @@ def _expressions(graph: fx.GraphModule, source: fx.Node) -> Iterator[tuple[list[
     inside: list[fx.Node] = []
     node = source.next
     while node.op != "root" and len(inside) < _LONGEST:
-        inputs = [i for i in node.all_input_nodes if not is_constant(graph, i)]
-        if inputs and all(i in values for i in inputs):
-            constants = {i: value_of(graph, i, {}) for i in node.all_input_nodes if i not in inputs}
-            value = value_of(graph, node, {**values, **{i: v for i, v in constants.items() if v is not None}})
-            if value is not None:
-                values[node] = value
-                inside.append(node)
-                needed = _ancestors(node, inside)
-                others = {user for n in (source, *needed) for user in n.users if n is not node}
-                written = len(needed) > 1 or called_module(graph, node) is None
-                if written and {user for user in others if not reads_shape(user)} <= set(needed):
-                    yield needed, value
+        value = _next_value(graph, node, values)
+        if value is not None:
+            values[node] = value
+            inside.append(node)
+            needed = _ancestors(node, inside)
+            others = {user for n in (source, *needed) for user in n.users if n is not node}
+            written = len(needed) > 1 or called_module(graph, node) is None
+            if written and {user for user in others if not reads_shape(user)} <= set(needed):
+                yield needed, value
         node = node.next
+
+
+def _next_value(graph: fx.GraphModule, node: fx.Node, values: dict[fx.Node, Value]) -> Value | None:
+    """What `node` computes of `values`, and of constants that it may read beside them."""
+    inputs = node.all_input_nodes
+    if not any(i in values for i in inputs):
+        return None
+    constants = {i: v for i in inputs for v in [constant_of(graph, i)] if v is not None}
+    return value_of(graph, node, {**values, **constants})
 
 
 def _ancestors(node: fx.Node, inside: list[fx.Node]) -> list[fx.Node]:

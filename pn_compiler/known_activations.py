@@ -60,10 +60,12 @@ def known_by_values(function: nn.Module, candidates: Sequence[nn.Module] = _OTHE
     In train and in eval mode, to 1e-7 relative to 1 + the magnitude, from -1e6 to 1e6. A function that
     fails, overflows, or gives back another shape, equals none.
     """
-    found = next((c for c in candidates if _same_values(function, c, _near())), None)
-    if found is None or not _same_values(function, found, _far()):
-        return None
-    return copy.deepcopy(found)
+    for x in (_near(), _far()):
+        results = _results(function, x)
+        candidates = [c for c in candidates if _all_equal(results, c(x))]
+        if not candidates:
+            return None
+    return copy.deepcopy(candidates[0])
 
 
 def known_module(module: nn.Module) -> nn.Module | None:
@@ -72,28 +74,41 @@ def known_module(module: nn.Module) -> nn.Module | None:
     Its slopes are those of the activation, too, and it computes without asking for values: a branch that
     depends on them would show on no grid.
     """
+    with torch.no_grad():
+        results = _results(module, -torch.ones(1, 1, 1, 1, dtype=torch.float64))
+    leaky = [nn.LeakyReLU(-y.item()) for y in results[:1] if isinstance(y, Tensor) and y.numel() == 1]
+    found = known_by_values(module, (*_PIECEWISE, *_OTHERS, *leaky))
     try:
-        with FakeTensorMode(allow_non_fake_inputs=True) as mode, torch.no_grad():
-            for training in (True, False):
-                copy.deepcopy(module).train(training)(mode.from_tensor(_near()))
-        with torch.no_grad():
-            slope = -float(copy.deepcopy(module).eval()(_near().clamp(max=-1.0)).flatten()[-1])
-        leaky = nn.LeakyReLU(slope)  # if it is one
-        found = known_by_values(module, (*_PIECEWISE, *_OTHERS, leaky))
-        return found if found is not None and _same_slopes(module, found) else None
+        return found if found is not None and _same_slopes(module, found) and _is_blind(module) else None
     except Exception:  # somebody else's code
         return None
 
 
-def _same_values(function: nn.Module, candidate: nn.Module, x: Tensor) -> bool:
-    want = candidate(x)
-    tolerance = _SAME_VALUES * (1 + want.abs())
+def _is_blind(module: nn.Module) -> bool:
+    """Whether its forward runs without values."""
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode, torch.no_grad():
+        _run(module, mode.from_tensor(_near()))
+    return True
+
+
+def _run(function: nn.Module, x: Tensor) -> list[object]:
+    return [copy.deepcopy(function).train(training)(x.clone()) for training in (True, False)]
+
+
+def _results(function: nn.Module, x: Tensor) -> list[object]:
+    """What `function` gives in train and in eval mode; nothing if it fails."""
     try:
-        results = [copy.deepcopy(function).train(training)(x.clone()) for training in (True, False)]
+        return _run(function, x)
     except Exception:  # somebody else's code
-        return False
-    return all(
-        isinstance(y, Tensor) and y.shape == x.shape and bool(((y - want).abs() <= tolerance).all())
+        return []
+
+
+def _all_equal(results: list[object], expected: Tensor) -> bool:
+    tolerance = _SAME_VALUES * (1 + expected.abs())
+    return bool(results) and all(
+        isinstance(y, Tensor)
+        and y.shape == expected.shape
+        and bool(((y - expected).abs() <= tolerance).all())
         for y in results
     )
 

@@ -121,6 +121,8 @@ def minimum(f: Piecewise, g: Piecewise) -> Piecewise:
 
 def compose(f: Piecewise, g: Piecewise) -> Piecewise:
     """f(g(u))"""
+    if g == identity():
+        return f
     result = _substituted(f.pieces[-1], g)
     for edge, polynomial, point in reversed(list(zip(f.edges, f.pieces, f.points, strict=False))):
         at = Piecewise((), ((edge, _ZERO, _ZERO),), ())
