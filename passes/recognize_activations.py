@@ -4,21 +4,17 @@ from collections.abc import Iterator
 
 from torch import fx, nn
 
-from pn_compiler.activations import is_activation, known_by_values
+from pn_compiler.activations import is_activation
 from pn_compiler.batch_norms import is_batch_norm
 from pn_compiler.graph_utils import add_module, call_module_after, called_module, has_hooks
+from pn_compiler.known_activations import known_by_values, known_module, known_piecewise
 from pn_compiler.pass_base import GraphPass, PassResult
 from pn_compiler.passes.canonicalize_activations import CanonicalizeActivations
-from pn_compiler.spelling import moves_values, operator_name, reads_shape
+from pn_compiler.passes.elementwise import Value, constant_of, value_of
+from pn_compiler.piecewise import Piecewise, identity
+from pn_compiler.spelling import moves_values, reads_shape
 
-_ELEMENTWISE = frozenset(
-    [
-        "abs", "add", "clamp", "clamp_max", "clamp_min", "clip", "div", "erf", "exp", "expm1", "ge", "gt",
-        "le", "log", "log1p", "lt", "max", "maximum", "min", "minimum", "mul", "multiply", "neg", "ones_like",
-        "pow", "rsub", "sigmoid", "softplus", "sub", "tanh", "true_divide", "truediv", "where", "zeros_like",
-    ]
-)  # fmt: skip
-_LONGEST = 12  # operators; the tanh form of GELU takes 8
+_LONGEST = 16  # operators; the tanh form of GELU takes 8
 
 
 class RecognizeActivations(GraphPass):
@@ -26,7 +22,9 @@ class RecognizeActivations(GraphPass):
 
     Given:   y = bn(x); y * torch.sigmoid(y)         Result:  y = bn(x); silu(y)
              y = bn(x); MySwish()(y)                          y = bn(x); silu(y)
-    Leaves alone: expressions that equal no activation of the table, by their values from -30 to 30.
+             y = bn(x); y.clamp_min(0).clamp_max(40)          y = bn(x); hardtanh(y, 0, 40)
+    Clamps, comparisons, sums and products are composed exactly; others are compared by values up to 1e6.
+    Leaves alone: expressions that equal no activation of the table on the whole real line.
     Outputs: preserved to rounding.
     """
 
@@ -50,20 +48,36 @@ def _rewrite(graph: fx.GraphModule, source: fx.Node) -> int:
     readers = [user for user in source.users if not reads_shape(user)]
     if len(readers) == 1:
         module = called_module(graph, readers[0])
-        if module is not None:
+        if module is not None and not is_activation(module):
             return _rewrite_leaf(graph, readers[0], module)
-    for inside in _expressions(graph, source):
-        result = inside[-1]
-        activation = known_by_values(_as_module(graph, source, inside))
-        if activation is not None:
-            path = add_module(graph, result.name, activation.train(graph.training))
-            call = call_module_after(graph, result, path, (source,))
-            call.meta = dict(source.meta)
-            result.replace_all_uses_with(call)
-            for node in reversed(inside):
-                graph.graph.erase_node(node)
-            return 1
-    return 0
+    known = [
+        (inside, act)
+        for inside, value in _expressions(graph, source)
+        for act in [_activation(graph, source, inside, value)]
+        if act is not None
+    ]
+    if not known:
+        return 0
+    inside, activation = known[-1]
+    result = inside[-1]
+    path = add_module(graph, result.name, activation.train(graph.training))
+    call = call_module_after(graph, result, path, (source,))
+    call.meta = dict(source.meta)
+    result.replace_all_uses_with(call)
+    for node in reversed(inside):
+        graph.graph.erase_node(node)
+    return 1
+
+
+def _activation(
+    graph: fx.GraphModule, source: fx.Node, inside: list[fx.Node], value: Value
+) -> nn.Module | None:
+    """The activation that the last node of `inside` computes, if it is one on the whole real line."""
+    if isinstance(value, Piecewise):
+        return known_piecewise(value)
+    found = known_by_values(_as_module(graph, source, inside))
+    switches = {0.0, float(found.threshold)} if isinstance(found, nn.Softplus) else {0.0}
+    return found if value.edges <= switches else None  # a bend elsewhere, however small
 
 
 def _rewrite_leaf(graph: fx.GraphModule, call: fx.Node, module: nn.Module) -> int:
@@ -72,7 +86,7 @@ def _rewrite_leaf(graph: fx.GraphModule, call: fx.Node, module: nn.Module) -> in
     stateless = next(module.parameters(), None) is None and next(module.buffers(), None) is None
     if not (own and stateless) or has_hooks(module) or len(call.args) != 1 or call.kwargs:
         return 0
-    activation = known_by_values(module)
+    activation = known_module(module)
     if activation is None:
         return 0
     path = add_module(graph, call.name, activation.train(graph.training))
@@ -80,19 +94,34 @@ def _rewrite_leaf(graph: fx.GraphModule, call: fx.Node, module: nn.Module) -> in
     return 1
 
 
-def _expressions(graph: fx.GraphModule, source: fx.Node) -> Iterator[list[fx.Node]]:
-    """Sets of nodes that compute one value of `source` alone and that nothing else reads, smallest first."""
+def _expressions(graph: fx.GraphModule, source: fx.Node) -> Iterator[tuple[list[fx.Node], Value]]:
+    """Sets of nodes that compute one value of `source` alone and that nothing else reads, smallest first.
+
+    Each with what its last node computes.
+    """
+    values: dict[fx.Node, Value] = {source: identity()}
     inside: list[fx.Node] = []
     node = source.next
     while node.op != "root" and len(inside) < _LONGEST:
-        inputs = node.all_input_nodes
-        if inputs and all(i is source or i in inside for i in inputs) and _is_elementwise(graph, node):
+        value = _next_value(graph, node, values)
+        if value is not None:
+            values[node] = value
             inside.append(node)
             needed = _ancestors(node, inside)
             others = {user for n in (source, *needed) for user in n.users if n is not node}
-            if len(needed) > 1 and {user for user in others if not reads_shape(user)} <= set(needed):
-                yield needed
+            written = len(needed) > 1 or called_module(graph, node) is None
+            if written and {user for user in others if not reads_shape(user)} <= set(needed):
+                yield needed, value
         node = node.next
+
+
+def _next_value(graph: fx.GraphModule, node: fx.Node, values: dict[fx.Node, Value]) -> Value | None:
+    """What `node` computes of `values`, and of constants that it may read beside them."""
+    inputs = node.all_input_nodes
+    if not any(i in values for i in inputs):
+        return None
+    constants = {i: v for i in inputs for v in [constant_of(graph, i)] if v is not None}
+    return value_of(graph, node, {**values, **constants})
 
 
 def _ancestors(node: fx.Node, inside: list[fx.Node]) -> list[fx.Node]:
@@ -104,22 +133,15 @@ def _ancestors(node: fx.Node, inside: list[fx.Node]) -> list[fx.Node]:
     return [n for n in inside if n in needed]
 
 
-def _is_elementwise(graph: fx.GraphModule, node: fx.Node) -> bool:
-    module = called_module(graph, node)
-    if module is not None:
-        return is_activation(module) and next(module.parameters(), None) is None and not has_hooks(module)
-    name = operator_name(node)
-    if name not in _ELEMENTWISE:  # y.mul_(...) and y *= ... as well
-        name = name.removesuffix("_").removeprefix("i")
-    numbers = [a for a in (*node.args, *node.kwargs.values()) if not isinstance(a, fx.Node)]
-    return name in _ELEMENTWISE and all(isinstance(n, int | float) for n in numbers)
-
-
 def _as_module(graph: fx.GraphModule, source: fx.Node, inside: list[fx.Node]) -> fx.GraphModule:
     """What `inside` computes of `source`, as a module of one argument."""
     expression = fx.Graph()
     values = {source: expression.placeholder("x")}
+
+    def copied(n: fx.Node) -> fx.Node:
+        return values[n] if n in values else expression.node_copy(n)  # else a constant
+
     for node in inside:
-        values[node] = expression.node_copy(node, lambda n: values[n])
+        values[node] = expression.node_copy(node, copied)
     expression.output(values[inside[-1]])
     return fx.GraphModule(graph, expression)

@@ -4,8 +4,8 @@ Adding an activation is adding a row to `_BUILDERS`, and one to `_PIECES` if it 
 `_STRIPS` if it is analytic, else to `_KINKS`.
 """
 
-import copy
 import inspect
+import itertools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -74,6 +74,8 @@ _STRIPS: dict[type[nn.Module], float] = {
     nn.Tanhshrink: math.pi / 2,
 }
 
+_NO_JUMP = 1e-8  # a hundredth of the error that the moments may have
+
 #: The others, with the points where their derivatives jump.
 _KINKS: dict[type[nn.Module], tuple[float, ...]] = {
     nn.Softsign: (0.0,),
@@ -108,15 +110,49 @@ def kinks_of(activation: object) -> tuple[float, ...]:
         return tuple(start for start, _ in pieces[1:])
     if strip_of(activation) is not None:
         return ()
+    if type(activation) is nn.Softplus:
+        return (activation.threshold * scale_of(activation) * math.copysign(1.0, activation.beta),)
     return _KINKS.get(type(activation), (0.0,))  # type: ignore[arg-type]  # as above
 
 
 def strip_of(activation: object) -> float | None:
     """d if the activation is in the table and analytic where |Im u| < d, else None."""
     strip = _STRIPS.get(type(activation))  # type: ignore[arg-type]  # any object may be asked
-    if strip is not None and isinstance(activation, nn.Softplus):
-        return strip / max(abs(float(activation.beta)), 1e-6)
+    if type(activation) is nn.Softplus:
+        return None if has_jumps(activation) else math.pi * scale_of(activation)
     return strip
+
+
+def has_jumps(activation: object) -> bool:
+    """Whether the activation itself, and not only a derivative, is known to jump somewhere."""
+    if type(activation) is nn.Softplus:  # u beyond the threshold; the default one leaves a jump of 2e-9
+        return _softplus_jump(activation) > _NO_JUMP
+    pieces = pieces_of(activation) or ()
+    return any(
+        not isinstance(gap, Tensor) and abs(gap) > _NO_JUMP
+        for (_, p), (edge, q) in itertools.pairwise(pieces)
+        if math.isfinite(edge)
+        for gap in [q[0] - p[0] + edge * (q[1] - p[1] + edge * (q[2] - p[2]))]
+    )
+
+
+def _softplus_jump(softplus: nn.Softplus) -> float:
+    below = math.exp(-abs(softplus.threshold))  # log(1 + e^x) - max(x, 0) is even in x
+    return (math.log1p(below) + max(-softplus.threshold, 0.0)) * scale_of(softplus)
+
+
+def scale_of(activation: object) -> float:
+    """The width of u over which the activation bends, against that of the others in the table."""
+    if type(activation) is nn.Softplus:
+        return 1 / max(abs(float(activation.beta)), 1e-6)
+    if type(activation) is nn.CELU:
+        return abs(float(activation.alpha))
+    return 1.0
+
+
+def has_long_tails(activation: object) -> bool:
+    """Whether the activation nears its asymptotes as slowly as 1 / u."""
+    return type(activation) is nn.Softsign
 
 
 def is_homogeneous(activation: nn.Module) -> bool:
@@ -167,51 +203,21 @@ def same_activation(one: nn.Module, other: nn.Module) -> bool:
     return type(one) is type(other) and one.extra_repr() == other.extra_repr()
 
 
-_PROBE = 30.0  # where every activation below is at its asymptotes
-_SAME_VALUES = 1e-7  # float32 rounding; constants such as 0.79788456 are written with so many digits
-_KNOWN_BY_VALUES: tuple[nn.Module, ...] = (
-    nn.ReLU(), nn.ReLU6(), nn.SiLU(), nn.GELU(), nn.GELU("tanh"), nn.Mish(), nn.Hardswish(), nn.Hardsigmoid(),
-    nn.Sigmoid(), nn.Tanh(), nn.Softplus(), nn.ELU(), nn.SELU(), nn.Softsign(), nn.LogSigmoid(),
-    nn.Tanhshrink(),
-)  # fmt: skip
-
-
-@torch.no_grad()
-def known_by_values(function: nn.Module) -> nn.Module | None:
-    """The activation of torch.nn that `function` equals on a grid from -30 to 30, else None.
-
-    In train and in eval mode, to 1e-7 relative to 1 + the magnitude. A function that fails, or gives back
-    another shape, equals none.
-    """
-    x = torch.linspace(-_PROBE, _PROBE, 3000, dtype=torch.float64).view(2, 5, 15, 20)
-    try:
-        function = copy.deepcopy(function)
-        results = [function.train(mode)(x.clone()) for mode in (True, False)]
-    except Exception:  # somebody else's code
-        return None
-    if not all(isinstance(y, Tensor) and y.shape == x.shape for y in results):
-        return None
-    slope = float(results[0].flatten()[0]) / -_PROBE  # if it is a LeakyReLU
-    for candidate in (*_KNOWN_BY_VALUES, nn.LeakyReLU(slope)):
-        want = candidate(x)
-        if all(((y - want).abs() <= _SAME_VALUES * (1 + want.abs())).all() for y in results):
-            return copy.deepcopy(candidate)
-    return None
-
-
 # Spellings in a graph. Each builder has the signature of the function that it stands for, less the input.
 
 
 def _hardtanh(min_val: float = -1.0, max_val: float = 1.0, inplace: bool = False) -> nn.Module | None:
     if not all(isinstance(bound, int | float) for bound in (min_val, max_val)):
         return None
-    return nn.ReLU6() if (min_val, max_val) == (0, 6) else nn.Hardtanh(min_val, max_val)
+    if not min_val < max_val or (min_val, max_val) == (-math.inf, math.inf):
+        return None  # a constant, or nothing
+    if (min_val, max_val) == (0, math.inf):
+        return nn.ReLU()
+    return nn.ReLU6() if (min_val, max_val) == (0, 6) else nn.Hardtanh(float(min_val), float(max_val))
 
 
 def _clamp(min: Any = None, max: Any = None) -> nn.Module | None:  # noqa: A002  # torch's names
-    if max is None and min == 0:
-        return nn.ReLU()
-    return _hardtanh(min, max) if min is not None and max is not None else None
+    return _hardtanh(-math.inf if min is None else min, math.inf if max is None else max)
 
 
 def _elu(
@@ -250,6 +256,8 @@ _BUILDERS: dict[str, Callable[..., nn.Module | None]] = {
     "hardtanh": _hardtanh,
     "clamp": _clamp,
     "clip": _clamp,
+    "clamp_min": lambda min: _clamp(min=min),  # noqa: A006  # torch's name
+    "clamp_max": lambda max: _clamp(max=max),  # noqa: A006
 }
 
 

@@ -7,13 +7,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pn_compiler.activations import kinks_of, strip_of
+from pn_compiler.activations import has_long_tails, kinks_of, scale_of, strip_of
 
 _QUANTILES = 200  # nodes of the reference implementation
 
 _LEGENDRE = tuple(values.tolist() for values in np.polynomial.legendre.leggauss(8))  # nodes and weights
 _PANELS_IN_T = tuple(np.linspace(-9.0, 9.0, 13))  # the density is 1e-18 at 9
 _PANELS_IN_U = (-40.0, -20.0, -10.0, -5.0, -2.5, -1.0, 0.0, 1.0, 2.5, 5.0, 10.0, 20.0, 40.0)
+_FAR_IN_U = tuple(sign * 80.0 * 2**k for sign in (-1, 1) for k in range(12))  # to 160,000
 
 _SPREAD = 7.0  # standard deviations; the mass beyond is 3e-12
 WIDEST_TO_SHARE = 4.0  # std above it: panels take fewer nodes
@@ -66,7 +67,8 @@ def _trapezoid(steps: int, like: Tensor) -> tuple[Tensor, Tensor]:
 @torch.no_grad()  # the integral does not depend on where the panels meet
 def _panels(f: Callable[[Tensor], Tensor], m: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
     """Gauss-Legendre nodes on panels that resolve both the density (in t) and the activation (in u)."""
-    edges_in_u = m.new_tensor(sorted({*_PANELS_IN_U, *kinks_of(f)}))
+    scale, far = scale_of(f), _FAR_IN_U if has_long_tails(f) else ()
+    edges_in_u = m.new_tensor(sorted({*(scale * edge for edge in _PANELS_IN_U), *far, *kinks_of(f)}))
     in_t = m.new_tensor(_PANELS_IN_T).expand(*m.shape, -1)
     in_u = ((edges_in_u - m[..., None]) / s[..., None]).clamp(in_t[..., :1], in_t[..., -1:])
     edges = torch.cat([in_t, in_u], dim=-1).sort(dim=-1).values
