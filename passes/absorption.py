@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from pn_compiler.affine import absorb_affine
+from pn_compiler.aliases import find_aliases
 from pn_compiler.graph_utils import called_module, has_hooks, module_calls
 from pn_compiler.nn import INPUT_AFFINE
 from pn_compiler.ranks import flattens_module, rank
@@ -63,6 +64,7 @@ class Router:
     def __init__(self, graph: fx.GraphModule, *, through_padding: bool) -> None:
         self.graph = graph
         self.through_padding = through_padding
+        self.pinned = find_aliases(graph).pinned
         self.calls = module_calls(graph)
         parameters = Counter(id(p) for m in graph.modules() for p in m._parameters.values())
         self.tied = {key for key, count in parameters.items() if count > 1}
@@ -80,6 +82,9 @@ class Router:
             value = values.pop()
             for user in value.users:
                 if reads_shape(user):
+                    continue
+                if value in self.pinned:
+                    blocked.append(Blocked(value, user, f"{value.name} is overwritten through another view"))
                     continue
                 if commutes(self.graph, user, value, through_padding=self.through_padding):
                     if user not in seen:

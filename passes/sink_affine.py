@@ -153,7 +153,8 @@ class _Flow:
             pairs = [self.pairs[n] for n in node.all_input_nodes if n in self.pairs]
             pairs += [part for n in node.all_input_nodes for part in self.parts.get(n, ())]
             skip = reads_shape(node) or node in self.inside
-            if pairs and not skip and not self._passes(node) and not self._ends(node):
+            fixed = not self.router.pinned.isdisjoint(node.all_input_nodes)
+            if pairs and not skip and (fixed or (not self._passes(node) and not self._ends(node))):
                 self.blocked.update(*(pair.sources for pair in pairs))
             if node in self.sources:
                 self.pairs[node] = self.sources[node]

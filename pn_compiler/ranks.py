@@ -22,6 +22,8 @@ logger = logging.getLogger(__name__)
 
 _KEY = "pn_compiler.rank"  # of node.meta
 _PIXELS = "pn_compiler.pixels"
+_SHAPE = "pn_compiler.shape"
+_DTYPE = "pn_compiler.dtype"
 
 _BY_DIMENSION = (
     "conv{}d",
@@ -84,6 +86,8 @@ class _Shapes(fx.Interpreter):
         result = super().run_node(node)
         if isinstance(result, torch.Tensor):
             node.meta[_PIXELS] = math.prod(result.shape[2:])
+            node.meta[_SHAPE] = tuple(result.shape)
+            node.meta[_DTYPE] = result.dtype
         return result
 
 
@@ -104,6 +108,12 @@ def record_pixels(graph: fx.GraphModule, inputs: Inputs) -> None:
 def pixels(node: fx.Node) -> int | None:
     """Number of values of one channel of one instance at `node`, or None if unknown."""
     known: int | None = node.meta.get(_PIXELS)
+    return known
+
+
+def dtype(node: fx.Node) -> torch.dtype | None:
+    """The dtype of `node`'s tensor in a run on the example inputs, or None if unknown."""
+    known: torch.dtype | None = node.meta.get(_DTYPE)
     return known
 
 

@@ -29,20 +29,6 @@ def operator_name(node: fx.Node) -> str:
     return ""
 
 
-_IN_PLACE_OPERATORS = frozenset(
-    f"i{name}"
-    for name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and", "or", "xor", "matmul")
-)
-_ALIASING = frozenset(
-    [
-        "getitem", "view", "view_as", "reshape", "reshape_as", "flatten", "unflatten", "squeeze", "unsqueeze",
-        "transpose", "permute", "movedim", "swapaxes", "swapdims", "t", "narrow", "select", "chunk", "split",
-        "tensor_split", "unbind", "expand", "expand_as", "contiguous", "detach", "diagonal", "as_strided",
-        "unfold", "alias", "to", "slice",
-    ]
-)  # fmt: skip
-
-
 _MOVING = frozenset(
     [
         "contiguous", "flatten", "movedim", "permute", "reshape", "reshape_as", "squeeze", "swapaxes",
@@ -64,23 +50,6 @@ def reads_shape(node: fx.Node) -> bool:
         return node.args[1:] in (("shape",), ("ndim",))
     names = ("size", "sym_size", "dim", "ndimension", "numel", "nelement")
     return operator_name(node) in names or node.target is len
-
-
-def overwritten(node: fx.Node) -> fx.Node | None:
-    """The tensor that a function or method node overwrites: its input in place, or ``out=``; else None."""
-    name = operator_name(node)
-    target = node.kwargs.get("out")
-    inplace = node.kwargs.get("inplace") is True
-    if inplace or name in _IN_PLACE_OPERATORS or (name.endswith("_") and not name.startswith("_")):
-        target = node.args[0] if node.args else node.kwargs.get("input")
-    return target if isinstance(target, fx.Node) else None
-
-
-def may_alias(source: fx.Node, before: fx.Node) -> bool:
-    """Whether `source` shares memory with another tensor of the graph that was made earlier than `before`."""
-    if operator_name(source) in _ALIASING:
-        return True
-    return any(user < before and operator_name(user) in _ALIASING for user in source.users)
 
 
 def operands(node: fx.Node, *names: str) -> dict[str, Any]:
