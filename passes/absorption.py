@@ -10,23 +10,22 @@ from pn_compiler.affine import absorb_affine
 from pn_compiler.aliases import find_aliases
 from pn_compiler.graph_utils import called_module, has_hooks, module_calls
 from pn_compiler.nn import INPUT_AFFINE
-from pn_compiler.ranks import flattens_module, rank
-from pn_compiler.spelling import flattens_channels, operands, operator_name, reads_shape, reduced_dims
+from pn_compiler.ranks import flattens_channels, flattens_module, rank, reads_batch
+from pn_compiler.spelling import operands, operator_name, reads_shape, reduced_dims
 
 # A scale r > 0 and a shift v per channel commute with an operator L if L(a r + v) = L(a) r + v. Max
 # pooling pads with -inf; dropout belongs here as padding does: what it drops is a, before the shift.
-_COMMUTING_MODULES = (
-    nn.Identity,
-    nn.modules.dropout._DropoutNd,
+_COMMUTING_MODULES = (nn.Identity, nn.modules.dropout._DropoutNd)
+_COMMUTING_POOLS = (
     nn.modules.pooling._MaxPoolNd,
     nn.modules.pooling._AdaptiveAvgPoolNd,
     nn.modules.pooling._AdaptiveMaxPoolNd,
 )
 _COMMUTING_NAMES = {
     "contiguous",
-    *(f"{name}{n}d" for name in ("max_pool", "adaptive_avg_pool") for n in (1, 2, 3)),
     *(f"{name}dropout{n}" for name in ("", "feature_") for n in ("", "1d", "2d", "3d")),
 }
+_COMMUTING_POOL_NAMES = tuple(f"{name}_pool{n}d" for name in ("max", "adaptive_avg") for n in (1, 2, 3))
 _AVERAGE_POOLS = tuple(f"avg_pool{n}d" for n in (1, 2, 3))
 
 
@@ -115,6 +114,8 @@ class Router:
         assert isinstance(module, nn.modules.conv._ConvNd)
         if not self.through_padding and _pads_with_zeros(module):
             return f"{where} pads its input with zeros"
+        if rank(value) not in (len(module.kernel_size) + 2, None):
+            return f"{where} takes an input of {rank(value)} axes for one sample"
         return None if module.in_channels == num_channels else f"{where} reads other channels"
 
     def fixed_weight(self, call: fx.Node) -> str | None:
@@ -167,11 +168,16 @@ def commutes(graph: fx.GraphModule, user: fx.Node, value: fx.Node, *, through_pa
         return False
     module = called_module(graph, user)
     if module is not None:
-        return _module_commutes(module, through_padding=through_padding)
+        if isinstance(module, (nn.modules.pooling._AvgPoolNd, *_COMMUTING_POOLS)):
+            return reads_batch(graph, user, value) and _pool_commutes(module, through_padding=through_padding)
+        return isinstance(module, _COMMUTING_MODULES) or flattens_module(module)
     name = operator_name(user)
     if name in _COMMUTING_NAMES:
-        return not user.kwargs.get("return_indices")
-    if name in _AVERAGE_POOLS:
+        return True
+    if name in _COMMUTING_POOL_NAMES:  # return_indices is the seventh argument
+        one_result = len(user.args) < 7 and not user.kwargs.get("return_indices")
+        return one_result and reads_batch(graph, user, value)
+    if name in _AVERAGE_POOLS and reads_batch(graph, user, value):
         given = operands(user, "kernel_size", "stride", "padding", "ceil_mode", "count_include_pad")
         padded = given.get("padding", 0) not in (0, (0,), (0, 0), [0, 0], (0, 0, 0), [0, 0, 0])
         plain = given.get("divisor_override") is None and len(user.args) < 7
@@ -213,14 +219,12 @@ def _pools_globally(graph: fx.GraphModule, node: fx.Node) -> bool:
     return reduced is not None and reduced[1] and set(reduced[0]) in ({2, 3}, {-1, -2})
 
 
-def _module_commutes(module: nn.Module, *, through_padding: bool) -> bool:
+def _pool_commutes(module: nn.Module, *, through_padding: bool) -> bool:
     if isinstance(module, nn.modules.pooling._AvgPoolNd):
         padded = any(module.padding) if isinstance(module.padding, tuple) else module.padding
         plain = getattr(module, "divisor_override", None) is None
         return plain and (through_padding or not padded or not module.count_include_pad)
-    if getattr(module, "return_indices", False):
-        return False
-    return isinstance(module, _COMMUTING_MODULES) or flattens_module(module)
+    return not getattr(module, "return_indices", False)
 
 
 def _averages_space(user: fx.Node, value: fx.Node) -> bool:

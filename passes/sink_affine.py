@@ -24,8 +24,8 @@ from pn_compiler.passes.channels import (
 )
 from pn_compiler.passes.route_affine import RouteAffine
 from pn_compiler.passes.site_outputs import site_outputs, where_it_went
-from pn_compiler.ranks import flattens_module, rank
-from pn_compiler.spelling import flattens_channels, operator_name, reads_shape
+from pn_compiler.ranks import flattens_channels, flattens_module, rank
+from pn_compiler.spelling import operator_name, reads_shape
 
 
 @dataclasses.dataclass(frozen=True)

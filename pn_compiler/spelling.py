@@ -57,32 +57,12 @@ def operands(node: fx.Node, *names: str) -> dict[str, Any]:
     return dict(zip(names, node.args[1:], strict=False)) | dict(node.kwargs)
 
 
-def flattens_channels(node: fx.Node) -> bool:
-    """Whether a function or method node makes [N, C * S] of [N, C, *]."""
-    name = operator_name(node)
-    if name == "flatten":
-        given = operands(node, "start_dim", "end_dim")
-        return (given.get("start_dim"), given.get("end_dim", -1)) == (1, -1)
-    if name in ("view", "reshape"):
-        sizes = node.args[1:]
-        if len(sizes) == 1 and isinstance(sizes[0], list | tuple):
-            sizes = tuple(sizes[0])
-        return len(sizes) == 2 and bool(sizes[1] == -1) and _is_batch_size(sizes[0])
-    return False
-
-
-def _is_batch_size(value: Any) -> bool:
-    """Whether `value` is x.size(0) or x.shape[0] of some tensor."""
-    if not isinstance(value, fx.Node):
-        return False
-    if operator_name(value) in ("size", "sym_size"):
-        return value.args[1:] == (0,)
-    if value.target is not operator.getitem or value.args[1] != 0:
-        return False
-    sizes = value.args[0]
-    if not isinstance(sizes, fx.Node):
-        return False
-    return operator_name(sizes) == "size" or (sizes.target is getattr and sizes.args[1] == "shape")
+def listed_sizes(node: fx.Node) -> tuple[Any, ...] | None:
+    """The sizes in ``x.view(2, -1)``, ``x.view((2, -1))`` and their like; None if they are not listed."""
+    sizes: Any = node.args[1:] or tuple(v for k, v in node.kwargs.items() if k in ("shape", "size"))
+    if len(sizes) == 1 and isinstance(sizes[0], list | tuple):
+        return tuple(sizes[0])
+    return sizes if len(sizes) > 1 or (sizes and isinstance(sizes[0], int)) else None
 
 
 def reduced_dims(node: fx.Node) -> tuple[tuple[int, ...], bool] | None:
