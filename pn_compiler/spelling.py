@@ -8,7 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-_NAMESPACES = (F, torch, torch._C._nn, torch.special, operator)
+from pn_compiler import in_place
+
+_NAMESPACES = (F, torch, torch._C._nn, torch.special, operator, in_place)
 
 
 def operator_name(node: fx.Node) -> str:

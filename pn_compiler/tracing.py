@@ -21,7 +21,7 @@ from pn_compiler.batch_norms import (
 from pn_compiler.diagnostics import Diagnostic
 from pn_compiler.errors import ConfigError, TraceError, UnsupportedModelError
 from pn_compiler.graph_module import ConvertedModule
-from pn_compiler.in_place_proxy import InPlaceProxy
+from pn_compiler.in_place import InPlaceProxy
 from pn_compiler.inputs import Inputs
 from pn_compiler.module_state import ModuleState, inside_checkpoint
 from pn_compiler.nn import ProxyNormAct, ReadTraining
