@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from pn_compiler.affine import absorb_output_affine
+from pn_compiler.aliases import find_aliases
 from pn_compiler.graph_utils import called_module, module_calls
 from pn_compiler.nn import ConstantAffine
 from pn_compiler.pass_base import GraphPass, PassResult
@@ -42,6 +43,7 @@ class AbsorbConstants(GraphPass):
     @torch.no_grad()
     def run(self, graph: fx.GraphModule) -> PassResult:
         rewritten = 0
+        overwritten = find_aliases(graph).overwritten
         for path, calls in module_calls(graph).items():
             affine = graph.get_submodule(path)
             if not isinstance(affine, ConstantAffine) or any(len(call.args) > 1 for call in calls):
@@ -49,6 +51,9 @@ class AbsorbConstants(GraphPass):
             rewritten += affine.scale is None or affine.shift is None
             scale, shift = affine.write_out()  # one operator then, which keeps a blocked layout
             for call in calls:
+                fixed = call.all_input_nodes[0] in overwritten  # its readers would read it later
+                if fixed:
+                    continue
                 if _put_before(graph, call, scale, shift) or _put_behind(graph, call, scale, shift):
                     call.replace_all_uses_with(call.all_input_nodes[0])
                     graph.graph.erase_node(call)

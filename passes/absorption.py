@@ -7,25 +7,25 @@ import torch
 from torch import Tensor, fx, nn
 
 from pn_compiler.affine import absorb_affine
+from pn_compiler.aliases import find_aliases
 from pn_compiler.graph_utils import called_module, has_hooks, module_calls
 from pn_compiler.nn import INPUT_AFFINE
-from pn_compiler.ranks import flattens_module, rank
-from pn_compiler.spelling import flattens_channels, operands, operator_name, reads_shape, reduced_dims
+from pn_compiler.ranks import flattens_channels, flattens_module, rank, reads_batch
+from pn_compiler.spelling import operands, operator_name, reads_shape, reduced_dims
 
 # A scale r > 0 and a shift v per channel commute with an operator L if L(a r + v) = L(a) r + v. Max
 # pooling pads with -inf; dropout belongs here as padding does: what it drops is a, before the shift.
-_COMMUTING_MODULES = (
-    nn.Identity,
-    nn.modules.dropout._DropoutNd,
+_COMMUTING_MODULES = (nn.Identity, nn.modules.dropout._DropoutNd)
+_COMMUTING_POOLS = (
     nn.modules.pooling._MaxPoolNd,
     nn.modules.pooling._AdaptiveAvgPoolNd,
     nn.modules.pooling._AdaptiveMaxPoolNd,
 )
 _COMMUTING_NAMES = {
     "contiguous",
-    *(f"{name}{n}d" for name in ("max_pool", "adaptive_avg_pool") for n in (1, 2, 3)),
     *(f"{name}dropout{n}" for name in ("", "feature_") for n in ("", "1d", "2d", "3d")),
 }
+_COMMUTING_POOL_NAMES = tuple(f"{name}_pool{n}d" for name in ("max", "adaptive_avg") for n in (1, 2, 3))
 _AVERAGE_POOLS = tuple(f"avg_pool{n}d" for n in (1, 2, 3))
 
 
@@ -63,6 +63,7 @@ class Router:
     def __init__(self, graph: fx.GraphModule, *, through_padding: bool) -> None:
         self.graph = graph
         self.through_padding = through_padding
+        self.pinned = find_aliases(graph).pinned
         self.calls = module_calls(graph)
         parameters = Counter(id(p) for m in graph.modules() for p in m._parameters.values())
         self.tied = {key for key, count in parameters.items() if count > 1}
@@ -80,6 +81,9 @@ class Router:
             value = values.pop()
             for user in value.users:
                 if reads_shape(user):
+                    continue
+                if value in self.pinned:
+                    blocked.append(Blocked(value, user, f"{value.name} is overwritten through another view"))
                     continue
                 if commutes(self.graph, user, value, through_padding=self.through_padding):
                     if user not in seen:
@@ -110,6 +114,8 @@ class Router:
         assert isinstance(module, nn.modules.conv._ConvNd)
         if not self.through_padding and _pads_with_zeros(module):
             return f"{where} pads its input with zeros"
+        if rank(value) not in (len(module.kernel_size) + 2, None):
+            return f"{where} takes an input of {rank(value)} axes for one sample"
         return None if module.in_channels == num_channels else f"{where} reads other channels"
 
     def fixed_weight(self, call: fx.Node) -> str | None:
@@ -162,11 +168,16 @@ def commutes(graph: fx.GraphModule, user: fx.Node, value: fx.Node, *, through_pa
         return False
     module = called_module(graph, user)
     if module is not None:
-        return _module_commutes(module, through_padding=through_padding)
+        if isinstance(module, (nn.modules.pooling._AvgPoolNd, *_COMMUTING_POOLS)):
+            return reads_batch(graph, user, value) and _pool_commutes(module, through_padding=through_padding)
+        return isinstance(module, _COMMUTING_MODULES) or flattens_module(module)
     name = operator_name(user)
     if name in _COMMUTING_NAMES:
-        return not user.kwargs.get("return_indices")
-    if name in _AVERAGE_POOLS:
+        return True
+    if name in _COMMUTING_POOL_NAMES:  # return_indices is the seventh argument
+        one_result = len(user.args) < 7 and not user.kwargs.get("return_indices")
+        return one_result and reads_batch(graph, user, value)
+    if name in _AVERAGE_POOLS and reads_batch(graph, user, value):
         given = operands(user, "kernel_size", "stride", "padding", "ceil_mode", "count_include_pad")
         padded = given.get("padding", 0) not in (0, (0,), (0, 0), [0, 0], (0, 0, 0), [0, 0, 0])
         plain = given.get("divisor_override") is None and len(user.args) < 7
@@ -208,14 +219,12 @@ def _pools_globally(graph: fx.GraphModule, node: fx.Node) -> bool:
     return reduced is not None and reduced[1] and set(reduced[0]) in ({2, 3}, {-1, -2})
 
 
-def _module_commutes(module: nn.Module, *, through_padding: bool) -> bool:
+def _pool_commutes(module: nn.Module, *, through_padding: bool) -> bool:
     if isinstance(module, nn.modules.pooling._AvgPoolNd):
         padded = any(module.padding) if isinstance(module.padding, tuple) else module.padding
         plain = getattr(module, "divisor_override", None) is None
         return plain and (through_padding or not padded or not module.count_include_pad)
-    if getattr(module, "return_indices", False):
-        return False
-    return isinstance(module, _COMMUTING_MODULES) or flattens_module(module)
+    return not getattr(module, "return_indices", False)
 
 
 def _averages_space(user: fx.Node, value: fx.Node) -> bool:

@@ -1,20 +1,24 @@
 """The pass that turns every spelling of an activation into a module without side effect."""
 
+import operator
+
 from torch import fx, nn
 
-from pn_compiler.activations import activation_of, is_activation
+from pn_compiler.activations import activation_of
+from pn_compiler.aliases import find_aliases, in_place_operator, name_options, returns_target, writes
 from pn_compiler.graph_utils import add_module, call_module_after, called_module, has_hooks
 from pn_compiler.pass_base import GraphPass, PassResult
-from pn_compiler.spelling import may_alias, overwritten
+from pn_compiler.ranks import dtype
 
 
 class CanonicalizeActivations(GraphPass):
     """Turns activation functions and methods into modules, and in-place effects into edges.
 
     Given:   y = bn(x); F.relu_(y); z = y + w         Result:  y = bn(x); r = relu(y); z = r + w
+             y += w; y.size(0)                                 z = y + w; z.size(0)
              nn.Identity()(x)                                  x
-    Leaves alone: functions that are no activation, or whose bounds are computed in the graph; in-place
-        effects on tensors that share memory with others.
+    Leaves alone: functions that are no activation, or whose bounds are computed in the graph; writes that
+        are seen through a view, by the caller or by code that is not traced; y += w of other dtypes.
     Outputs: preserved exactly.
     """
 
@@ -24,38 +28,48 @@ class CanonicalizeActivations(GraphPass):
         rewritten = 0
         for node in list(graph.graph.nodes):
             module = called_module(graph, node)
-            if module is None:
-                rewritten += _rewrite(graph, node)
-            elif isinstance(module, nn.Identity) and node.args and not has_hooks(module):
+            if isinstance(module, nn.Identity) and node.args and not has_hooks(module):
                 node.replace_all_uses_with(node.all_input_nodes[0])
                 graph.graph.erase_node(node)
                 rewritten += 1
-            elif is_activation(module) and getattr(module, "inplace", False):
-                rewritten += _redirect_later_users(node, node.args[0])
+                continue
+            name_options(node)
+            rewritten += _redirect_later_users(graph, node)
+        pinned = find_aliases(graph).pinned
+        for node in list(graph.graph.nodes):
+            if node.op in ("call_function", "call_method") and pinned.isdisjoint(writes(graph, node)):
+                rewritten += _rewrite(graph, node) or _without_writing(node)
         return PassResult(rewritten)
 
 
+def _redirect_later_users(graph: fx.GraphModule, node: fx.Node) -> int:
+    """What reads a tensor after `node` has overwritten and returned it, reads the result: the same tensor."""
+    target = returns_target(graph, node)
+    later = [] if target is None else [user for user in target.users if user > node]
+    for user in later:
+        user.replace_input_with(target, node)  # type: ignore[arg-type]  # no users of None
+    return len(later)
+
+
 def _rewrite(graph: fx.GraphModule, node: fx.Node) -> int:
-    target = overwritten(node)
-    if target is not None and may_alias(target, node):
-        return 0  # what else sees the effect cannot be told
-    rewritten = 0 if target is None else _redirect_later_users(node, target)
     module = activation_of(node)
     if module is None:
-        return rewritten
+        return 0
     path = add_module(graph, node.name, module.train(graph.training))
     call = call_module_after(graph, node, path, (node.all_input_nodes[0],))
     call.meta = dict(node.meta)
     node.replace_all_uses_with(call)
     graph.graph.erase_node(node)
-    return rewritten + 1
+    return 1
 
 
-def _redirect_later_users(node: fx.Node, source: object) -> int:
-    """What reads `source` after `node` has overwritten it, reads what `node` left there."""
-    if not isinstance(source, fx.Node) or may_alias(source, node):
-        return 0
-    later = [user for user in source.users if user > node]
-    for user in later:
-        user.replace_input_with(source, node)
-    return len(later)
+def _without_writing(node: fx.Node) -> int:
+    """Writes ``y += w``, which nothing else sees, as y + w: hooks and other passes know no other sum."""
+    name = in_place_operator(node)
+    if name is None or len(node.args) != 2 or len({dtype(source) for source in node.all_input_nodes}) > 1:
+        return 0  # in place the dtype is that of y
+    node.op, node.target = "call_function", getattr(operator, _PLAIN.get(name, name))
+    return 1
+
+
+_PLAIN = {"and": "and_", "or": "or_"}

@@ -1,81 +1,121 @@
-"""How many channels a value has, and which of them an operator takes or moves."""
+"""How many channels a value has, and which of them an operator takes or moves.
+
+Every answer is exact or None: a channel too many in one branch shifts those of all branches behind it.
+"""
 
 import math
 import operator
 from collections.abc import Sequence
+from typing import Any
 
 from torch import fx, nn
 
-from pn_compiler.activations import is_activation
+from pn_compiler.activations import activation_of, is_activation
 from pn_compiler.graph_utils import called_module
 from pn_compiler.nn import ChannelAffine, ProxyNormAct
-from pn_compiler.ranks import rank
-from pn_compiler.spelling import operands, operator_name
+from pn_compiler.ranks import rank, reads_batch, size_of
+from pn_compiler.spelling import listed_sizes, operands, operator_name
 
-_RESIZES = (
-    nn.Upsample,
+_PADS = (
     nn.modules.padding._ReflectionPadNd,
     nn.modules.padding._ReplicationPadNd,
     nn.modules.padding._CircularPadNd,
 )
-_KEEP_CHANNELS = (
+_POOLS = (
+    *_PADS,
     nn.modules.pooling._MaxPoolNd,
     nn.modules.pooling._AvgPoolNd,
     nn.modules.pooling._AdaptiveAvgPoolNd,
     nn.modules.pooling._AdaptiveMaxPoolNd,
-    nn.modules.dropout._DropoutNd,
-    nn.Identity,
-    ChannelAffine,
 )
-_KEEP_CHANNELS_NAMES = frozenset(
-    ["add", "iadd", "contiguous", "interpolate", "relu"]
-    + [f"{kind}_pool{n}d" for kind in ("max", "avg", "adaptive_avg") for n in (1, 2, 3)]
-)
+_KEEP_SHAPE = (nn.modules.dropout._DropoutNd, nn.Identity, ChannelAffine)
+_POOL_NAMES = frozenset(f"{kind}_pool{n}d" for kind in ("max", "avg", "adaptive_avg") for n in (1, 2, 3))
+_BROADCASTS = frozenset(["add", "iadd", "sub", "isub", "mul", "imul", "multiply", "div", "truediv"])
 
 
 def channels_of(graph: fx.GraphModule, node: fx.Node) -> int | None:
     """Size of the second dimension of `node`, [N, C, *], or None if unknown."""
     module = called_module(graph, node)
     if isinstance(module, nn.modules.conv._ConvNd):
-        return module.out_channels
+        return module.out_channels if reads_batch(graph, node, node) else None
     if isinstance(module, nn.GroupNorm | ProxyNormAct):
         return module.num_channels
-    name = operator_name(node)
+    if not node.all_input_nodes:
+        return None
     if (branches := concatenated(node)) is not None:
         sizes = [channels_of(graph, branch) for branch in branches]
         return None if None in sizes else sum(size or 0 for size in sizes)
-    if node.target is operator.getitem and isinstance(node.args[0], fx.Node):
-        source = node.args[0]
-        if isinstance(called_module(graph, source), ProxyNormAct):
-            return channels_of(graph, source)
-        return _channels_of_piece(graph, node, source)
-    keeps = isinstance(module, (*_KEEP_CHANNELS, *_RESIZES)) or (module is not None and is_activation(module))
-    if keeps or name in _KEEP_CHANNELS_NAMES:
-        known = [channels_of(graph, n) for n in node.all_input_nodes if (rank(n) or 0) > 2]
-        return max((size for size in known if size is not None), default=None)
-    return None
+    if operator_name(node) in _BROADCASTS:
+        return _channels_of_broadcast(graph, node)
+    value = node.all_input_nodes[0]
+    if node.target is operator.getitem and isinstance(called_module(graph, value), ProxyNormAct):
+        return channels_of(graph, value)
+    if node.target is operator.getitem or operator_name(node) == "narrow":
+        return _channels_of_piece(graph, node, value)
+    return channels_of(graph, value) if _keeps_channels(graph, node, value) else None
+
+
+def _keeps_channels(graph: fx.GraphModule, node: fx.Node, value: fx.Node) -> bool:
+    """Whether the second dimension of `node` is as long as that of `value`, its input."""
+    module, name = called_module(graph, node), operator_name(node)
+    if isinstance(module, _POOLS) or name in _POOL_NAMES:
+        return reads_batch(graph, node, value)
+    if isinstance(module, nn.Upsample) or name == "interpolate":
+        return (rank(value) or 0) > 2
+    if module is not None:
+        return isinstance(module, _KEEP_SHAPE) or is_activation(module)
+    return name == "contiguous" or activation_of(node) is not None
+
+
+def _channels_of_broadcast(graph: fx.GraphModule, node: fx.Node) -> int | None:
+    """Of a sum or product of tensors, and numbers: that of all of them that have more than 1."""
+    ranks = {source: rank(source) for source in node.all_input_nodes}
+    dims = max((known or 0 for known in ranks.values()), default=0)
+    tensors = [source for source, known in ranks.items() if known != 0]
+    sizes = {_size_along_channels(graph, source, dims) for source in tensors}
+    if None in ranks.values() or None in sizes or len(sizes - {1}) > 1:
+        return None
+    return max((size or 0 for size in sizes), default=None)
+
+
+def _size_along_channels(graph: fx.GraphModule, node: fx.Node, dims: int) -> int | None:
+    """How many channels `node` has where it meets tensors of `dims` dimensions, to which it broadcasts."""
+    if node.op == "get_attr":
+        owner, _, name = str(node.target).rpartition(".")
+        shape = getattr(graph.get_submodule(owner), name).shape
+        return int(shape[1 - dims]) if len(shape) >= dims - 1 > 0 else 1
+    return channels_of(graph, node) if rank(node) == dims else None
 
 
 def _channels_of_piece(graph: fx.GraphModule, node: fx.Node, source: fx.Node) -> int | None:
     index = node.args[1]
-    if isinstance(index, int) and source.all_input_nodes:
+    if node.target is operator.getitem and isinstance(index, int) and source.all_input_nodes:
         whole = channels_of(graph, source.all_input_nodes[0])
         parts = None if whole is None else pieces(source, whole)
-        return None if parts is None else len(range(*parts[index].indices(whole or 0)))
+        if parts is None or not -len(parts) <= index < len(parts):
+            return None
+        return len(range(*parts[index].indices(whole or 0)))
     whole, taken = channels_of(graph, source), taken_channels(node)
     return None if whole is None or taken is None else len(range(*taken.indices(whole)))
 
 
+def is_channel_axis(dim: Any, dims: int | None) -> bool:
+    """Whether axis `dim` of a tensor of `dims` dimensions is that of the channels, 1."""
+    return dim == 1 or (isinstance(dim, int) and dims is not None and dim == 1 - dims)
+
+
 def concatenated(node: fx.Node) -> Sequence[fx.Node] | None:
     """The values that `node` concatenates along their channels, or None if it does something else."""
-    if operator_name(node) not in ("cat", "concat", "concatenate") or len(node.args) not in (1, 2):
+    if operator_name(node) not in ("cat", "concat", "concatenate") or node.kwargs.get("out") is not None:
         return None
     given = operands(node, "dim")
-    branches = node.args[0]
-    if given.get("dim", given.get("axis")) != 1 or not isinstance(branches, list | tuple):
+    branches = node.args[0] if node.args else node.kwargs.get("tensors")
+    if not isinstance(branches, list | tuple):
         return None
     nodes = [branch for branch in branches if isinstance(branch, fx.Node)]
-    return nodes if len(nodes) == len(branches) else None
+    if not nodes or len(nodes) != len(branches):
+        return None
+    return nodes if is_channel_axis(given.get("dim", given.get("axis")), rank(nodes[0])) else None
 
 
 def pieces(node: fx.Node, num_channels: int) -> list[slice] | None:
@@ -88,19 +128,21 @@ def pieces(node: fx.Node, num_channels: int) -> list[slice] | None:
         return None
     given = operands(node, first, "dim")
     amount = given.get(first, given.get("split_size"))
-    if given.get("dim") != 1:
+    if not node.all_input_nodes or not is_channel_axis(given.get("dim"), rank(node.all_input_nodes[0])):
         return None
     if isinstance(amount, list | tuple) and all(isinstance(size, int) for size in amount):
         ends = [sum(amount[: i + 1]) for i in range(len(amount))]
         return [slice(end - size, end) for end, size in zip(ends, amount, strict=True)]
-    if not isinstance(amount, int):
+    if not isinstance(amount, int) or amount < 1:
         return None
     size = math.ceil(num_channels / amount) if name == "chunk" else amount
     return [slice(start, min(start + size, num_channels)) for start in range(0, num_channels, size)]
 
 
 def taken_channels(node: fx.Node) -> slice | None:
-    """The channels in x[:, a:b, ...] with constant a and b, whatever the pixels; None if it is none."""
+    """The channels in x[:, a:b:c, ...] with constant bounds, whatever the pixels; None if it is none."""
+    if operator_name(node) == "narrow":
+        return _narrowed_channels(node)
     index = node.args[1] if node.target is operator.getitem else None
     if not isinstance(index, tuple) or len(index) < 2 or index[0] != slice(None):
         return None
@@ -108,19 +150,32 @@ def taken_channels(node: fx.Node) -> slice | None:
     channels = index[1]
     if not spatial or not isinstance(channels, slice):
         return None
-    constant = all(bound is None or isinstance(bound, int) for bound in (channels.start, channels.stop))
-    return channels if constant and channels.step in (None, 1) else None
+    bounds = (channels.start, channels.stop, channels.step)
+    return channels if all(bound is None or isinstance(bound, int) for bound in bounds) else None
+
+
+def _narrowed_channels(node: fx.Node) -> slice | None:
+    given = operands(node, "dim", "start", "length")
+    start, length = given.get("start"), given.get("length")
+    if not node.args or not is_channel_axis(given.get("dim"), rank(node.all_input_nodes[0])):
+        return None
+    if not (isinstance(start, int) and isinstance(length, int) and start >= 0):
+        return None
+    return slice(start, start + length)
 
 
 def resizes(graph: fx.GraphModule, node: fx.Node, value: fx.Node) -> bool:
     """Whether `node` computes averages of values of one channel of `value`, with weights that add up to 1."""
     if not node.args or node.args[0] is not value:
         return False
-    if isinstance(called_module(graph, node), _RESIZES) or operator_name(node) == "interpolate":
-        return True
+    module, dims = called_module(graph, node), rank(value)
+    if isinstance(module, nn.Upsample) or operator_name(node) == "interpolate":
+        return (dims or 0) > 2
+    if isinstance(module, _PADS):
+        return reads_batch(graph, node, value)
     if operator_name(node) != "pad":
         return False
-    given, dims = operands(node, "pad", "mode"), rank(value)
+    given = operands(node, "pad", "mode")
     amounts = given.get("pad")
     inside = dims is not None and isinstance(amounts, list | tuple) and len(amounts) <= 2 * (dims - 2)
     return inside and given.get("mode") in ("reflect", "replicate", "circular")
@@ -156,7 +211,8 @@ def joins_pixels(graph: fx.GraphModule, node: fx.Node) -> bool:
 def shuffled(graph: fx.GraphModule, node: fx.Node) -> tuple[fx.Node, int] | None:
     """(last node, groups) of a channel shuffle that begins with `node`, or None.
 
-    It is a ``nn.ChannelShuffle``, or view(N, G, C / G, H, W), transpose(1, 2), contiguous, view(N, C, H, W).
+    It is a ``nn.ChannelShuffle``, or view(N, G, C / G, H, W), transpose(1, 2), contiguous, view(N, C, H, W)
+    with N and C read from the value itself.
     """
     module = called_module(graph, node)
     if isinstance(module, nn.ChannelShuffle):
@@ -167,10 +223,19 @@ def shuffled(graph: fx.GraphModule, node: fx.Node) -> tuple[fx.Node, int] | None
         if len(users) != 1 or operator_name(users[0]) not in names:
             return None
         chain.append(users[0])
-    before, after = node.args[1:], chain[-1].args[1:]
+    before, after = listed_sizes(node) or (), listed_sizes(chain[-1]) or ()
     if operator_name(node) not in ("view", "reshape") or len(before) != 5 or len(after) != 4:
         return None
     same = (before[0], *before[3:]) == (after[0], *after[2:])
     if not same or chain[1].args[1:] != (1, 2) or not isinstance(before[1], int):
         return None
-    return chain[-1], before[1]
+    value = node.all_input_nodes[0]
+    whole = size_of(before[0], 0) is value and _is_share(before[2], value, before[1])
+    return (chain[-1], before[1]) if whole else None
+
+
+def _is_share(size: Any, value: fx.Node, groups: int) -> bool:
+    """Whether `size` is the number of channels of `value`, divided by `groups`."""
+    if not isinstance(size, fx.Node) or operator_name(size) not in ("floordiv", "truediv", "div"):
+        return False
+    return len(size.args) == 2 and size_of(size.args[0], 1) is value and size.args[1] in (groups,)

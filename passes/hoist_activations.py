@@ -3,6 +3,7 @@
 from torch import fx, nn
 
 from pn_compiler.activations import is_activation, is_homogeneous
+from pn_compiler.aliases import Aliases, find_aliases
 from pn_compiler.batch_norms import is_batch_norm
 from pn_compiler.graph_utils import call_module_after, called_module, has_hooks
 from pn_compiler.pass_base import GraphPass, PassResult
@@ -29,32 +30,40 @@ class HoistActivations(GraphPass):
 
     def run(self, graph: fx.GraphModule) -> PassResult:
         rewritten = 0
+        aliases = find_aliases(graph)  # shape readers move, and activations of what is not pinned
         for node in list(graph.graph.nodes):
             module = called_module(graph, node)
             if module is None:
                 continue
             if is_batch_norm(module) and node.args:
-                rewritten += _read_shape_of_input(node)
+                rewritten += _read_shape_of_input(node, aliases)
             elif is_activation(module) and not has_hooks(module):
-                rewritten += _hoist(graph, node, module)
+                rewritten += _hoist(graph, node, module, aliases)
         return PassResult(rewritten)
 
 
-def _read_shape_of_input(norm: fx.Node) -> int:
-    """Who asks for the shape of a BatchNorm's output gets that of its input, which is the same."""
+def _read_shape_of_input(norm: fx.Node, aliases: Aliases) -> int:
+    """Who asks for the shape of a BatchNorm's output gets that of its input, which is the same.
+
+    Not of an input that is overwritten: ``squeeze_`` and its like change its shape later.
+    """
+    if norm.all_input_nodes[0] in aliases.overwritten:
+        return 0
     readers = [user for user in norm.users if reads_shape(user)]
     for user in readers:
         user.replace_input_with(norm, norm.all_input_nodes[0])
     return len(readers)
 
 
-def _hoist(graph: fx.GraphModule, activation: fx.Node, module: nn.Module) -> int:
+def _hoist(graph: fx.GraphModule, activation: fx.Node, module: nn.Module, aliases: Aliases) -> int:
     source, chain = activation.all_input_nodes[0], []
     while _passes(graph, source, module) and _read_once(source):
         chain.append(source)
         source = source.all_input_nodes[0]
     norm = called_module(graph, source)
     if not chain or norm is None or not is_batch_norm(norm) or not _read_once(source):
+        return 0
+    if source in aliases.pinned:
         return 0
     moved = call_module_after(graph, source, str(activation.target), (source,))
     chain[-1].replace_input_with(source, moved)

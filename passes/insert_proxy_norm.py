@@ -8,6 +8,7 @@ from torch import fx, nn
 
 from pn_compiler.activations import activation_name, is_activation, same_activation
 from pn_compiler.affine import absorb_affine
+from pn_compiler.aliases import find_aliases
 from pn_compiler.config import TransformConfig
 from pn_compiler.diagnostics import Diagnostic, Site
 from pn_compiler.graph_utils import called_module, has_hooks, has_values, module_calls, replace_module
@@ -18,7 +19,6 @@ from pn_compiler.passes.canonicalize_activations import CanonicalizeActivations
 from pn_compiler.passes.replace_batch_norm import ReplaceBatchNorm
 from pn_compiler.passes.site_outputs import read_outputs
 from pn_compiler.site_table import site_table, update_site
-from pn_compiler.spelling import may_alias
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -50,12 +50,13 @@ class InsertProxyNorm(GraphPass):
         # Any padding will do: undoing is exact with the padding before the shift, and as good as it can be
         # with the reference's.
         router = Router(graph, through_padding=True)
+        pinned = find_aliases(graph).pinned
         notes = []
         rewritten = 0
         for name, site in list(site_table(graph).items()):
             if site.kind == "skipped":
                 continue
-            matched = _match(graph, calls.get(name, []), name)
+            matched = _match(graph, calls.get(name, []), name, pinned)
             refusal = matched if isinstance(matched, Diagnostic) else None
             if not isinstance(matched, Diagnostic):
                 act = called_module(graph, matched[0].activation)
@@ -103,10 +104,14 @@ class InsertProxyNorm(GraphPass):
         return remark
 
 
-def _match(graph: fx.GraphModule, norms: list[fx.Node], name: str) -> list[_Call] | Diagnostic:
+def _match(
+    graph: fx.GraphModule, norms: list[fx.Node], name: str, pinned: frozenset[fx.Node]
+) -> list[_Call] | Diagnostic:
     """Each call of one normalizer with the activation behind it, or why there is no such pairing."""
     if not norms:
         return Diagnostic("PN102", name, "nothing reads its output in the traced forward")
+    if not pinned.isdisjoint(norms):
+        return Diagnostic("PN201", name, "its output is overwritten, and read through another view of it")
     matched: list[_Call | None] = []
     for norm in norms:
         activations = [user for user in norm.users if _is_activation_call(graph, user)]
@@ -128,9 +133,7 @@ def _match(graph: fx.GraphModule, norms: list[fx.Node], name: str) -> list[_Call
 def _is_activation_call(graph: fx.GraphModule, node: fx.Node) -> bool:
     """Whether `node` is an activation that a site may take in."""
     module = called_module(graph, node)
-    if module is None or not is_activation(module) or has_hooks(module):
-        return False
-    return not getattr(module, "inplace", False) or not may_alias(node.all_input_nodes[0], node)
+    return module is not None and is_activation(module) and not has_hooks(module)
 
 
 def _blocked(name: str, blocked: list[Blocked]) -> Diagnostic:

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from torch import fx, nn
 
 from pn_compiler.activations import is_activation
+from pn_compiler.aliases import find_aliases
 from pn_compiler.batch_norms import is_batch_norm
 from pn_compiler.graph_utils import add_module, call_module_after, called_module, has_hooks
 from pn_compiler.known_activations import known_by_values, known_module, known_piecewise
@@ -34,12 +35,13 @@ class RecognizeActivations(GraphPass):
     def run(self, graph: fx.GraphModule) -> PassResult:
         rewritten = 0
         behind: set[fx.Node] = set()
+        pinned = find_aliases(graph).pinned
         for node in list(graph.graph.nodes):
             module = called_module(graph, node)
             moved = moves_values(node, module) and node.all_input_nodes[0] in behind
             if moved or (module is not None and is_batch_norm(module)):
                 behind.add(node)
-                rewritten += _rewrite(graph, node)
+                rewritten += 0 if node in pinned else _rewrite(graph, node)
         return PassResult(rewritten)
 
 

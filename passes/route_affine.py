@@ -37,14 +37,15 @@ class RouteAffine(GraphPass):
             starts = {call: site_outputs(graph, call)["output"] for call in calls}
             routes = [router.route(z, site.num_channels) for reads in starts.values() for z in reads]
             if any(route.absorbers for route in routes):
-                _open(graph, path, site, calls, routes)
+                _open(graph, path, site, calls, routes, router)
                 rewritten += 1
         return PassResult(rewritten)
 
 
 def _open(
-    graph: fx.GraphModule, path: str, site: ProxyNormAct, calls: list[fx.Node], routes: list[Route]
-) -> None:
+    graph: fx.GraphModule, path: str, site: ProxyNormAct, calls: list[fx.Node], routes: list[Route],
+    router: Router,
+) -> None:  # fmt: skip
     """Makes the site hand out activation, scale and shift, and gives them to where the routes end."""
     before = {call: site_outputs(graph, call) for call in calls}
     had_affine = "affine" in site.outputs
@@ -64,7 +65,7 @@ def _open(
                 module = graph.get_submodule(str(absorber.target))
                 # a subclass that adds no state: names, hooks and options of the module stay
                 module.__class__ = INPUT_AFFINE.get(type(module), type(module))
-            _apply_where_blocked(graph, path, route, z, values)
+            _apply_where_blocked(graph, path, route, z, values, router)
         for affine in old.get("affine", ()):
             _redirect(affine, values["affine"], keep=set())
 
@@ -77,13 +78,15 @@ def _redirect(old: fx.Node, new: fx.Node, *, keep: set[fx.Node]) -> None:
 
 
 def _apply_where_blocked(
-    graph: fx.GraphModule, path: str, route: Route, z: fx.Node, values: dict[Output, fx.Node]
-) -> None:
+    graph: fx.GraphModule, path: str, route: Route, z: fx.Node, values: dict[Output, fx.Node],
+    router: Router,
+) -> None:  # fmt: skip
     applied: dict[fx.Node, fx.Node] = {}
     for blocked in route.blocked:
         value = values["activation"] if blocked.value is z else blocked.value
         affine = (values.get("scale"), values["shift"])
-        gate = gate_of(graph, blocked.user, value)
+        # all that read a pinned value must read one and the same tensor
+        gate = None if blocked.value in router.pinned else gate_of(graph, blocked.user, value)
         if gate is not None:
             at = add_module(graph, f"{path}_gated", ChannelAffine())
             node = call_module_after(graph, blocked.user, at, (value, *affine, gate))

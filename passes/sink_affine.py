@@ -24,8 +24,8 @@ from pn_compiler.passes.channels import (
 )
 from pn_compiler.passes.route_affine import RouteAffine
 from pn_compiler.passes.site_outputs import site_outputs, where_it_went
-from pn_compiler.ranks import flattens_module, rank
-from pn_compiler.spelling import flattens_channels, operator_name, reads_shape
+from pn_compiler.ranks import flattens_channels, flattens_module, rank
+from pn_compiler.spelling import operator_name, reads_shape
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,7 +153,8 @@ class _Flow:
             pairs = [self.pairs[n] for n in node.all_input_nodes if n in self.pairs]
             pairs += [part for n in node.all_input_nodes for part in self.parts.get(n, ())]
             skip = reads_shape(node) or node in self.inside
-            if pairs and not skip and not self._passes(node) and not self._ends(node):
+            fixed = not self.router.pinned.isdisjoint(node.all_input_nodes)
+            if pairs and not skip and (fixed or (not self._passes(node) and not self._ends(node))):
                 self.blocked.update(*(pair.sources for pair in pairs))
             if node in self.sources:
                 self.pairs[node] = self.sources[node]

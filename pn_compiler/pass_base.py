@@ -3,17 +3,15 @@
 import abc
 import dataclasses
 import logging
-import operator
 import time
 from collections.abc import Callable, Sequence
 from typing import ClassVar, final
 
 from torch import fx
 
+from pn_compiler.aliases import writes
 from pn_compiler.diagnostics import Diagnostic
 from pn_compiler.errors import PassError, PnCompilerError
-from pn_compiler.graph_utils import called_module
-from pn_compiler.spelling import overwritten
 
 logger = logging.getLogger(__name__)
 
@@ -75,12 +73,9 @@ class GraphPass(abc.ABC):
 
 
 def _writes(graph: fx.GraphModule, node: fx.Node) -> bool:
-    """Whether `node` matters though nothing reads it: it overwrites a tensor, or asserts something."""
-    module = called_module(graph, node)
-    if module is not None:
-        return bool(getattr(module, "inplace", False))
+    """Whether `node` matters though nothing reads it: it may overwrite a tensor, or asserts something."""
     asserts = getattr(node.target, "__name__", "") == "_assert_is_none"  # of an argument left out
-    return asserts or node.target is operator.setitem or overwritten(node) is not None
+    return asserts or bool(writes(graph, node))
 
 
 Progress = Callable[[str], None]

@@ -8,7 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-_NAMESPACES = (F, torch, torch._C._nn, torch.special, operator)
+from pn_compiler import in_place
+
+_NAMESPACES = (F, torch, torch._C._nn, torch.special, operator, in_place)
 
 
 def operator_name(node: fx.Node) -> str:
@@ -27,20 +29,6 @@ def operator_name(node: fx.Node) -> str:
         if any(getattr(namespace, name, None) is target for namespace in _NAMESPACES):
             return str(name)
     return ""
-
-
-_IN_PLACE_OPERATORS = frozenset(
-    f"i{name}"
-    for name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and", "or", "xor", "matmul")
-)
-_ALIASING = frozenset(
-    [
-        "getitem", "view", "view_as", "reshape", "reshape_as", "flatten", "unflatten", "squeeze", "unsqueeze",
-        "transpose", "permute", "movedim", "swapaxes", "swapdims", "t", "narrow", "select", "chunk", "split",
-        "tensor_split", "unbind", "expand", "expand_as", "contiguous", "detach", "diagonal", "as_strided",
-        "unfold", "alias", "to", "slice",
-    ]
-)  # fmt: skip
 
 
 _MOVING = frozenset(
@@ -66,54 +54,17 @@ def reads_shape(node: fx.Node) -> bool:
     return operator_name(node) in names or node.target is len
 
 
-def overwritten(node: fx.Node) -> fx.Node | None:
-    """The tensor that a function or method node overwrites: its input in place, or ``out=``; else None."""
-    name = operator_name(node)
-    target = node.kwargs.get("out")
-    inplace = node.kwargs.get("inplace") is True
-    if inplace or name in _IN_PLACE_OPERATORS or (name.endswith("_") and not name.startswith("_")):
-        target = node.args[0] if node.args else node.kwargs.get("input")
-    return target if isinstance(target, fx.Node) else None
-
-
-def may_alias(source: fx.Node, before: fx.Node) -> bool:
-    """Whether `source` shares memory with another tensor of the graph that was made earlier than `before`."""
-    if operator_name(source) in _ALIASING:
-        return True
-    return any(user < before and operator_name(user) in _ALIASING for user in source.users)
-
-
 def operands(node: fx.Node, *names: str) -> dict[str, Any]:
     """The operands of `node` after its input, by name: those in `names` order, then keywords."""
     return dict(zip(names, node.args[1:], strict=False)) | dict(node.kwargs)
 
 
-def flattens_channels(node: fx.Node) -> bool:
-    """Whether a function or method node makes [N, C * S] of [N, C, *]."""
-    name = operator_name(node)
-    if name == "flatten":
-        given = operands(node, "start_dim", "end_dim")
-        return (given.get("start_dim"), given.get("end_dim", -1)) == (1, -1)
-    if name in ("view", "reshape"):
-        sizes = node.args[1:]
-        if len(sizes) == 1 and isinstance(sizes[0], list | tuple):
-            sizes = tuple(sizes[0])
-        return len(sizes) == 2 and bool(sizes[1] == -1) and _is_batch_size(sizes[0])
-    return False
-
-
-def _is_batch_size(value: Any) -> bool:
-    """Whether `value` is x.size(0) or x.shape[0] of some tensor."""
-    if not isinstance(value, fx.Node):
-        return False
-    if operator_name(value) in ("size", "sym_size"):
-        return value.args[1:] == (0,)
-    if value.target is not operator.getitem or value.args[1] != 0:
-        return False
-    sizes = value.args[0]
-    if not isinstance(sizes, fx.Node):
-        return False
-    return operator_name(sizes) == "size" or (sizes.target is getattr and sizes.args[1] == "shape")
+def listed_sizes(node: fx.Node) -> tuple[Any, ...] | None:
+    """The sizes in ``x.view(2, -1)``, ``x.view((2, -1))`` and their like; None if they are not listed."""
+    sizes: Any = node.args[1:] or tuple(v for k, v in node.kwargs.items() if k in ("shape", "size"))
+    if len(sizes) == 1 and isinstance(sizes[0], list | tuple):
+        return tuple(sizes[0])
+    return sizes if len(sizes) > 1 or (sizes and isinstance(sizes[0], int)) else None
 
 
 def reduced_dims(node: fx.Node) -> tuple[tuple[int, ...], bool] | None:

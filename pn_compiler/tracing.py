@@ -21,6 +21,7 @@ from pn_compiler.batch_norms import (
 from pn_compiler.diagnostics import Diagnostic
 from pn_compiler.errors import ConfigError, TraceError, UnsupportedModelError
 from pn_compiler.graph_module import ConvertedModule
+from pn_compiler.in_place import InPlaceProxy
 from pn_compiler.inputs import Inputs
 from pn_compiler.module_state import ModuleState, inside_checkpoint
 from pn_compiler.nn import ProxyNormAct, ReadTraining
@@ -52,6 +53,9 @@ class _Tracer(fx.Tracer):
         }
         self.stack = [""]  # paths of the modules being traced, outermost first
         self.checkpointed = False
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return InPlaceProxy(node, self)
 
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
         self.checkpointed = self.checkpointed or inside_checkpoint()
