@@ -8,7 +8,7 @@ from torch import fx, nn
 from torch.utils import _pytree as pytree
 
 from pn_compiler.activations import is_activation
-from pn_compiler.errors import ConfigError, TraceError
+from pn_compiler.errors import ConfigError, TraceError, first_line
 from pn_compiler.graph_utils import called_module
 from pn_compiler.inputs import Inputs
 
@@ -43,10 +43,9 @@ def choose_inputs(
             got, want = inputs.call(traced), inputs.call(model)
     except Exception as error:
         shapes = ", ".join(str(list(x.shape)) for x in inputs.tensors())
-        cause = (str(error).strip().splitlines() or [""])[0]
         how = "" if source == "given" else f" ({source})"
         raise ConfigError(
-            f"the model does not run on an input of shape {shapes}{how}: {cause}; {_ASK}"
+            f"the model does not run on an input of shape {shapes}{how}: {first_line(error)}; {_ASK}"
         ) from error
     _compare(model, got, want)
     return inputs, source

@@ -19,7 +19,7 @@ import torch
 from torch import fx, nn
 
 from pn_compiler.activations import activation_functions
-from pn_compiler.errors import LoadError
+from pn_compiler.errors import LoadError, first_line
 from pn_compiler.inputs import Inputs
 from pn_compiler.program_audit import audit_program
 
@@ -253,10 +253,6 @@ def _make(arch: str) -> nn.Module:
     if not isinstance(model, nn.Module):
         raise LoadError(f"--arch {arch} made a {type(model).__name__}, not an nn.Module")
     return model
-
-
-def first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 # Exported programs ---------------------------------------------------------------------------------

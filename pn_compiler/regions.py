@@ -21,7 +21,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from pn_compiler.batch_norms import closed_kind, holds_batch_norm, is_batch_norm
 from pn_compiler.diagnostics import Diagnostic
-from pn_compiler.errors import ConfigError, TraceError, UnsupportedModelError
+from pn_compiler.errors import ConfigError, TraceError, UnsupportedModelError, first_line
 from pn_compiler.graph_module import ConvertedModule, is_converted
 from pn_compiler.inputs import Inputs
 from pn_compiler.tracing import refuse_uninitialised, resolve_leaves, trace_module
@@ -159,8 +159,7 @@ def copy_model(model: nn.Module, *, share_parameters: bool = False) -> nn.Module
     try:
         return copy.deepcopy(model, memo)
     except Exception as error:
-        cause = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UnsupportedModelError(f"the model cannot be copied: {cause}") from error
+        raise UnsupportedModelError(f"the model cannot be copied: {first_line(error)}") from error
 
 
 def _copy_script(module: torch.jit.ScriptModule) -> torch.jit.ScriptModule:
