@@ -179,9 +179,7 @@ def _outputs(
         try:
             yield batch, [np.asarray(output) for output in session.run(None, feed)]
         except Exception as error:
-            raise VerificationError(
-                f"onnxruntime fails at batch {batch}: {first_line(error)}"
-            ) from error
+            raise VerificationError(f"onnxruntime fails at batch {batch}: {first_line(error)}") from error
 
 
 def _evaluate(

@@ -94,9 +94,10 @@ def export_onnx(
     )  # fmt: skip
     _check_destinations(path, repository, target)
     inputs = Inputs.of(example_inputs, example_kwargs) or Inputs()
+    model = unwrap(model)
     report = Report(parameters_before=count_parameters(model))
     return _export(
-        _on_cpu(unwrap(model), share=not _has_sites(model)), path, repository, inputs, options, report,
+        _on_cpu(model, share=not _has_sites(model)), path, repository, inputs, options, report,
         progress,
     )  # fmt: skip
 

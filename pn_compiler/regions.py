@@ -22,7 +22,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from pn_compiler.batch_norms import closed_kind, holds_batch_norm, is_batch_norm
 from pn_compiler.diagnostics import Diagnostic
 from pn_compiler.errors import ConfigError, TraceError, UnsupportedModelError, first_line
-from pn_compiler.graph_module import ConvertedModule, is_converted
+from pn_compiler.graph_module import ConvertedModule, check_module, is_converted
 from pn_compiler.inputs import Inputs
 from pn_compiler.tracing import refuse_uninitialised, resolve_leaves, trace_module
 
@@ -122,7 +122,12 @@ def _check_fit(model: nn.Module, inputs: Inputs | None) -> None:
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The network inside torch.compile, DataParallel and DistributedDataParallel."""
+    """The network inside torch.compile, DataParallel and DistributedDataParallel.
+
+    Raises:
+        ConfigError: `model` is no module.
+    """
+    check_module(model)
     wrappers = (nn.DataParallel, nn.parallel.DistributedDataParallel)
     while True:
         inner = getattr(model, "_orig_mod", model.module if isinstance(model, wrappers) else None)

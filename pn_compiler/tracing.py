@@ -270,7 +270,9 @@ def _trace_with_leaves(
         except Exception as error:
             innermost = tracer.stack[-1]
             if innermost == "" or innermost in leaves:
-                raise TraceError(f"torch.fx cannot trace {type(model).__name__}.forward: {first_line(error)}") from error
+                raise TraceError(
+                    f"torch.fx cannot trace {type(model).__name__}.forward: {first_line(error)}"
+                ) from error
             leaves = leaves | {innermost}
             continue
         finally:
