@@ -61,7 +61,7 @@ def record(model: nn.Module, sites: tuple[Site, ...], notes: tuple[Diagnostic, .
         model.__dict__[_ATTRIBUTE] = kept
 
 
-def check_module(model: Any) -> None:
+def check_module(model: object) -> None:
     """Raises ConfigError, which says what to give instead, if `model` is no network."""
     if isinstance(model, nn.Module):
         return
@@ -80,7 +80,7 @@ def check_module(model: Any) -> None:
 
 def _meta(model: nn.Module) -> dict[str, Any]:
     check_module(model)
-    meta: dict[str, Any] = model.meta if isinstance(model, fx.GraphModule) else {}
+    meta: dict[str, Any] = getattr(model, "meta", {}) if isinstance(model, fx.GraphModule) else {}
     return meta or model.__dict__.get(_ATTRIBUTE, {})
 
 

@@ -67,15 +67,14 @@ def export_model_repository(
         VerificationError: the ONNX model computes something else; nothing is written then.
     """
     repository = ModelRepository(Path(directory), name, force, max_batch_size)
-    if isinstance(model, nn.Module):
+    if not isinstance(model, str | os.PathLike):
+        check_module(model)
         return export_onnx(
             model, None, example_inputs, example_kwargs=example_kwargs, repository=repository,
             opset_version=opset_version, target_ort=target_ort, dynamic_batch=dynamic_batch,
             input_names=input_names, output_names=output_names, external_data=external_data, dtype=dtype,
             verify=verify, progress=progress,
         )  # fmt: skip
-    if not isinstance(model, str | os.PathLike):
-        check_module(model)
     options = {
         "opset_version": opset_version is not None, "input_names": bool(input_names),
         "output_names": bool(output_names), "dynamic_batch": not dynamic_batch, "dtype": dtype != "float32",

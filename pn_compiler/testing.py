@@ -1,6 +1,7 @@
 """Assertions about converted networks, for this project's tests and for yours."""
 
 import math
+import operator
 from typing import Any
 
 import torch
@@ -65,7 +66,8 @@ def assert_batch_independent(model: nn.Module, x: Tensor) -> None:
     together = model(x)
     for index in range(x.shape[0]):
         alone = model(x[index : index + 1])
-        assert_same_outputs(alone, pytree.tree_map_only(Tensor, lambda t, i=index: t[i : i + 1], together))
+        among_others = pytree.tree_map_only(Tensor, operator.itemgetter(slice(index, index + 1)), together)
+        assert_same_outputs(alone, among_others)
 
 
 def count_modules(model: nn.Module, *types: type[nn.Module]) -> int:

@@ -6,12 +6,16 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+from torch.fx.passes.split_module import split_module
 
 import pn_compiler
 from pn_compiler.errors import ConfigError, PnCompilerError, TraceError, VerificationError
+from pn_compiler.export import make_session
 from pn_compiler.integrations.opacus import prepare
-from pn_compiler.testing import count_modules, randomize_batch_norms
+from pn_compiler.testing import assert_same_outputs, count_modules, randomize_batch_norms
+from tests import zoo
 
 IMAGES = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 
@@ -86,3 +90,106 @@ def test_a_bare_assert_in_a_forward_is_named(tmp_path: Path) -> None:
 
     with pytest.raises(TraceError, match="ValueError"):
         pn_compiler.fold(Fails())
+
+
+class Dropped(nn.Module):
+    """A functional dropout that reads the flag, as densenet's: each mode has a graph of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = network()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.body(F.dropout(x, 0.5, self.training))
+
+
+def extractor(model: nn.Module, *nodes: str) -> fx.GraphModule:
+    zoo.torchvision()
+    from torchvision.models.feature_extraction import create_feature_extractor
+
+    return create_feature_extractor(model, list(nodes))
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("inputs", [None, IMAGES])
+def test_feature_extractors_are_converted(training: bool, inputs: Tensor | None, tmp_path: Path) -> None:
+    model = randomize_batch_norms(zoo.torchvision().models.resnet18()).eval()
+    extracted = extractor(model, "layer1", "layer4").train(training)
+    modes = {name: module.training for name, module in extracted.named_modules()}
+    converted = pn_compiler.transform(extracted, inputs, strict=True)
+    assert {name: module.training for name, module in extracted.named_modules()} == modes
+    assert converted.training == training
+    assert count_modules(converted, nn.BatchNorm2d) == 0
+    whole = pn_compiler.transform(model, strict=True)
+    kinds = [{s.name: s.kind for s in pn_compiler.sites(m)} for m in (converted, whole)]
+    assert kinds[0] == kinds[1]
+    values: dict[str, Tensor] = {}
+    for layer in ("layer1", "layer4"):
+        whole.get_submodule(f"{layer}.1.relu").register_forward_hook(
+            lambda module, args, output, layer=layer: values.update({layer: output})
+        )
+    whole(IMAGES)
+    assert_same_outputs(pn_compiler.fold(converted)(IMAGES), values)
+    if training:
+        report = pn_compiler.compile(extracted, tmp_path / "m.onnx", IMAGES)
+        assert len(report.outputs) == 2
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_the_graph_of_the_mode_is_taken(training: bool, tmp_path: Path) -> None:
+    extracted = extractor(Dropped().eval(), "body.3").train(training)
+    converted = pn_compiler.transform(extracted)
+    assert [note.code for note in pn_compiler.notes(converted)][:1] == ["PN110"]
+    expected = pn_compiler.fold(pn_compiler.transform(network()))(IMAGES)
+    assert torch.equal(converted(IMAGES)["body.3"], converted(IMAGES)["body.3"]) is not training
+    assert_same_outputs(pn_compiler.fold(extractor(Dropped(), "body.3"))(IMAGES)["body.3"], network()(IMAGES))
+    pn_compiler.compile(extracted, tmp_path / "m.onnx", IMAGES)
+    session = make_session(str(tmp_path / "m.onnx"))
+    (got,) = session.run(None, {session.get_inputs()[0].name: IMAGES.numpy()})
+    assert_same_outputs(torch.from_numpy(got), expected, tolerance=1e-5)
+
+
+class Around(nn.Module):
+    """A graph as the backbone of a network."""
+
+    def __init__(self, graph: nn.Module) -> None:
+        super().__init__()
+        self.backbone, self.head = graph, nn.Conv2d(2, 1, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        features = self.backbone(x)
+        return self.head(features["3"] if isinstance(features, dict) else features)
+
+
+def graphs() -> dict[str, nn.Module]:
+    whole = fx.symbolic_trace(network())
+    tracer = fx.Tracer()
+    tracer.is_leaf_module = lambda module, path: True  # type: ignore[method-assign]
+    nested = nn.Sequential(network())
+    calls_whole = fx.GraphModule(nested, tracer.trace(nested))
+    split = split_module(
+        fx.symbolic_trace(network()), network(), lambda node: int(node.name not in ("_0", "_1"))
+    )
+    return {
+        "whole": whole,
+        "calls whole": calls_whole,
+        "split": split,
+        "extractor": extractor(network(), "3"),
+    }
+
+
+@pytest.mark.parametrize("kind", ["whole", "calls whole", "split", "extractor"])
+@pytest.mark.parametrize("inside", [False, True])
+def test_graph_modules_are_converted(kind: str, inside: bool) -> None:
+    torch.manual_seed(1)
+    graph = graphs()[kind].eval()
+    plain: nn.Module = network()
+    if inside:
+        graph, plain = Around(graph), Around(plain)
+        plain.head.load_state_dict(graph.head.state_dict())  # type: ignore[attr-defined, operator]
+    converted = pn_compiler.transform(graph.eval(), IMAGES, strict=True)
+    (site,) = pn_compiler.sites(converted)
+    assert (site.kind, site.activation) == ("pn", "relu")
+    outputs = converted(IMAGES)
+    outputs = outputs["3"] if isinstance(outputs, dict) else outputs
+    assert_same_outputs(outputs, pn_compiler.transform(plain.eval(), IMAGES)(IMAGES))
