@@ -17,7 +17,7 @@ import onnx
 import onnxruntime
 from onnx.helper import make_node, make_opsetid
 
-from pn_compiler.errors import ExportError
+from pn_compiler.errors import ExportError, first_line
 from pn_compiler.export.onnx_graph import GraphView, attribute, drop_unread, substitute
 from pn_compiler.export.sessions import make_session, session_options
 
@@ -176,7 +176,7 @@ def _optimized(model: onnx.ModelProto) -> onnx.ModelProto:
                 model.SerializeToString(), options, providers=["CPUExecutionProvider"]
             )
         except Exception as error:  # whatever onnxruntime raises
-            raise ExportError(f"onnxruntime cannot load the model: {str(error).splitlines()[0]}") from error
+            raise ExportError(f"onnxruntime cannot load the model: {first_line(error)}") from error
         return onnx.load(path)
 
 

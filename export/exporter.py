@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from pn_compiler.errors import ExportError
+from pn_compiler.errors import ExportError, first_line
 from pn_compiler.export.external_data import move_weights_out
 from pn_compiler.export.names import rename
 from pn_compiler.export.options import ExportOptions
@@ -108,8 +108,7 @@ def _quiet() -> Iterator[None]:
 
 
 def _cause(error: BaseException) -> str:
-    """First line of the innermost exception."""
+    """Type and first line of the innermost exception."""
     while error.__cause__ is not None:
         error = error.__cause__
-    lines = [line for line in str(error).strip().splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[0] if lines else ''}"
+    return f"{type(error).__name__}: {first_line(error)}"

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import onnxruntime
 
-from pn_compiler.errors import ExportError, VerificationError
+from pn_compiler.errors import ExportError, VerificationError, first_line
 from pn_compiler.export.onnx_file import OnnxFile
 from pn_compiler.export.verify import relative_error
 from pn_compiler.golden import Arrays
@@ -72,4 +72,4 @@ def _run(session: onnxruntime.InferenceSession, inputs: Arrays) -> list[np.ndarr
     try:
         return [np.asarray(output) for output in session.run(None, inputs)]
     except Exception as error:
-        raise VerificationError(f"onnxruntime fails: {str(error).splitlines()[0]}") from error
+        raise VerificationError(f"onnxruntime fails: {first_line(error)}") from error

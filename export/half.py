@@ -5,7 +5,7 @@ import functools
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.utils import _pytree as pytree
 
@@ -53,9 +53,25 @@ def in_half(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     model.to(dtype)
     for path, module in normalizers:  # with parameters that were not rounded
         model.set_submodule(path, InFloat32(module))
-    model.register_forward_pre_hook(functools.partial(_cast_inputs, dtype), with_kwargs=True)
-    model.register_forward_hook(_widen_outputs)
+    if isinstance(model, fx.GraphModule):
+        _cast_in_graph(model, dtype)
+    else:
+        model.register_forward_pre_hook(functools.partial(_cast_inputs, dtype), with_kwargs=True)
+        model.register_forward_hook(_widen_outputs)
     return model
+
+
+def _cast_in_graph(gm: fx.GraphModule, dtype: torch.dtype) -> None:
+    """torch.export interprets a graph, node by node: it never calls its hooks."""
+    placeholders = gm.graph.find_nodes(op="placeholder")
+    for node in placeholders:
+        with gm.graph.inserting_after(placeholders[-1]):
+            cast = gm.graph.call_function(_cast, (node, dtype))
+        node.replace_all_uses_with(cast, delete_user_cb=lambda user, cast=cast: user is not cast)
+    output = gm.graph.output_node()
+    with gm.graph.inserting_before(output):
+        output.args = (gm.graph.call_function(_cast, (output.args[0], torch.float32)),)
+    gm.recompile()
 
 
 def _cast_inputs(dtype: torch.dtype, module: nn.Module, args: Any, kwargs: Any) -> Any:

@@ -64,7 +64,7 @@ def expand_group_norms(model: onnx.ModelProto, folder: str = "") -> int:
     return len(replacements)
 
 
-def use_two_stage_sums(model: onnx.ModelProto) -> int:
+def use_two_stage_sums(model: onnx.ModelProto, folder: str = "") -> int:
     """Replaces each InstanceNormalization of [N, G, L] by means over each channel, then over its group.
 
     onnxruntime's InstanceNormalization adds a group up in one run of float32: off by 1e-5 for 10^6 values,
@@ -73,12 +73,13 @@ def use_two_stage_sums(model: onnx.ModelProto) -> int:
 
     Args:
         model: edited in place; its value_info tells the shapes.
+        folder: where the files of external data lie.
 
     Returns:
         How many were replaced: those with weight 1 and bias 0 whose input is reshaped from [N, C, ...].
     """
     graph = model.graph
-    view = GraphView(graph)
+    view = GraphView(graph, folder)
     axes = {axis: f"two_stage_axis_{axis}" for axis in (2, 3)}
     replacements: dict[str, list[onnx.NodeProto]] = {}
     for norm in [node for node in graph.node if node.op_type == "InstanceNormalization"]:

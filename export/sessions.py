@@ -2,7 +2,7 @@
 
 import onnxruntime
 
-from pn_compiler.errors import ExportError
+from pn_compiler.errors import ExportError, first_line
 
 
 def session_options(*, optimized: bool = True, threads: int = 0) -> onnxruntime.SessionOptions:
@@ -32,4 +32,4 @@ def load_session(path: str, *, optimized: bool = True) -> onnxruntime.InferenceS
     try:
         return make_session(path, optimized=optimized)
     except Exception as error:
-        raise ExportError(f"onnxruntime cannot load {path}: {str(error).splitlines()[0]}") from error
+        raise ExportError(f"onnxruntime cannot load {path}: {first_line(error)}") from error

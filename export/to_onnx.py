@@ -150,12 +150,13 @@ def _finish(
     Where the normalizers are too far off, their sums are made in two stages. `proto` cannot be used
     afterwards; the report notes the result.
     """
+    folder = str(staged.parent) if staged else ""
     with timed(report, "lower", say):
-        target.lower(proto, str(staged.parent) if staged else "")
+        target.lower(proto, folder)
     try:
         return _verified(proto, target, staged, compare, report, say)
     except VerificationError as error:
-        if not use_two_stage_sums(proto):
+        if not use_two_stage_sums(proto, folder):
             raise
         logger.info("%s; trying again with two-stage sums in the normalizers", error)
         report.norms = "two-stage sums, for InstanceNormalization was too far off"

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from pn_compiler.errors import VerificationError
+from pn_compiler.errors import VerificationError, first_line
 from pn_compiler.evaluation import seed_everything, untouched
 from pn_compiler.export.report import Check
 from pn_compiler.export.sessions import make_session
@@ -183,16 +183,14 @@ def _outputs(
     try:
         session = make_session(source, optimized=optimized)
     except Exception as error:
-        raise VerificationError(f"onnxruntime cannot load the model: {str(error).splitlines()[0]}") from error
+        raise VerificationError(f"onnxruntime cannot load the model: {first_line(error)}") from error
     names = [value.name for value in proto.graph.input]
     for batch, x in inputs.items():
         feed = dict(zip(names, (value.numpy() for value in x.tensors()), strict=True))
         try:
             yield batch, [np.asarray(output) for output in session.run(None, feed)]
         except Exception as error:
-            raise VerificationError(
-                f"onnxruntime fails at batch {batch}: {str(error).splitlines()[0]}"
-            ) from error
+            raise VerificationError(f"onnxruntime fails at batch {batch}: {first_line(error)}") from error
 
 
 def _evaluate(
@@ -209,7 +207,7 @@ def _evaluate(
             yield batch, [np.asarray(output) for output in evaluator.run(None, feed)]
     except Exception as error:
         raise VerificationError(
-            f"ONNX's reference evaluator cannot run the model: {(str(error).splitlines() or [''])[0]}; "
+            f"ONNX's reference evaluator cannot run the model: {first_line(error)}; "
             "without verification it can be written"
         ) from error
 
@@ -255,7 +253,7 @@ def _own_leaves(model: nn.Module, inputs: Inputs) -> list[Any]:
         return _leaves(model, inputs)
     except Exception as error:  # whatever its forward raises
         raise VerificationError(
-            f"the PyTorch model fails at batch {_batch(inputs)}: {str(error).splitlines()[0]}; if it takes "
+            f"the PyTorch model fails at batch {_batch(inputs)}: {first_line(error)}; if it takes "
             "one batch size only, try a static batch"
         ) from error
 
@@ -275,18 +273,17 @@ def _worst(
 ) -> tuple[str, float]:
     """(name, relative error) of the output that is furthest from what is expected."""
     errors = [(relative_error(g, e), name) for g, e, name in zip(got, expected, names, strict=True)]
-    error, name = max(errors)
+    error, name = max(errors)  # none is nan, which max would pass over
     return name, error
 
 
 def relative_error(got: np.ndarray[Any, Any], expected: np.ndarray[Any, Any]) -> float:
     """Largest absolute difference, relative to the largest magnitude expected; inf if not comparable."""
-    if got.shape != expected.shape or not np.isfinite(expected).all():
+    comparable = got.shape == expected.shape and got.dtype.kind == expected.dtype.kind
+    if not (comparable and np.isfinite(expected).all() and np.isfinite(got).all()):
         return float("inf")
     if got.size == 0:
         return 0.0
     difference = float(np.abs(got.astype(np.float64) - expected.astype(np.float64)).max())
     largest = float(np.abs(expected.astype(np.float64)).max())
-    if np.isnan(difference):
-        return float("inf")
     return difference / largest if largest > 0 else difference

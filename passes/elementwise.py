@@ -15,10 +15,11 @@ from torch import Tensor, fx, nn
 
 from pn_compiler import piecewise
 from pn_compiler.activations import is_activation, kinks_of
+from pn_compiler.aliases import writes
 from pn_compiler.graph_utils import called_module, has_hooks
 from pn_compiler.known_activations import piecewise_of
 from pn_compiler.piecewise import NotPiecewiseError, Piecewise
-from pn_compiler.spelling import may_alias, operator_name, overwritten
+from pn_compiler.spelling import operator_name
 
 
 @dataclass(frozen=True)
@@ -84,11 +85,8 @@ def constant_of(gm: fx.GraphModule, node: fx.Node) -> Piecewise | None:
 
 
 def _is_read_before(gm: fx.GraphModule, node: fx.Node) -> bool:
-    """Whether nothing reads what `node` overwrites, if it does, later on or through another tensor."""
-    target = overwritten(node)
-    if getattr(called_module(gm, node), "inplace", False):
-        target = node.all_input_nodes[0]
-    return target is None or (not may_alias(target, node) and all(user <= node for user in target.users))
+    """Whether nothing reads what `node` overwrites, if it does, later on."""
+    return all(user <= node for target in writes(gm, node) for user in target.users)
 
 
 def _of_module(module: nn.Module, x: Value) -> Value | None:

@@ -135,8 +135,7 @@ def fold(model: nn.Module, *, progress: Progress | None = None) -> nn.Module:
 def fold_in_place(model: nn.Module, *, progress: Progress | None = None) -> nn.Module:
     """`fold` without a copy: `model` cannot be used afterwards."""
     with fake_mode(model):
-        traced = trace(model, in_place=True)
-        traced.root.eval()
+        traced = trace(model.eval(), in_place=True)
         went: dict[str, list[str]] = {}
         for region in traced.regions:
             infer_ranks(region.graph)

@@ -101,11 +101,10 @@ def export_onnx(
     )  # fmt: skip
     _check_destinations(path, repository, target)
     inputs = Inputs.of(example_inputs, example_kwargs) or Inputs()
+    model = unwrap(model)
     report = Report(parameters_before=count_parameters(model))
-    original = unwrap(model)
-    model = _on_cpu(original, share=not _has_sites(original))
-    witness = _witness(original, model)
-    return _export(model, witness, path, repository, inputs, options, report, progress)
+    copied = _on_cpu(model, share=not _has_sites(model))
+    return _export(copied, _witness(model, copied), path, repository, inputs, options, report, progress)
 
 
 def compile(  # noqa: A001  # the name that users of torch.compile look for

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from tqdm import tqdm
 
-from pn_compiler.errors import ConfigError, PnCompilerError
+from pn_compiler.errors import ConfigError, PnCompilerError, first_line
 from pn_compiler.graph_utils import has_values
 from pn_compiler.inputs import Inputs
 from pn_compiler.module_state import ModuleState
@@ -92,8 +92,7 @@ def run(model: nn.Module, inputs: Inputs, name: str) -> Any:
         raise
     except Exception as error:
         given = ", ".join(f"{list(x.shape)} {x.dtype}".replace("torch.", "") for x in inputs.tensors())
-        cause = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ConfigError(f"the model does not run on {name} ({given}): {cause}") from error
+        raise ConfigError(f"the model does not run on {name} ({given}): {first_line(error)}") from error
 
 
 @contextlib.contextmanager

@@ -1,8 +1,11 @@
 """The GraphModule that `transform` and `fold` return: one that remembers its sites."""
 
 import copy
+import os
+from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import fx, nn
 
 from pn_compiler.diagnostics import Diagnostic, Site
@@ -58,8 +61,26 @@ def record(model: nn.Module, sites: tuple[Site, ...], notes: tuple[Diagnostic, .
         model.__dict__[_ATTRIBUTE] = kept
 
 
+def check_module(model: object) -> None:
+    """Raises ConfigError, which says what to give instead, if `model` is no network."""
+    if isinstance(model, nn.Module):
+        return
+    if isinstance(model, type):
+        what, instead = f"the class {model.__name__}", f"make a network of it, {model.__name__}(...)"
+    elif isinstance(model, torch.export.ExportedProgram):
+        what, instead = "an ExportedProgram", "give its module, program.module()"
+    elif isinstance(model, Mapping):
+        what, instead = "a mapping such as a state_dict", "load it into its network"
+    elif isinstance(model, str | os.PathLike):
+        what, instead = repr(str(model)), "load the network first; pn-compile takes files"
+    else:
+        what, instead = f"a value of type {type(model).__name__}", "give the network itself"
+    raise ConfigError(f"expected a torch.nn.Module, got {what}: {instead}")
+
+
 def _meta(model: nn.Module) -> dict[str, Any]:
-    meta: dict[str, Any] = model.meta if isinstance(model, fx.GraphModule) else {}
+    check_module(model)
+    meta: dict[str, Any] = getattr(model, "meta", {}) if isinstance(model, fx.GraphModule) else {}
     return meta or model.__dict__.get(_ATTRIBUTE, {})
 
 

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
-from pn_compiler.errors import ConfigError
+from pn_compiler.errors import ConfigError, first_line
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")  # torchvision's
 GRAY, RGB = 1, 3  # channels
@@ -193,5 +193,5 @@ def read_image(path: str) -> Image.Image:
     except UnidentifiedImageError as error:
         raise ConfigError(f"cannot read the image {path}: it is damaged, or not an image") from error
     except Exception as error:  # whatever a damaged file provokes
-        cause = (getattr(error, "strerror", None) or str(error) or type(error).__name__).splitlines()[0]
+        cause = getattr(error, "strerror", None) or first_line(error)
         raise ConfigError(f"cannot read the image {path}: {cause}") from error

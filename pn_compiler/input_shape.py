@@ -6,7 +6,7 @@ import torch
 from torch import fx, nn
 
 from pn_compiler.activations import is_activation
-from pn_compiler.errors import ConfigError
+from pn_compiler.errors import ConfigError, first_line
 from pn_compiler.evaluation import untouched
 from pn_compiler.graph_utils import called_module
 from pn_compiler.inputs import Inputs
@@ -42,10 +42,9 @@ def choose_inputs(
             inputs.call(model)
     except Exception as error:
         shapes = ", ".join(str(list(x.shape)) for x in inputs.tensors())
-        cause = (str(error).strip().splitlines() or [""])[0]
         how = "" if source == "given" else f" ({source})"
         raise ConfigError(
-            f"the model does not run on an input of shape {shapes}{how}: {cause}; {_ASK}"
+            f"the model does not run on an input of shape {shapes}{how}: {first_line(error)}; {_ASK}"
         ) from error
     return inputs, source
 

@@ -21,10 +21,12 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from pn_compiler.batch_norms import closed_kind, holds_batch_norm, is_batch_norm
 from pn_compiler.diagnostics import Diagnostic
-from pn_compiler.errors import ConfigError, TraceError, UnsupportedModelError
-from pn_compiler.graph_module import ConvertedModule, is_converted
+from pn_compiler.errors import ConfigError, TraceError, UnsupportedModelError, first_line
+from pn_compiler.graph_module import ConvertedModule, check_module, is_converted
+from pn_compiler.graph_utils import module_calls
 from pn_compiler.inputs import Inputs
 from pn_compiler.tracing import refuse_uninitialised, resolve_leaves, trace_module
+from pn_compiler.training_flag import branches_note
 
 logger = logging.getLogger(__name__)
 
@@ -97,7 +99,8 @@ def trace(
     traced = Trace(model, leaves=resolve_leaves(model, leaves))
     for name, module in model.named_modules(remove_duplicate=False):
         traced.paths.setdefault(id(module), []).append(name)
-    if isinstance(model, fx.GraphModule):
+    if isinstance(model, fx.GraphModule) and not _calls_whole(model):
+        traced.notes += _other_graph_note(model)
         traced.root = whole = ConvertedModule(model, model.graph).adopt_hooks(model)
         parts = [(name, graph) for name, graph in named_graphs(model) if name]
         traced.regions = [Region("", whole), *(Region(f"{n}.", graph) for n, graph in parts)]
@@ -113,6 +116,22 @@ def trace(
     return traced
 
 
+def _calls_whole(graph: fx.GraphModule) -> bool:
+    """Whether a graph that was not made here calls a module with BatchNorms inside: it is to be entered."""
+    called = (graph.get_submodule(path) for path in module_calls(graph))
+    return any(
+        holds_batch_norm(module)
+        for module in called
+        if not (is_batch_norm(module) or closed_kind(module) or isinstance(module, ConvertedModule))
+    )
+
+
+def _other_graph_note(graph: fx.GraphModule) -> list[Diagnostic]:
+    """Torchvision's feature extractors have a graph for each mode: a note, if the other one differs."""
+    other = getattr(graph, "eval_graph" if graph.training else "train_graph", graph.graph)
+    return [] if str(other) == str(graph.graph) else [branches_note("", graph.training)]
+
+
 def _check_fit(model: nn.Module, inputs: Inputs | None) -> None:
     if inputs is not None:
         try:
@@ -122,7 +141,12 @@ def _check_fit(model: nn.Module, inputs: Inputs | None) -> None:
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The network inside torch.compile, DataParallel and DistributedDataParallel."""
+    """The network inside torch.compile, DataParallel and DistributedDataParallel.
+
+    Raises:
+        ConfigError: `model` is no module.
+    """
+    check_module(model)
     wrappers = (nn.DataParallel, nn.parallel.DistributedDataParallel)
     while True:
         inner = getattr(model, "_orig_mod", model.module if isinstance(model, wrappers) else None)
@@ -157,10 +181,22 @@ def copy_model(model: nn.Module, *, share_parameters: bool = False) -> nn.Module
         if isinstance(tensor, FakeTensor) and id(tensor) not in memo:  # their own deepcopy fails
             memo[id(tensor)] = _copy_fake(tensor)
     try:
-        return copy.deepcopy(model, memo)
+        return _in_modes_of(model, copy.deepcopy(model, memo))
     except Exception as error:
-        cause = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UnsupportedModelError(f"the model cannot be copied: {cause}") from error
+        raise UnsupportedModelError(f"the model cannot be copied: {first_line(error)}") from error
+
+
+def _in_modes_of(model: nn.Module, copied: nn.Module) -> nn.Module:
+    """`copied` in the train/eval modes of `model`: torchvision's feature extractors lose theirs."""
+    modes = {name: module.training for name, module in model.named_modules()}
+    modules = dict(copied.named_modules())
+    for name, module in modules.items():
+        if isinstance(module, fx.GraphModule) and module.training != modes.get(name, module.training):
+            module.train(modes[name])  # those have a graph for each mode
+    for name, module in modules.items():
+        if not isinstance(module, torch.jit.ScriptModule):
+            module.training = modes.get(name, module.training)
+    return copied
 
 
 def _copy_script(module: torch.jit.ScriptModule) -> torch.jit.ScriptModule:

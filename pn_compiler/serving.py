@@ -11,6 +11,7 @@ from torch import nn
 from pn_compiler.compilation import export_onnx
 from pn_compiler.config import ModelRepository
 from pn_compiler.errors import ConfigError
+from pn_compiler.graph_module import check_module
 from pn_compiler.inputs import Inputs
 from pn_compiler.pass_base import Progress
 from pn_compiler.repository import add_to_repository
@@ -45,7 +46,7 @@ def export_model_repository(
     appears at once and whole.
 
     Args:
-        model: as for `export_onnx`; or an ONNX file, which is taken as it is.
+        model: as for `export_onnx`; or an ONNX file, taken as it is: options of the export are refused.
         directory: of all models; made if only this last folder of its path is missing.
         name: under which the model is served.
         example_inputs, example_kwargs: arguments of a call. For an ONNX file with only the batch unknown and
@@ -66,15 +67,22 @@ def export_model_repository(
         VerificationError: the ONNX model computes something else; nothing is written then.
     """
     repository = ModelRepository(Path(directory), name, force, max_batch_size)
-    if isinstance(model, nn.Module):
+    if not isinstance(model, str | os.PathLike):
+        check_module(model)
         return export_onnx(
             model, None, example_inputs, example_kwargs=example_kwargs, repository=repository,
             opset_version=opset_version, target_ort=target_ort, dynamic_batch=dynamic_batch,
             input_names=input_names, output_names=output_names, external_data=external_data, dtype=dtype,
             verify=verify, progress=progress,
         )  # fmt: skip
-    if opset_version is not None or input_names or output_names or not dynamic_batch:
-        raise ConfigError(f"{model} is exported already: its opset, names and batch are what they are")
+    options = {
+        "opset_version": opset_version is not None, "input_names": bool(input_names),
+        "output_names": bool(output_names), "dynamic_batch": not dynamic_batch, "dtype": dtype != "float32",
+        "external_data": external_data, "verify": not verify,
+    }  # fmt: skip
+    given = [name for name, changed in options.items() if changed]
+    if given:
+        raise ConfigError(f"{model} is exported already, and taken as it is: leave out {', '.join(given)}")
     return _add_file(Path(model), repository, Inputs.of(example_inputs, example_kwargs), target_ort, progress)
 
 

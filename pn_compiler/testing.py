@@ -1,5 +1,7 @@
 """Assertions about converted networks, for this project's tests and for yours."""
 
+import math
+import operator
 from typing import Any
 
 import torch
@@ -12,31 +14,60 @@ TOLERANCES = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 1e-2, to
 
 
 def relative_error(got: Any, expected: Any) -> float:
-    """Largest difference of two tensors, or of two structures of them, relative to the largest magnitude."""
-    pairs = zip(pytree.tree_leaves(got), pytree.tree_leaves(expected), strict=True)
-    return max(_relative_error(g, e) for g, e in pairs)
+    """Largest difference of two tensors, or of two structures of them, relative to the largest magnitude.
+
+    It is infinite where a value is not finite, or where what is no tensor differs.
+    """
+    return max(_relative_error(g, e) for g, e in _pairs(got, expected))  # no nan: max would pass over it
 
 
-def _relative_error(got: Tensor, expected: Tensor) -> float:
+def _pairs(got: Any, expected: Any) -> list[tuple[Any, Any]]:
+    """Leaf by leaf what is to be the same. Asserts that both have the same leaves, and any at all."""
+    actual, reference = pytree.tree_leaves(got), pytree.tree_leaves(expected)
+    assert len(actual) == len(reference), f"{len(actual)} outputs instead of {len(reference)}"
+    assert actual, "there are no outputs to compare"
+    return list(zip(actual, reference, strict=True))
+
+
+def _relative_error(got: Any, expected: Any) -> float:
+    if not (isinstance(got, Tensor) and isinstance(expected, Tensor)):
+        return 0.0 if type(got) is type(expected) and got == expected else math.inf
     assert got.shape == expected.shape, f"{tuple(got.shape)} instead of {tuple(expected.shape)}"
-    got, expected = got.detach().double(), expected.detach().double()
+    if not got.numel():
+        return 0.0
+    wide = torch.complex128 if got.is_complex() or expected.is_complex() else torch.float64
+    got, expected = got.detach().to(wide), expected.detach().to(wide)
+    if not (got.isfinite().all() and expected.isfinite().all()):
+        return math.inf
     return float((got - expected).abs().max() / expected.abs().max().clamp_min(1e-30))
 
 
 def assert_same_outputs(got: Any, expected: Any, *, tolerance: float | None = None) -> None:
-    """Asserts that outputs agree to rounding in the dtype of `got`, or to `tolerance`."""
-    first: Tensor = pytree.tree_leaves(got)[0]
-    limit = TOLERANCES[first.dtype] if tolerance is None else tolerance
-    error = relative_error(got, expected)
-    assert error <= limit, f"relative error {error:.1e} above {limit:.1e}"  # nan fails, too
+    """Asserts that outputs agree to rounding, each in the dtype that it has in `got`, or to `tolerance`.
+
+    Integers, booleans and what is no tensor have to be equal, unless there is a `tolerance`.
+    """
+    for g, e in _pairs(got, expected):
+        limit = _rounding(g) if tolerance is None else tolerance
+        error = _relative_error(g, e)
+        assert error <= limit, f"relative error {error:.1e} above {limit:.1e}"
+
+
+def _rounding(value: Any) -> float:
+    """The entry of `TOLERANCES` for a tensor; 0 for what is not rounded."""
+    if not (isinstance(value, Tensor) and (value.is_floating_point() or value.is_complex())):
+        return 0.0
+    return TOLERANCES[value.dtype.to_real()]
 
 
 def assert_batch_independent(model: nn.Module, x: Tensor) -> None:
-    """Asserts that each sample's output is the same whatever samples share its batch."""
+    """Asserts that each sample's output is the same whatever samples share its batch, two or more."""
+    assert len(x) > 1, "a batch of one sample shows nothing"
     together = model(x)
     for index in range(x.shape[0]):
         alone = model(x[index : index + 1])
-        assert_same_outputs(alone, pytree.tree_map(lambda t, i=index: t[i : i + 1], together))
+        among_others = pytree.tree_map_only(Tensor, operator.itemgetter(slice(index, index + 1)), together)
+        assert_same_outputs(alone, among_others)
 
 
 def count_modules(model: nn.Module, *types: type[nn.Module]) -> int:

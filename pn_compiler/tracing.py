@@ -19,7 +19,7 @@ from pn_compiler.batch_norms import (
     wraps_batch_norm,
 )
 from pn_compiler.diagnostics import Diagnostic
-from pn_compiler.errors import ConfigError, TraceError, UnsupportedModelError
+from pn_compiler.errors import ConfigError, TraceError, UnsupportedModelError, first_line
 from pn_compiler.graph_module import ConvertedModule
 from pn_compiler.in_place import InPlaceProxy
 from pn_compiler.inputs import Inputs
@@ -274,7 +274,9 @@ def _trace_with_leaves(
         except Exception as error:
             innermost = tracer.stack[-1]
             if innermost == "" or innermost in leaves:
-                raise TraceError(f"torch.fx cannot trace {type(model).__name__}.forward: {error}") from error
+                raise TraceError(
+                    f"torch.fx cannot trace {type(model).__name__}.forward: {first_line(error)}"
+                ) from error
             leaves = leaves | {innermost}
             continue
         finally:

@@ -25,6 +25,7 @@ from torch.nn.utils._expanded_weights.expanded_weights_impl import ExpandedWeigh
 
 from pn_compiler.affine import channel_affine
 from pn_compiler.errors import ConfigError
+from pn_compiler.graph_module import check_module
 from pn_compiler.nn import INPUT_AFFINE, ChannelAffine, ProxyNormAct
 
 _CONSUMERS = tuple(INPUT_AFFINE.values())
@@ -46,8 +47,10 @@ def prepare(model: nn.Module) -> nn.Module:
         `model`.
 
     Raises:
-        ConfigError: opacus has its hooks on the model already, or the activation of a site learns.
+        ConfigError: `model` is no module, opacus has its hooks on it already, or the activation of a site
+            learns.
     """
+    check_module(model)
     if isinstance(model, AbstractGradSampleHooks) or hasattr(model, "autograd_grad_sample_hooks"):
         raise ConfigError("opacus already has hooks on this model: call prepare before make_private")
     for module in release(model).modules():

@@ -16,7 +16,19 @@ from torch import nn
 
 import pn_compiler
 from pn_compiler.errors import ExportError, VerificationError
-from pn_compiler.export import external_data, files, make_session, verify_onnx
+from pn_compiler.export import (
+    TARGETS,
+    ExportOptions,
+    Report,
+    external_data,
+    files,
+    make_session,
+    to_onnx,
+    verify_onnx,
+)
+from pn_compiler.export.exporter import export_graph
+from pn_compiler.export.verify import Verification
+from pn_compiler.inputs import Inputs
 from pn_compiler.testing import randomize_batch_norms
 
 IMAGES = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -190,3 +202,20 @@ def test_weights_leave_memory_before_onnxruntime_takes_as_much(
     pn_compiler.compile(net, tmp_path / "m.onnx", IMAGES, external_data=True)
     assert alive == [there]
     torch.testing.assert_close(net.state_dict(), before, rtol=0, atol=0)
+
+
+def test_two_stage_sums_find_weights_that_are_beside_the_file(tmp_path: Path) -> None:
+    """300 ones are no inline constant any more."""
+    net = nn.Sequential(nn.GroupNorm(300, 600), nn.GELU()).eval()
+    example, staged, report = Inputs((torch.randn(2, 600, 4, 4),)), tmp_path / "m.onnx", Report()
+    proto = export_graph(net, example, ExportOptions(external_data=True), staged)
+
+    def too_far_off(candidate: onnx.ModelProto) -> Verification:
+        if any(node.op_type == "InstanceNormalization" for node in candidate.graph.node):
+            raise VerificationError("too far off")
+        return verify_onnx(candidate, net, example, (1, 3), path=staged)
+
+    proto = to_onnx._finish(proto, TARGETS["portable"], staged, too_far_off, report, lambda stage: None)
+    assert report.norms.startswith("two-stage sums")
+    assert report.max_error is not None
+    assert report.max_error < 1e-5

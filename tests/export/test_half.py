@@ -1,17 +1,20 @@
 """Files in float16 and bfloat16: what is in which dtype, and what verification says of them."""
 
+import copy
 import json
 from pathlib import Path
+from typing import Any
 
 import onnx
 import pytest
 import torch
-from torch import nn
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 import pn_compiler
 from pn_compiler.cli import main
 from pn_compiler.errors import ConfigError, VerificationError
-from pn_compiler.export import to_onnx
+from pn_compiler.export import DType, to_onnx
 from pn_compiler.testing import randomize_batch_norms
 
 IMAGES = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -89,7 +92,9 @@ def test_a_network_beyond_the_range_of_float16_is_refused(tmp_path: Path) -> Non
 def test_a_wrong_weight_is_found_behind_the_rounding(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def damaged(model: nn.Module, dtype: torch.dtype) -> nn.Module:
         half = in_half(model, dtype)
-        half.register_forward_hook(lambda *args: args[2] * 1.2 if torch.compiler.is_exporting() else args[2])
+        half.get_submodule("8").register_forward_hook(
+            lambda *args: args[2] * 1.2 if torch.compiler.is_exporting() else args[2]
+        )
         return half
 
     in_half = to_onnx.in_half
@@ -106,3 +111,64 @@ def test_command_line(tmp_path: Path) -> None:
     content = json.loads(report.read_text())
     assert content["dtype"] == "float16"
     assert content["data_bytes"] == (tmp_path / "m.onnx.data").stat().st_size
+
+
+STARTS: dict[str, tuple[list[nn.Module], tuple[int, ...]]] = {
+    "linear": ([nn.Linear(5, 8)], (2, 5)),
+    "linear without bias": ([nn.Linear(5, 8, bias=False)], (2, 5)),
+    "flatten": ([nn.Flatten(), nn.Linear(12, 8)], (2, 3, 2, 2)),
+    "batch norm": ([nn.BatchNorm1d(5), nn.Linear(5, 8)], (2, 5)),
+    "batch norm of images": ([nn.BatchNorm2d(3), nn.Flatten(), nn.Linear(12, 8)], (2, 3, 2, 2)),
+    "layer norm": ([nn.LayerNorm(5), nn.Linear(5, 8)], (2, 5)),
+    "activation": ([nn.Tanh(), nn.Linear(5, 8)], (2, 5)),
+    "transposed convolution": ([nn.ConvTranspose2d(3, 2, 3), nn.Flatten(), nn.Linear(32, 8)], (2, 3, 2, 2)),
+    "convolution": ([nn.Conv1d(3, 2, 2), nn.Flatten(), nn.Linear(4, 8)], (2, 3, 3)),
+    "one feature": ([nn.Linear(5, 1), nn.Linear(1, 8)], (2, 5)),
+}
+
+
+@pytest.mark.parametrize(
+    ("start", "dtype", "program"),
+    [
+        *((start, "float16", False) for start in STARTS),
+        ("linear", "bfloat16", False), ("transposed convolution", "bfloat16", False),
+        ("batch norm", "float16", True),
+    ],
+)  # fmt: skip
+def test_networks_of_any_start(start: str, dtype: DType, program: bool, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    layers, shape = STARTS[start]
+    tail = (nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 3))
+    net: nn.Module = randomize_batch_norms(nn.Sequential(*copy.deepcopy(layers), *tail)).eval()
+    x = torch.randn(shape)
+    if program:
+        net = torch.export.export(net, (x,), dynamic_shapes=({0: torch.export.Dim("batch")},)).module()
+    report = pn_compiler.compile(net, tmp_path / "m.onnx", x, dtype=dtype, opset_version=OPSETS[dtype])
+    assert report.max_error is not None
+    assert report.max_error < 8 * torch.finfo(getattr(torch, dtype)).eps
+    types = {t.name: t.data_type for t in onnx.load(tmp_path / "m.onnx").graph.initializer}
+    products = [n for n in onnx.load(tmp_path / "m.onnx").graph.node if n.op_type in ("Gemm", "MatMul")]
+    assert products
+    assert {types.get(node.input[1], HALF[dtype]) for node in products} == {HALF[dtype]}
+    assert [v["dtype"] for v in (*report.inputs, *report.outputs)] == ["float", "float"]
+
+
+class Embeds(nn.Module):
+    """Integers and floats in, several outputs out, in a structure."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.linear, self.bn = nn.Embedding(10, 5), nn.Linear(5, 8), nn.BatchNorm1d(8)
+
+    def forward(self, words: Tensor, x: Tensor) -> dict[str, Any]:
+        y = F.relu(self.bn(self.linear(self.table(words)) + x))
+        return {"features": y, "more": (words, y.sum(1))}
+
+
+def test_integers_stay_integers(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    net = randomize_batch_norms(Embeds()).eval()
+    inputs = (torch.tensor([1, 7]), torch.randn(2, 8))
+    report = pn_compiler.compile(net, tmp_path / "m.onnx", inputs, dtype="float16")
+    assert [v["dtype"] for v in report.inputs] == ["int64", "float"]
+    assert sorted(v["dtype"] for v in report.outputs) == ["float", "float", "int64"]

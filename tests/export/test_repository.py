@@ -416,3 +416,24 @@ def test_an_exported_file_keeps_what_it_has(folder: Path, file: Path) -> None:
     report = pn_compiler.export_model_repository(file, folder, "net", IMAGES, target_ort="1.17")
     told = json.loads((Path(report.repository) / "report.json").read_text())
     assert told["made"]["golden_outputs"] == "onnxruntime"
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        {"dtype": "float16"}, {"dtype": "bfloat16"}, {"verify": False}, {"external_data": True},
+        {"opset_version": 20}, {"dynamic_batch": False}, {"input_names": ["x"]}, {"output_names": ["y"]},
+    ],
+)  # fmt: skip
+def test_options_of_the_export_are_refused_for_a_file(
+    file: Path, folder: Path, option: dict[str, Any]
+) -> None:
+    with pytest.raises(ConfigError, match=f"exported already.*{next(iter(option))}"):
+        pn_compiler.export_model_repository(file, folder, "net", IMAGES, **option)
+    assert not folder.exists()
+
+
+@pytest.mark.parametrize("model", [None, nn.Linear, {"weight": IMAGES}])
+def test_what_is_neither_module_nor_file_is_refused(folder: Path, model: Any) -> None:
+    with pytest.raises(ConfigError, match=r"expected a torch\.nn\.Module"):
+        pn_compiler.export_model_repository(model, folder, "net", IMAGES)
