@@ -3,6 +3,7 @@
 import collections
 import dataclasses
 import itertools
+import logging
 import random
 import re
 import time
@@ -20,7 +21,7 @@ from benchmarks.fuzz.shrink import shrink
 FAILURES = ("wrong", "crash")
 _CHUNK = 25  # networks that a process checks at a time
 _MOST_SHRUNK = 40  # networks of one cause that are made smaller; later ones are only counted
-_SHRINKING = 15.0  # seconds for one network
+_SHRINKING = 10.0  # seconds for one network
 
 #: codes that some generated networks must give: dead code, no running statistics, [N, C] and single channels
 BY_DESIGN = frozenset({"PN102", "PN104", "PN107", "PN205", "PN206"})
@@ -88,13 +89,15 @@ class Hunt:
         self.onnx_share, self.shrinking = onnx_share, shrinking
         self.known: dict[str, list[Finding]] = {}  # by outcome and cause
 
-    def run(self, seeds: Iterable[int]) -> Tally:
+    def run(self, seeds: Iterable[int], *, until: float = float("inf")) -> Tally:
+        """Checks the networks of `seeds`; begins none when `time.time()` is behind `until`."""
         torch.set_num_threads(1)
         tally = Tally()
-        for seed in seeds:
+        for seed in itertools.takewhile(lambda _: time.time() < until, seeds):
             program = generate(seed)
-            onnx = random.Random(f"onnx {seed}").random() < self.onnx_share
-            verdict = check(program, onnx=onnx)
+            verdict, onnx = check(program), False
+            if verdict.outcome == "ok" and random.Random(f"onnx {seed}").random() < self.onnx_share:
+                verdict, onnx = check(program, onnx=True), True
             tally.outcomes[verdict.outcome] += 1
             tally.codes.update(verdict.codes)
             if verdict.outcome not in ("ok", "invalid"):
@@ -124,10 +127,11 @@ class Hunt:
 _hunt: Hunt | None = None  # one in each process, so that a cause is made small once in each
 
 
-def _run(seeds: list[int], onnx_share: float) -> Tally:
+def _run(seeds: list[int], onnx_share: float, until: float) -> Tally:
     global _hunt  # noqa: PLW0603
+    logging.disable()  # torch.export's
     _hunt = _hunt or Hunt(onnx_share=onnx_share)
-    return _hunt.run(seeds)
+    return _hunt.run(seeds, until=until)
 
 
 def campaign(
@@ -139,15 +143,15 @@ def campaign(
     progress: Callable[[int, Tally], object] = lambda done, tally: None,
 ) -> Tally:
     """Checks the networks of `seeds` in `jobs` processes, and starts no more behind `seconds`."""
-    until, total = time.monotonic() + seconds, Tally()
+    until, total = time.time() + seconds, Tally()
     chunks = iter([list(seeds[i : i + _CHUNK]) for i in range(0, len(seeds), _CHUNK)])
     with ProcessPoolExecutor(jobs, get_context("spawn")) as pool:
         running: dict[Future[Tally], int] = {}
 
         def submit() -> None:
             for chunk in itertools.islice(chunks, 2 * jobs - len(running)):
-                if time.monotonic() < until:
-                    running[pool.submit(_run, chunk, onnx_share)] = len(chunk)
+                if time.time() < until:
+                    running[pool.submit(_run, chunk, onnx_share, until)] = len(chunk)
 
         submit()
         while running:

@@ -71,6 +71,7 @@ class _Session:
             returned,
             result,
             self._draw_options(),
+            tuple((name, tuple(value.shape)) for name, value in self.values.items()),
         )
         return dataclasses.replace(program, statements=self._draw_blocks(program.statements))
 

@@ -136,15 +136,23 @@ class _Checker:
             raise self.late[0]
 
     def convert(self, *, proxy: bool) -> nn.Module:
+        converted = self.transform(proxy=proxy, training=self.options.training)
+        if self.options.training and has_note(
+            converted, "PN110"
+        ):  # says that the mode is fixed: then to eval
+            converted = self.transform(proxy=proxy, training=False)
+        warnings_found = (n.code for n in pn_compiler.notes(converted) if n.severity == "warning")
+        self.codes = tuple(sorted(set(warnings_found)))
+        return converted.eval()
+
+    def transform(self, *, proxy: bool, training: bool) -> nn.Module:
         example = inputs_of(self.program) if self.options.example else ()
-        model = self.model.train(self.options.training)
         kept = [x.clone() for x in example]
         options = self.options.for_transform() | {"proxy": proxy}
-        converted = pn_compiler.transform(model, example or None, **options).eval()
+        converted = pn_compiler.transform(self.model.train(training), example or None, **options)
         self.model.eval()
         if not all(map(torch.equal, example, kept)):
             self.late.append(_WrongError("caller's inputs changed", ""))
-        self.codes = tuple(sorted({n.code for n in pn_compiler.notes(converted) if n.severity == "warning"}))
         return converted
 
     def limits(self, by_hand: ByHand) -> list[float]:
@@ -202,7 +210,7 @@ class _Checker:
         """In a warm start proxy normalization changes nothing, unless PN207 says that it does."""
         sites = pn_compiler.sites(converted)
         exact = all(site.warm_start or site.kind != "pn" for site in sites)
-        if not exact or any(note.code == "PN207" for note in pn_compiler.notes(converted)):
+        if not exact or has_note(converted, "PN207"):
             return
         for args, limit in zip(self.inputs, limits, strict=True):
             compare("proxy on against off", run(converted, args), run(plain, args), limit)
@@ -249,8 +257,11 @@ class _Checker:
 
     @staticmethod
     def is_warm(model: nn.Module) -> bool:
-        notes = {note.code for note in pn_compiler.notes(model)}
-        return all(s.warm_start for s in pn_compiler.sites(model)) and "PN207" not in notes
+        return all(s.warm_start for s in pn_compiler.sites(model)) and not has_note(model, "PN207")
+
+
+def has_note(model: nn.Module, code: str) -> bool:
+    return any(note.code == code for note in pn_compiler.notes(model))
 
 
 def compare(oracle: str, actual: Any, expected: Any, limit: float) -> None:

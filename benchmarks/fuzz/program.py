@@ -62,7 +62,8 @@ class Statement:
 class Program:
     """A network: inputs by name and shape, what __init__ declares by name, the forward, and its result.
 
-    `result` is an expression of $a, $b, $c, which are `returned`.
+    `result` is an expression of $a, $b, $c, which are `returned`. `shapes` are those of variables when they
+    were made, as far as they are known: a smaller network may start from one of them.
     """
 
     seed: int
@@ -72,10 +73,7 @@ class Program:
     returned: tuple[str, ...]
     result: str = "$a"
     options: Options = Options()
-
-    @property
-    def kinds(self) -> frozenset[str]:
-        return frozenset(statement.kind for statement in self.statements)
+    shapes: tuple[tuple[str, tuple[int, ...]], ...] = ()
 
 
 def source(program: Program) -> str:

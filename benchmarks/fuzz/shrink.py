@@ -71,6 +71,10 @@ def _without(program: Program, index: int) -> Iterator[Program]:
         yield _renamed(smaller, dict.fromkeys(gone.results, operand))
         if not gone.results:
             return
+    shape, inputs = dict(program.shapes).get("".join(gone.results)), dict(program.inputs)
+    for operand in set(gone.operands) & set(inputs) if shape else ():  # an input of the shape of the result
+        started = dataclasses.replace(smaller, inputs=tuple((inputs | {operand: shape}).items()))
+        yield _renamed(started, dict.fromkeys(gone.results, operand))
 
 
 def _simpler_results(program: Program) -> Iterator[Program]:

@@ -2,6 +2,7 @@
 
 import itertools
 import os
+import re
 import time
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import pn_compiler
-from benchmarks.fuzz.__main__ import report, runnable
+from benchmarks.fuzz.__main__ import main, report, runnable
 from benchmarks.fuzz.build import build, inputs_of
 from benchmarks.fuzz.campaign import FAILURES, Hunt, Tally
 from benchmarks.fuzz.compare import difference, run
@@ -33,17 +34,16 @@ def conv_norm(*more: Statement, options: Options = DEFAULT) -> Program:
     )
     declarations = (("m1", "self.m1 = nn.Conv2d(3, 4, 3)"), ("m2", "self.m2 = nn.BatchNorm2d(4)"))
     returned = statements[-1].results
-    return Program(1, (("x0", (3, 3, 8, 8)),), declarations, statements, returned, options=options)
+    shapes = (("h1", (3, 4, 6, 6)),)
+    return Program(1, (("x0", (3, 3, 8, 8)),), declarations, statements, returned, "$a", options, shapes)
 
 
 @pytest.mark.timeout(600)
 def test_a_minute_of_random_networks() -> None:
     """As many as fit into the time, from the same first one; a busy machine only sees fewer of them."""
-    hunt, tally, until = Hunt(onnx_share=0.02), Tally(), time.monotonic() + SECONDS
-    for seed in itertools.count():
-        tally.add(hunt.run([seed]))
-        if time.monotonic() > until and tally.models >= 20:
-            break
+    hunt, until = Hunt(onnx_share=0.02), time.time() + SECONDS
+    tally = hunt.run(range(20))
+    tally.add(hunt.run(itertools.count(20), until=until))
     assert not tally.failures, report(tally)
 
 
@@ -105,7 +105,7 @@ def test_a_planted_error_is_found_and_made_small() -> None:
     verdict = check(program)
     assert (verdict.outcome, verdict.cause) == ("wrong", "conversion by hand")
     smallest = shrink(program, lambda p: check(p).cause == verdict.cause)
-    assert [s.kind for s in smallest.statements] == ["conv", "norm", "view"]
+    assert [s.kind for s in smallest.statements] == ["norm", "view"]
     assert smallest.options == DEFAULT
     try:
         exec(runnable(smallest), {})  # what is printed runs as it is
@@ -163,3 +163,16 @@ def test_failures_decide_the_exit_status() -> None:
     assert (tally.models, tally.failures) == (5, 0)
     tally.outcomes.update(FAILURES)
     assert tally.failures == 2
+
+
+def test_the_command_counts_networks_by_outcome(capsys: pytest.CaptureFixture[str]) -> None:
+    status = main(["--models", "3", "--seed", "10", "--jobs", "1", "--onnx-share", "0"])
+    printed = capsys.readouterr().out
+    counts = {name: int(n) for n, name in re.findall(r"(\d+) (ok|wrong|crash|refused|more)\b", printed)}
+    assert sum(counts.values()) == 3
+    assert status == int(counts["wrong"] + counts["crash"] > 0)
+
+
+def test_the_command_shows_one_network(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["--model", "1", "--onnx-share", "0"])
+    assert source(generate(1)) in capsys.readouterr().out
