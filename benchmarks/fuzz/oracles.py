@@ -7,9 +7,10 @@ import io
 import re
 import signal
 import tempfile
+import time
 import traceback
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -295,16 +296,16 @@ def _general(message: str) -> str:
 
 
 @contextlib.contextmanager
-def _limit(seconds: int) -> Iterator[None]:
+def _limit(seconds: float) -> Iterator[None]:
     """Raises _HangError behind `seconds`. Only in the main thread, where signals arrive."""
 
     def late(*_: Any) -> None:
         raise _HangError(f"longer than {seconds} s")
 
-    previous: Callable[..., Any] | int | None = signal.signal(signal.SIGALRM, late)
-    signal.alarm(seconds)
+    handler = signal.signal(signal.SIGALRM, late)
+    start, (left, _) = time.monotonic(), signal.setitimer(signal.ITIMER_REAL, seconds)
     try:
         yield
     finally:
-        signal.alarm(0)
-        signal.signal(signal.SIGALRM, previous)
+        signal.signal(signal.SIGALRM, handler)  # and the timer of whoever had set one, such as pytest-timeout
+        signal.setitimer(signal.ITIMER_REAL, max(0.01, left - time.monotonic() + start) if left else 0)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import pn_compiler
+from benchmarks.fuzz import oracles
 from benchmarks.fuzz.__main__ import main, report, runnable
 from benchmarks.fuzz.build import build, inputs_of
 from benchmarks.fuzz.campaign import FAILURES, Hunt, Tally
@@ -38,7 +39,7 @@ def conv_norm(*more: Statement, options: Options = DEFAULT) -> Program:
     return Program(1, (("x0", (3, 3, 8, 8)),), declarations, statements, returned, "$a", options, shapes)
 
 
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(SECONDS + 540)
 def test_a_minute_of_random_networks() -> None:
     """As many as fit into the time, from the same first one; a busy machine only sees fewer of them."""
     hunt, until = Hunt(onnx_share=0.02), time.time() + SECONDS
@@ -176,3 +177,10 @@ def test_the_command_counts_networks_by_outcome(capsys: pytest.CaptureFixture[st
 def test_the_command_shows_one_network(capsys: pytest.CaptureFixture[str]) -> None:
     main(["--model", "1", "--onnx-share", "0"])
     assert source(generate(1)) in capsys.readouterr().out
+
+
+def test_a_hang_is_a_crash(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(oracles, "_SECONDS", 0.2)
+    monkeypatch.setattr(pn_compiler, "transform", lambda *args, **kwargs: time.sleep(30))
+    verdict = check(conv_norm())
+    assert (verdict.outcome, verdict.cause) == ("crash", "_HangError: longer than N s")
