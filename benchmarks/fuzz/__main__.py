@@ -47,9 +47,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     start = time.monotonic()
     with tqdm(total=args.models, unit="network", disable=None) as bar:
 
-        def progress(done: int, tally: Tally) -> None:
+        def progress(tally: Tally) -> None:
             bar.set_postfix(failures=tally.failures, causes=len(tally.findings), refresh=False)
-            bar.update(done)
+            bar.update(tally.outcomes.total() - bar.n)
 
         tally = campaign(
             range(args.seed, args.seed + args.models),

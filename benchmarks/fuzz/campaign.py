@@ -7,8 +7,9 @@ import logging
 import random
 import re
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import get_context
 
 import torch
@@ -19,7 +20,6 @@ from benchmarks.fuzz.program import Program
 from benchmarks.fuzz.shrink import shrink
 
 FAILURES = ("wrong", "crash")
-_CHUNK = 25  # networks that a process checks at a time
 _MOST_SHRUNK = 40  # networks of one cause that are made smaller; later ones are only counted
 _SHRINKING = 10.0  # seconds for one network
 
@@ -127,11 +127,11 @@ class Hunt:
 _hunt: Hunt | None = None  # one in each process, so that a cause is made small once in each
 
 
-def _run(seeds: list[int], onnx_share: float, until: float) -> Tally:
+def _run(seed: int, onnx_share: float, until: float) -> Tally:
     global _hunt  # noqa: PLW0603
     logging.disable()  # torch.export's
     _hunt = _hunt or Hunt(onnx_share=onnx_share)
-    return _hunt.run(seeds, until=until)
+    return _hunt.run([seed], until=until)
 
 
 def campaign(
@@ -140,23 +140,46 @@ def campaign(
     jobs: int = 1,
     seconds: float = float("inf"),
     onnx_share: float = 0.0,
-    progress: Callable[[int, Tally], object] = lambda done, tally: None,
+    progress: Callable[[Tally], object] = lambda tally: None,
 ) -> Tally:
-    """Checks the networks of `seeds` in `jobs` processes, and starts no more behind `seconds`."""
-    until, total = time.time() + seconds, Tally()
-    chunks = iter([list(seeds[i : i + _CHUNK]) for i in range(0, len(seeds), _CHUNK)])
+    """Checks the networks of `seeds` in `jobs` processes, and begins no more behind `seconds`."""
+    until, total, left = time.time() + seconds, Tally(), iter(seeds)
+    while suspects := _run_pool(left, jobs, until, onnx_share, total, progress):
+        for seed in suspects:  # one of them ended its process: which, each shows in a process of its own
+            alone = _run_pool(iter([seed]), 1, until, onnx_share, total, progress)
+            total.add(_died(seed) if alone else Tally())
+    return total
+
+
+def _run_pool(
+    seeds: Iterator[int],
+    jobs: int,
+    until: float,
+    onnx_share: float,
+    total: Tally,
+    progress: Callable[[Tally], object],
+) -> list[int]:
+    """Adds the networks of `seeds` to `total`; returns those that were running when a process died."""
     with ProcessPoolExecutor(jobs, get_context("spawn")) as pool:
         running: dict[Future[Tally], int] = {}
-
-        def submit() -> None:
-            for chunk in itertools.islice(chunks, 2 * jobs - len(running)):
-                if time.time() < until:
-                    running[pool.submit(_run, chunk, onnx_share, until)] = len(chunk)
-
-        submit()
-        while running:
+        while True:
+            if time.time() < until:
+                for seed in itertools.islice(seeds, 2 * jobs - len(running)):
+                    running[pool.submit(_run, seed, onnx_share, until)] = seed
+            if not running:
+                return []
             for future in wait(running, return_when=FIRST_COMPLETED).done:
+                if isinstance(future.exception(), BrokenProcessPool):
+                    return list(running.values())
                 total.add(future.result())
-                progress(running.pop(future), total)
-            submit()
-    return total
+                del running[future]
+                progress(total)
+
+
+def _died(seed: int) -> Tally:
+    """The record of a network whose check ended its process."""
+    verdict = Verdict("crash", "the process died")
+    return Tally(
+        collections.Counter(crash=1),
+        findings={"crash: the process died": Finding(verdict, generate(seed), seed)},
+    )

@@ -20,6 +20,7 @@ BATCH = 3
 MOST_VALUES = 6000  # in one tensor
 LARGEST = 1e3
 _FORMS = read_forms()
+_HAS_NORM = re.compile("Norm|ABN|ShuffleUnit")
 _WRITES = re.compile(r"_\(|place|True\)|[-+*/]=|\] = |out=|\.data|resize_|^self\.")  # perhaps in place
 NAMESPACE = {"torch": torch, "nn": nn, "F": F} | {name: getattr(library, name) for name in library.__all__}
 
@@ -36,19 +37,23 @@ _USUALLY = {
 
 
 def generate(seed: int) -> Program:
-    """The network of this `seed`: always the same."""
+    """The network of this `seed`: always the same, and with a BatchNorm that is called."""
+    rng = random.Random(seed)
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.manual_seed(seed)
-        return _Session(seed).program()
+        while True:
+            program = _Session(seed, rng).program()
+            called = {name for statement in program.statements for name in statement.modules}
+            if any(_HAS_NORM.search(text) for name, text in program.declarations if name in called):
+                return program
 
 
 class _Session:
     """The network so far, its variables and their values."""
 
-    def __init__(self, seed: int) -> None:
-        self.rng = random.Random(seed)
-        self.seed = seed
+    def __init__(self, seed: int, rng: random.Random) -> None:
+        self.seed, self.rng = seed, rng
         self.root = nn.Module().double().eval()
         self.values: dict[str, Tensor] = {}
         self.inputs: list[tuple[str, tuple[int, ...]]] = []
