@@ -1,0 +1,186 @@
+"""Random networks: a minute of them, and that the hunt finds, attributes and shrinks what is wrong."""
+
+import itertools
+import os
+import re
+import time
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import pn_compiler
+from benchmarks.fuzz import oracles
+from benchmarks.fuzz.__main__ import main, report, runnable
+from benchmarks.fuzz.build import build, inputs_of
+from benchmarks.fuzz.campaign import FAILURES, Hunt, Tally
+from benchmarks.fuzz.compare import difference, run
+from benchmarks.fuzz.generate import generate
+from benchmarks.fuzz.oracles import check
+from benchmarks.fuzz.program import Options, Program, Statement, source
+from benchmarks.fuzz.reference import ByHand
+from benchmarks.fuzz.shrink import shrink
+from pn_compiler.passes import replace_batch_norm
+
+SECONDS = float(os.environ.get("FUZZ_SECONDS", "60"))
+DEFAULT = Options()
+
+
+def conv_norm(*more: Statement, options: Options = DEFAULT) -> Program:
+    """A convolution and a BatchNorm, and what follows."""
+    statements = (
+        Statement("conv", "$o = self.$m($a)", ("x0",), ("h1",), ("m1",)),
+        Statement("norm", "$o = self.$m($a)", ("h1",), ("h2",), ("m2",)),
+        *more,
+    )
+    declarations = (("m1", "self.m1 = nn.Conv2d(3, 4, 3)"), ("m2", "self.m2 = nn.BatchNorm2d(4)"))
+    returned = statements[-1].results
+    shapes = (("h1", (3, 4, 6, 6)),)
+    return Program(1, (("x0", (3, 3, 8, 8)),), declarations, statements, returned, "$a", options, shapes)
+
+
+@pytest.mark.timeout(SECONDS + 540)
+def test_a_minute_of_random_networks() -> None:
+    """As many as fit into the time, from the same first one; a busy machine only sees fewer of them."""
+    hunt, until = Hunt(onnx_share=0.02), time.time() + SECONDS
+    tally = hunt.run(range(20))
+    tally.add(hunt.run(itertools.count(20), until=until))
+    assert not tally.failures, report(tally)
+
+
+def test_the_same_seed_gives_the_same_network() -> None:
+    for seed in range(20):
+        assert source(generate(seed)) == source(generate(seed))
+        assert generate(seed).options == generate(seed).options
+
+
+def test_generated_networks_run_and_differ() -> None:
+    sources = set()
+    for seed in range(20):
+        program = generate(seed)
+        sources.add(source(program))
+        run(build(program), inputs_of(program))
+    assert len(sources) == 20
+
+
+def test_a_conversion_by_hand_is_what_torch_computes() -> None:
+    """Against the normalizer written out, for the network without anything else."""
+    program = conv_norm()
+    model = build(program)
+    sites = pn_compiler.sites(pn_compiler.transform(model, proxy=False, warm_start="none"))
+    (x,) = inputs_of(program)
+    h = model.m1(x)
+    y = (h - h.mean((1, 2, 3), keepdim=True)) / (h.var((1, 2, 3), keepdim=True, correction=0) + 1e-5).sqrt()
+    expected = y * model.m2.weight.view(-1, 1, 1) + model.m2.bias.view(-1, 1, 1)
+    assert difference(run(ByHand(model, sites), (x,)), expected) < 1e-12
+
+
+def test_a_network_that_mixes_samples_is_unfit() -> None:
+    program = conv_norm(Statement("view", "$o = $a.flip(0)", ("h2",), ("h3",)))
+    assert check(program).outcome == "invalid"
+
+
+@pytest.fixture
+def wrong_epsilon(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A conversion that loses the eps of the BatchNorm where a ReLU follows a flip."""
+    rewrite = replace_batch_norm.ReplaceBatchNorm._rewrite
+
+    def forgetful(self, graph, path, norm, num_groups):
+        site = rewrite(self, graph, path, norm, num_groups)
+        if any("flip" in str(node.target) for node in graph.graph.nodes):
+            graph.get_submodule(path).eps = 0.1
+        return site
+
+    monkeypatch.setattr(replace_batch_norm.ReplaceBatchNorm, "_rewrite", forgetful)
+
+
+@pytest.mark.usefixtures("wrong_epsilon")
+def test_a_planted_error_is_found_and_made_small() -> None:
+    program = conv_norm(
+        Statement("activation", "$o = F.relu($a)", ("h2",), ("h3",), block="part1"),
+        Statement("scalar", "$o = $a * 2.0", ("h3",), ("h4",), block="part1"),
+        Statement("view", "$o = $a.flip(-1)", ("h4",), ("h5",)),
+        Statement("combine", "$o = torch.cat([$a, $b], 1)", ("h5", "h4"), ("h6",)),
+        options=Options(norm="group", num_groups=2, training=True),
+    )
+    verdict = check(program)
+    assert (verdict.outcome, verdict.cause) == ("wrong", "conversion by hand")
+    smallest = shrink(program, lambda p: check(p).cause == verdict.cause)
+    assert [s.kind for s in smallest.statements] == ["norm", "view"]
+    assert smallest.options == DEFAULT
+    try:
+        exec(runnable(smallest), {})  # what is printed runs as it is
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def test_a_hunt_counts_failures_of_one_cause_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*args: object, **kwargs: object) -> nn.Module:
+        raise ZeroDivisionError(f"site {id(args)}")
+
+    monkeypatch.setattr(pn_compiler, "transform", broken)
+    tally = Hunt().run(range(6))
+    (finding,) = tally.findings.values()
+    assert finding.count == tally.outcomes["crash"] == tally.models == tally.failures > 0
+    assert finding.key == "crash: ZeroDivisionError: site N"
+    assert not finding.program.statements  # nothing of the network matters
+
+
+@pytest.mark.parametrize("oracle", ["gradient lost or found", "alone against in its batch"])
+def test_oracles_see_what_they_are_for(oracle: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    transform = pn_compiler.transform
+
+    class Mixing(nn.Module):
+        def __init__(self, inner: nn.Module) -> None:
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.inner(x)
+            return (
+                y.detach() if oracle.startswith("gradient") else y + 0.1 * (y.mean(0, keepdim=True) - y[:1])
+            )
+
+    def changed(model: nn.Module, *args: object, **kwargs: object) -> nn.Module:
+        converted = transform(model, *args, **kwargs)
+        forward = Mixing(copy_of(converted)).forward
+        if oracle.startswith("gradient") or kwargs["proxy"]:
+            converted.forward = forward
+        return converted
+
+    monkeypatch.setattr(pn_compiler, "transform", changed)
+    monkeypatch.setattr("benchmarks.fuzz.oracles._Checker.check_proxy", lambda *_: None)
+    assert check(conv_norm()).cause == oracle
+
+
+def copy_of(module: nn.Module) -> nn.Module:
+    """The same graph with the same parameters, in a module of its own."""
+    return torch.fx.GraphModule(module, module.graph)
+
+
+def test_failures_decide_the_exit_status() -> None:
+    tally = Tally()
+    tally.outcomes.update(ok=3, refused=2, invalid=1)
+    assert (tally.models, tally.failures) == (5, 0)
+    tally.outcomes.update(FAILURES)
+    assert tally.failures == 2
+
+
+def test_the_command_counts_networks_by_outcome(capsys: pytest.CaptureFixture[str]) -> None:
+    status = main(["--models", "3", "--seed", "10", "--jobs", "1", "--onnx-share", "0"])
+    printed = capsys.readouterr().out
+    counts = {name: int(n) for n, name in re.findall(r"(\d+) (ok|wrong|crash|refused|more)\b", printed)}
+    assert sum(counts.values()) == 3
+    assert status == int(counts["wrong"] + counts["crash"] > 0)
+
+
+def test_the_command_shows_one_network(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["--model", "1", "--onnx-share", "0"])
+    assert source(generate(1)) in capsys.readouterr().out
+
+
+def test_a_hang_is_a_crash(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(oracles, "_SECONDS", 0.2)
+    monkeypatch.setattr(pn_compiler, "transform", lambda *args, **kwargs: time.sleep(30))
+    verdict = check(conv_norm())
+    assert (verdict.outcome, verdict.cause) == ("crash", "_HangError: longer than N s")
