@@ -141,6 +141,7 @@ KNOWN = {
     "two clamps": (lambda y: y.clamp_min(0).clamp_max(40), nn.Hardtanh(0.0, 40.0)),
     "relu of a clamp": (lambda y: F.relu(y.clamp(max=35)), nn.Hardtanh(0.0, 35.0)),
     "min of relu": (lambda y: torch.minimum(F.relu(y), torch.full_like(y, 6.0)), nn.ReLU6()),
+    "threshold by function": (lambda y: F.threshold(y, 0.3, -1.0), nn.Threshold(0.3, -1.0)),
     "threshold": (lambda y: torch.where(y > -40, y, 0.0), nn.Threshold(-40.0, 0.0)),
 }
 
