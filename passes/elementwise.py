@@ -16,7 +16,7 @@ from torch import Tensor, fx, nn
 from pn_compiler import piecewise
 from pn_compiler.activations import is_activation, kinks_of
 from pn_compiler.aliases import writes
-from pn_compiler.graph_utils import called_module, has_hooks
+from pn_compiler.graph_utils import called_module, has_hooks, has_values
 from pn_compiler.known_activations import piecewise_of
 from pn_compiler.piecewise import NotPiecewiseError, Piecewise
 from pn_compiler.spelling import operator_name
@@ -79,7 +79,12 @@ def constant_of(gm: fx.GraphModule, node: fx.Node) -> Piecewise | None:
     if node.op != "get_attr" or not target.startswith("_tensor_constant"):
         return None
     constant = getattr(gm, target, None)
-    if not isinstance(constant, Tensor) or constant.dim() or constant.requires_grad:
+    if (
+        not isinstance(constant, Tensor)
+        or constant.dim()
+        or constant.requires_grad
+        or not has_values(constant)
+    ):
         return None
     return piecewise.constant(float(constant)) if math.isfinite(constant) else None
 

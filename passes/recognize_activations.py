@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 
+import torch
 from torch import fx, nn
 
 from pn_compiler.activations import is_activation
@@ -75,11 +76,25 @@ def _activation(
     graph: fx.GraphModule, source: fx.Node, inside: list[fx.Node], value: Value
 ) -> nn.Module | None:
     """The activation that the last node of `inside` computes, if it is one on the whole real line."""
+    function = _as_module(graph, source, inside)
     if isinstance(value, Piecewise):
-        return known_piecewise(value)
-    found = known_by_values(_as_module(graph, source, inside))
-    switches = {0.0, float(found.threshold)} if isinstance(found, nn.Softplus) else {0.0}
-    return found if value.edges <= switches else None  # a bend elsewhere, however small
+        found = known_piecewise(value)
+    else:
+        found = known_by_values(function)
+        switches = {0.0, float(found.threshold)} if isinstance(found, nn.Softplus) else {0.0}
+        if not value.edges <= switches:
+            return None  # a bend elsewhere, however small
+    dtypes = {p.dtype for p in graph.parameters() if p.is_floating_point()}
+    return found if found is not None and all(_keeps(function, dtype) for dtype in dtypes) else None
+
+
+@torch.no_grad()
+def _keeps(function: nn.Module, dtype: torch.dtype) -> bool:
+    """Whether it gives the dtype that it gets: y * (y > 0).float() makes float32 of float16."""
+    try:
+        return bool(function(torch.ones(1, dtype=dtype)).dtype == dtype)
+    except RuntimeError:  # constants elsewhere
+        return False
 
 
 def _rewrite_leaf(graph: fx.GraphModule, call: fx.Node, module: nn.Module) -> int:

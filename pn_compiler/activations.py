@@ -251,7 +251,9 @@ _BUILDERS: dict[str, Callable[..., nn.Module | None]] = {
     "leaky_relu": lambda negative_slope=0.01, inplace=False: nn.LeakyReLU(negative_slope),
     "celu": lambda alpha=1.0, inplace=False: nn.CELU(alpha),
     "softplus": lambda beta=1.0, threshold=20.0: nn.Softplus(beta, threshold),
-    "threshold": lambda threshold, value, inplace=False: nn.Threshold(threshold, value),
+    **dict.fromkeys(  # F.threshold calls itself "_threshold"
+        ("threshold", "_threshold"), lambda threshold, value, inplace=False: nn.Threshold(threshold, value)
+    ),
     "elu": _elu,
     "hardtanh": _hardtanh,
     "clamp": _clamp,

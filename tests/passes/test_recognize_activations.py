@@ -123,12 +123,25 @@ KNOWN = {
     "(x + |x|) / 2": (lambda y: (y + y.abs()) / 2, nn.ReLU()),
     "masked_fill": (lambda y: y.masked_fill(y < 0, 0.0), nn.ReLU()),
     "clamp without an upper bound": (lambda y: torch.clamp(y, 0, math.inf), nn.ReLU()),
+    "a mask of floats": (lambda y: y * (y > 0).type_as(y), nn.ReLU()),
+    "|x|": (abs, nn.LeakyReLU(-1.0)),
+    "1 - relu(1 - x)": (lambda y: 1 - F.relu(1 - y), nn.Hardtanh(-math.inf, 1.0)),
+    "softplus with a threshold": (lambda y: F.softplus(y, 1.0, 1.0), nn.Softplus(1.0, 1.0)),
+    "softplus switched at 20": (
+        lambda y: torch.where(y > 20, y, torch.log1p(torch.exp(y))),
+        nn.Softplus(),
+    ),
+    "selu": (
+        lambda y: 1.0507009873554805 * torch.where(y > 0, y, 1.6732632423543772 * (torch.exp(y) - 1)),
+        nn.SELU(),
+    ),
     "clamp_min": (lambda y: y.clamp_min(-0.5), nn.Hardtanh(-0.5, math.inf)),
     "clamp(max=3)": (lambda y: y.clamp(max=3), nn.Hardtanh(-math.inf, 3.0)),
     "clamp without a lower bound": (lambda y: y.clamp(-math.inf, 1), nn.Hardtanh(-math.inf, 1.0)),
     "two clamps": (lambda y: y.clamp_min(0).clamp_max(40), nn.Hardtanh(0.0, 40.0)),
     "relu of a clamp": (lambda y: F.relu(y.clamp(max=35)), nn.Hardtanh(0.0, 35.0)),
     "min of relu": (lambda y: torch.minimum(F.relu(y), torch.full_like(y, 6.0)), nn.ReLU6()),
+    "threshold by function": (lambda y: F.threshold(y, 0.3, -1.0), nn.Threshold(0.3, -1.0)),
     "threshold": (lambda y: torch.where(y > -40, y, 0.0), nn.Threshold(-40.0, 0.0)),
 }
 
@@ -186,6 +199,17 @@ def test_others_are_left_alone(name: str) -> None:
     assert site.kind == "norm_only"
     expected = net.conv(function(converted.get_submodule("bn")(X)))
     assert_same_outputs(converted(X).nan_to_num(-7.0), expected.nan_to_num(-7.0))
+
+
+def test_an_expression_that_changes_the_dtype_is_left_alone() -> None:
+    function = Written(lambda y: y * (y > 0).float())
+    function.conv = nn.Identity()
+    net = randomize_batch_norms(function).eval()
+    for dtype, kind in ((torch.float32, "pn"), (torch.bfloat16, "norm_only")):
+        converted = pn_compiler.transform(net.to(dtype), warm_start="none")
+        (site,) = pn_compiler.sites(converted)
+        assert site.kind == kind
+        assert converted(X.to(dtype)).dtype == net(X.to(dtype)).dtype
 
 
 @pytest.mark.parametrize("name", KNOWN)
