@@ -106,7 +106,7 @@ def _fold_site(
     norm.weight.copy_(weight)
     norm.bias.copy_(bias)
     dtype = site.weight.dtype
-    tail: list[nn.Module] = [clamp.to(dtype) if clamp is not None else site.activation]
+    tail: list[nn.Module] = [clamp.to(dtype) if clamp is not None else _pure(site.activation)]
     if whole and clamp is None:
         remaining = None if site.scales_affine else scale.to(dtype)
         tail.append(ConstantAffine(remaining, shift.to(dtype)))
@@ -125,6 +125,13 @@ def _fold_site(
             for read in old.get(name, ()):
                 for user in [u for u in read.users if u not in chain]:
                     user.replace_input_with(read, node)
+
+
+def _pure(activation: nn.Module) -> nn.Module:
+    """`activation`, which leaves its input alone from now on: others may read that."""
+    if hasattr(activation, "inplace"):
+        activation.inplace = False  # type: ignore[assignment]  # a bool, typed for tensors
+    return activation
 
 
 def _between(last: fx.Node, first: fx.Node) -> list[fx.Node]:

@@ -157,8 +157,12 @@ class ProxyNormAct(nn.Module):
         """`given` is what `ProxyStatistics` computed for this site, and by which recipe."""
         weight, bias, scale, shift = self.compute_affine(given)
         affine = F.group_norm(x, self.num_groups, weight, bias, self.eps)
-        shared = "affine" in self.outputs or has_hooks(self.activation)
-        activation = self.activation(affine) if shared else run_in_place(self.activation, affine)
+        shared = "affine" in self.outputs
+        if shared or has_hooks(self.activation):
+            in_place = shared and getattr(self.activation, "inplace", False)
+            activation = self.activation(affine.clone() if in_place else affine)
+        else:
+            activation = run_in_place(self.activation, affine)
         values = {"activation": activation, "scale": scale, "shift": shift, "affine": affine}
         if "output" in self.outputs:
             values["output"] = channel_affine(activation, scale, shift)

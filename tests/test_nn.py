@@ -240,3 +240,21 @@ def test_a_gate_takes_in_scale_and_shift() -> None:
     expected = net.conv(torch.sigmoid(net.up(F.relu(net.down(net.pool(z))))) * z)
     assert_same_outputs(converted(x), expected)
     assert_same_outputs(pn_compiler.fold(converted)(x), expected)
+
+
+def test_an_activation_in_place_leaves_the_affine_output_alone() -> None:
+    x = torch.randn(2, 4, 3, 3, dtype=torch.float64)
+
+    class Net(nn.Module):
+        def __init__(self, *, inplace: bool) -> None:
+            super().__init__()
+            act = nn.ReLU(inplace=inplace)
+            self.site = ProxyNormAct(2, 4, act, outputs=("output", "affine"), dtype=torch.float64)
+
+        def forward(self, x: Tensor) -> Tensor:
+            output, affine = self.site(x)
+            return output + 2 * affine
+
+    expected = Net(inplace=False)(x)
+    for model in (Net(inplace=True), pn_compiler.fold(Net(inplace=True))):
+        assert_same_outputs(model(x), expected)
