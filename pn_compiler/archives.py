@@ -9,7 +9,6 @@ import dataclasses
 import io
 import os
 import re
-import stat
 import struct
 import zipfile
 from collections import Counter
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from pn_compiler.errors import LoadError
+from pn_compiler.regular_files import why_unreadable
 
 _PART = re.compile(r"[^/\\\x00-\x1f]{1,255}")  # of the name of an entry
 _ENCRYPTED = 0x1 | 0x40 | 0x2000
@@ -81,20 +81,17 @@ def read_start(path: Path, size: int = 16) -> bytes:
     Raises:
         LoadError: there is no such file, it cannot be read, or it is a folder, device, pipe or socket.
     """
+    if reason := why_unreadable(path):
+        raise LoadError(f"cannot read {path}: {reason}")
     try:
-        mode = path.stat().st_mode
-        if stat.S_ISDIR(mode):
-            raise LoadError(f"cannot read {path}: Is a directory")
-        if not stat.S_ISREG(mode):
-            raise LoadError(f"cannot read {path}: not a regular file, which a model must be")
         with path.open("rb") as file:
             return file.read(size)
-    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
+    except OSError as error:
         raise _cannot_read(path, error) from error
 
 
-def _cannot_read(path: Path, error: Exception) -> LoadError:
-    return LoadError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}")
+def _cannot_read(path: Path, error: OSError) -> LoadError:
+    return LoadError(f"cannot read {path}: {error.strerror or error}")
 
 
 def _other_format(start: bytes) -> str:

@@ -1,15 +1,16 @@
 """Arrays from files, by name, without running code that the file brings and read from disk when used."""
 
+import os
 import zipfile
-import zlib
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pn_compiler.errors import ConfigError
+from pn_compiler.errors import ConfigError, first_line
+from pn_compiler.regular_files import why_unreadable
 
 
 def read_arrays(path: Path) -> dict[str, NDArray[Any] | Tensor]:
@@ -21,6 +22,8 @@ def read_arrays(path: Path) -> dict[str, NDArray[Any] | Tensor]:
         ConfigError: the file is missing, damaged, of another kind, or holds Python objects.
     """
     kind = path.suffix.lower()
+    if reason := why_unreadable(path):
+        raise ConfigError(f"cannot read {path}: {reason}")
     try:
         with path.open("rb") as file:
             start = file.read(2)
@@ -41,23 +44,37 @@ def _read_numpy(path: Path, *, packed: bool) -> dict[str, NDArray[Any]]:
         if not packed:
             return {"": np.load(path, mmap_mode="r", allow_pickle=False)}
         with path.open("rb") as file:  # numpy would leave a damaged archive open
+            _refuse_bombs(path, file)
             return dict(np.load(file, allow_pickle=False))
+    except ConfigError:
+        raise
     except OSError as error:
         raise ConfigError(f"cannot read {path}: {error.strerror or error}") from error
-    except (ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+    except Exception as error:  # whatever a damaged header or archive provokes in numpy and zipfile
         why = "it is damaged, or holds Python objects and not plain arrays"
-        raise ConfigError(f"cannot read {path}: {why} ({error})") from error
+        raise ConfigError(f"cannot read {path}: {why} ({first_line(error)[:200]})") from error
+
+
+def _refuse_bombs(path: Path, file: BinaryIO) -> None:
+    """Raises ConfigError if the arrays are larger than memory, which they are read into at once."""
+    with zipfile.ZipFile(file) as archive:
+        size = sum(entry.file_size for entry in archive.infolist())
+    file.seek(0)
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if size > memory:
+        raise ConfigError(
+            f"cannot read {path}: it unpacks to {size / 2**30:.0f} GB, more than there is memory"
+        )
 
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:
     try:
-        from safetensors import SafetensorError, safe_open
+        from safetensors import safe_open
     except ImportError as error:
         raise ConfigError(f"reading {path} needs safetensors: pip install safetensors") from error
     try:
         with safe_open(path, framework="pt") as file:  # maps the file into memory
             return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # not a dict
-    except OSError as error:
-        raise ConfigError(f"cannot read {path}: {error}") from error
-    except SafetensorError as error:
-        raise ConfigError(f"cannot read {path}: it is damaged, or another format ({error})") from error
+    except Exception as error:  # a SafetensorError, or whatever else a damaged header provokes
+        why = "it is damaged, or another format"
+        raise ConfigError(f"cannot read {path}: {why} ({first_line(error)[:200]})") from error

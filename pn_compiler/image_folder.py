@@ -13,8 +13,10 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from pn_compiler.errors import ConfigError, first_line
+from pn_compiler.regular_files import why_unreadable
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")  # torchvision's
+_FORMATS = ("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP")  # of these; Pillow runs Ghostscript for others
 GRAY, RGB = 1, 3  # channels
 
 Size = int | Sequence[int]
@@ -187,9 +189,11 @@ def read_image(path: str) -> Image.Image:
     Raises:
         ConfigError: there is no such file, or it is damaged or not an image.
     """
+    if reason := why_unreadable(path):
+        raise ConfigError(f"cannot read the image {path}: {reason}")
     try:
         with open(path, "rb") as file:
-            return Image.open(file).convert("RGB")
+            return Image.open(file, formats=_FORMATS).convert("RGB")
     except UnidentifiedImageError as error:
         raise ConfigError(f"cannot read the image {path}: it is damaged, or not an image") from error
     except Exception as error:  # whatever a damaged file provokes

@@ -93,6 +93,7 @@ def _as_module(path: Path, loaded: Any, arch: str | None) -> nn.Module:
     if isinstance(loaded, nn.Module):
         if arch is not None:
             raise LoadError(f"{path} holds a whole module: leave out --arch")
+        _check_whole(path, loaded)
         return loaded
     state = _state_dict(loaded)
     if state is None:
@@ -110,6 +111,17 @@ def _as_module(path: Path, loaded: Any, arch: str | None) -> nn.Module:
         detail = " ".join(str(error).split())
         raise LoadError(f"{path} does not fit {arch}: {detail[:400]}") from error
     return model
+
+
+def _check_whole(path: Path, model: nn.Module) -> None:
+    """Raises LoadError where a module lacks an option that its class declares, such as a stride."""
+    for name, module in model.named_modules():
+        for option in getattr(type(module), "__constants__", ()):
+            if not hasattr(module, option):
+                place = name or "the module"
+                raise LoadError(
+                    f"{path} is damaged: {place} has no {option}, which a {type(module).__name__} has"
+                )
 
 
 def _check_kinds(path: Path, state: dict[str, Any], model: nn.Module, arch: str) -> None:

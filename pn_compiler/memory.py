@@ -12,7 +12,7 @@ from pn_compiler.errors import ConfigError
 from pn_compiler.inputs import Inputs
 
 
-class _Largest(TorchDispatchMode):
+class _Largest(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's own
     """Notes the bytes of the largest tensor that is made."""
 
     bytes = 0
@@ -31,7 +31,7 @@ def refuse_giant_tensors(model: nn.Module, inputs: Inputs) -> None:
         ConfigError: one of its tensors is larger than the memory of this machine. A model that needs values,
             or does not run, is left to whoever runs it.
     """
-    largest = _Largest()
+    largest = _Largest()  # type: ignore[no-untyped-call]
     state = {name: tensor.to("meta") for name, tensor in (*model.named_parameters(), *model.named_buffers())}
     args, kwargs = pytree.tree_map_only(Tensor, lambda x: x.to("meta"), (inputs.args, dict(inputs.kwargs)))
     try:
@@ -43,6 +43,6 @@ def refuse_giant_tensors(model: nn.Module, inputs: Inputs) -> None:
     if largest.bytes > memory:
         shapes = ", ".join(str(list(x.shape)) for x in inputs.tensors())
         raise ConfigError(
-            f"the model makes a tensor of {largest.bytes / 2**30:.0f} GB from an input of shape {shapes}, and "
-            f"this machine has {memory / 2**30:.0f} GB of memory"
+            f"the model makes a tensor of {largest.bytes / 2**30:.0f} GB from an input of shape {shapes}, "
+            f"and this machine has {memory / 2**30:.0f} GB of memory"
         )

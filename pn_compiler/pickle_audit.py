@@ -227,6 +227,8 @@ class _Audit:
             for name, item in state[key].items():
                 self.check_name(name, cls)
                 self.require(item is None or self.is_member(item, key), f"{name!r} in {key}, which is none")
+        hooks = all(isinstance(state.get(key), dict) for key in ("_forward_hooks", "_backward_hooks"))
+        self.require(hooks, f"a {cls.__name__} without what belongs to it")
         self.require(type(state.get("training")) is bool, f"a {cls.__name__} without a mode")
         layers = state.get("num_layers", 1)
         self.require(

@@ -17,7 +17,8 @@ _OTHERS = frozenset(
     [
         "Add", "Max", "Min", "Where", "Integer", "Mod", "PythonMod", "FloorDiv", "CleanDiv", "CeilDiv",
         "ModularIndexing", "IntTrueDiv", "FloatTrueDiv", "TruncToInt", "FloorToInt", "CeilToInt", "ToFloat",
-        "RoundToInt", "Abs", "Eq", "Ne", "Lt", "Le", "Gt", "Ge", "And", "Or", "Not", "floor", "ceiling", "sqrt", "Rational",
+        "RoundToInt", "Abs", "Eq", "Ne", "Lt", "Le", "Gt", "Ge", "And", "Or", "Not", "floor",
+        "ceiling", "sqrt", "Rational",
         "Equality", "Unequality", "StrictLessThan", "LessThan", "StrictGreaterThan", "GreaterThan",
     ]
 )  # fmt: skip

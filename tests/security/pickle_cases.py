@@ -30,15 +30,15 @@ from tests.security.files import (
 _RUNS_CODE = "can run any code"
 _STATE = "not what torch.save writes"
 _FUNCTIONS = (
-    "os.system posix.system nt.system subprocess.Popen subprocess.check_output commands.getoutput commands.Popen "
-    "builtins.eval builtins.exec builtins.getattr builtins.open builtins.__import__ __builtin__.execfile "
-    "importlib.import_module runpy._run_code pty.spawn webbrowser.open shutil.rmtree functools.reduce "
-    "operator.methodcaller operator.attrgetter pickle.loads marshal.loads types.FunctionType code.interact "
-    "torch.load torch.hub.load torch.jit.load torch.ops.load_library torch.classes.load_library "
-    "torch.utils.cpp_extension.load torch.utils._config_module.exec torch.package.PackageImporter "
+    "os.system posix.system nt.system subprocess.Popen subprocess.check_output commands.getoutput "
+    "commands.Popen builtins.eval builtins.exec builtins.getattr builtins.open builtins.__import__ "
+    "__builtin__.execfile importlib.import_module runpy._run_code pty.spawn webbrowser.open shutil.rmtree "
+    "functools.reduce operator.methodcaller operator.attrgetter pickle.loads marshal.loads types.FunctionType "
+    "code.interact torch.load torch.hub.load torch.jit.load torch.ops.load_library "
+    "torch.classes.load_library torch.utils.cpp_extension.load torch.utils._config_module.exec torch.package.PackageImporter "
     "torch.nn.Module.__subclasses__ torch.nn.modules.module.torch.hub.load numpy.load numpy.f2py.compile "
     "copyreg._reconstructor pip.main requests.get bdb.Bdb.run"
-).split()
+).split()  # noqa: SIM905  # a list of names
 _CLASSES = ("my_package.Net", "my_package.layers.Block", "research.models.resnet.ResNet50")
 
 
@@ -118,7 +118,8 @@ def _spoilt_modules() -> Iterator[Case]:
     yield Case("contains_itself.pt", changed(lambda net: net._modules.__setitem__("5", net)), _STATE)
     yield Case("contains_parent.pt", changed(lambda net: net[0]._modules.__setitem__("up", net)), _STATE)
     attributes = {
-        "forward": F.relu, "__class__": nn.ReLU, "training": "yes", "state_dict": F.silu, "named_modules": F.relu,
+        "forward": F.relu, "__class__": nn.ReLU, "training": "yes", "state_dict": F.silu,
+        "named_modules": F.relu,
         "a b": 1, "a;b": 1, "__call__": F.relu, "_call_impl": F.gelu,
         "_forward_hooks": OrderedDict({0: F.relu}), "_forward_pre_hooks": OrderedDict({0: F.relu}),
         "_state_dict_hooks": OrderedDict({0: F.relu}), "huge": 10**30, "_conv_forward": F.hardtanh,

@@ -103,14 +103,14 @@ def _names() -> Iterator[tuple[str, Change, str]]:
 
 def _operators() -> Iterator[tuple[str, Change, str]]:
     targets = (
-        "torch.hub.load torch.load torch.ops.load_library torch.ops.aten.from_file.default os.system builtins.eval "
-        "torch.ops.aten.__init__ torch.ops.aten.conv2d.__call__ torch.ops.aten._print.default "
+        "torch.hub.load torch.load torch.ops.load_library torch.ops.aten.from_file.default os.system "
+        "builtins.eval torch.ops.aten.__init__ torch.ops.aten.conv2d.__call__ torch.ops.aten._print.default "
         "torch.ops.aten.warn.default torch.ops.aten.save.default torch.ops.aten.set_.source_Storage "
-        "_operator.attrgetter _operator.methodcaller _operator.pow _operator.lshift math.factorial math.__loader__ "
-        "torch.ops.higher_order.while_loop torch.ops.higher_order.triton_kernel_wrapper_functional "
+        "_operator.attrgetter _operator.methodcaller _operator.pow _operator.lshift math.factorial "
+        "math.__loader__ torch.ops.higher_order.while_loop torch.ops.higher_order.triton_kernel_wrapper_functional "
         "torch.ops.my_library.my_operator.default torch.ops.aten.no_such_operator.default #ext:call conv2d "
         "torch.ops.aten.conv2d torch._C._jit_init torch.serialization.os.system torch.ops.prim.Print.default"
-    ).split()
+    ).split()  # noqa: SIM905  # a list of names
     for target in targets:
         yield f"target_{target.replace('#', '')}", _in_node(target=target), "which is no ATen operator"
     operator = {"as_operator": "torch.hub.load"}
@@ -144,7 +144,7 @@ def _expressions() -> Iterator[tuple[str, Change, str]]:
         "deep": "(" * 5000 + "1" + ")" * 5000,
         "digits": "9" * 100_000,
         "empty": "",
-        "unicode": "ｓ0",
+        "unicode": "\uff530",
         "float": "Float('1e999999999')",
         "symbol": 'Symbol("s0\'); import os")',
         "assumption": "Symbol('s0', cls=s0)",
@@ -239,8 +239,9 @@ def _weights() -> Iterator[tuple[str, Change, str]]:
     yield "weight_layout", in_meta(layout=1), _EXPORT
     yield "weight_device", in_meta(device={"type": "os.system", "index": None}), _EXPORT
     for title, shape in {
-        "large": (400, 3, 3, 3), "negative": (-4, 3, 3, 3), "endless": (10**12, 10**12, 3, 3), "rank": (4, 27),
-        "nan": (float("nan"), 3, 3, 3), "text": ("4", 3, 3, 3), "bool": (True, 3, 3, 3), "float": (4.0, 3, 3, 3),
+        "large": (400, 3, 3, 3), "negative": (-4, 3, 3, 3), "endless": (10**12, 10**12, 3, 3),
+        "rank": (4, 27), "nan": (float("nan"), 3, 3, 3), "text": ("4", 3, 3, 3), "bool": (True, 3, 3, 3),
+        "float": (4.0, 3, 3, 3),
     }.items():  # fmt: skip
         yield f"weight_size_{title}", in_meta(sizes=sizes(*shape)), impossible
     yield "weight_strides", in_meta(strides=sizes(10**9, 1, 1, 1)), impossible
@@ -275,7 +276,8 @@ def _entries() -> Iterator[tuple[str, Change, str]]:
     )
     for name in (
         "data/constants/opaque_obj_0", "data/constants/custom_obj_0", "data/constants/model.pt",
-        "data/weights/model.pt", "data/aotinductor/model/model.so", "data/aotinductor/model/weights_config.json",
+        "data/weights/model.pt", "data/aotinductor/model/model.so",
+        "data/aotinductor/model/weights_config.json",
         "models/other.json", "code/model.py", "data/executorch/model.pte", "extra/../canary",
     ):  # fmt: skip
         title = name.replace("/", "_").replace("..", "up")
