@@ -9,25 +9,16 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from pn_compiler.graph_utils import (
     add_module,
     call_module_after,
+    has_hooks,
     module_calls,
     replace_module,
 )
 from pn_compiler.pass_base import GraphPass, PassResult
-from pn_compiler.ranks import rank
+from pn_compiler.passes.norm_calls import modularize_norms
 from pn_compiler.spelling import operands, operator_name
 
 _CONVS: dict[str, type[nn.Module]] = {"conv1d": nn.Conv1d, "conv2d": nn.Conv2d, "conv3d": nn.Conv3d}
 _CONV_OPERANDS = ("weight", "bias", "stride", "padding", "dilation", "groups")
-_NORM_OPERANDS = {  # after the input
-    "F": ("running_mean", "running_var", "weight", "bias", "training", "momentum", "eps"),
-    "aten": ("weight", "bias", "running_mean", "running_var", "training", "momentum", "eps"),
-}
-_NORMS: dict[int, type[_BatchNorm]] = {
-    2: nn.BatchNorm1d,
-    3: nn.BatchNorm1d,
-    4: nn.BatchNorm2d,
-    5: nn.BatchNorm3d,
-}
 
 
 class CanonicalizeModules(GraphPass):
@@ -35,8 +26,8 @@ class CanonicalizeModules(GraphPass):
 
     Given:   F.batch_norm(F.conv2d(x, c.weight), n.running_mean, ...)     Result:  n(c(x))
              timm's BatchNormAct2d(x)                                              act(drop(bn(x)))
-    Leaves alone: calls whose operands are not the parameters of one owner (a batch_norm among them is
-        reported by ReplaceBatchNorm as PN106).
+    Leaves alone: calls whose operands are not the parameters of one owner, or under other names for conv and
+        linear (a batch_norm among them is reported by ReplaceBatchNorm as PN106).
     Outputs: preserved exactly.
     """
 
@@ -54,7 +45,7 @@ class CanonicalizeModules(GraphPass):
                 rewritten += 1
             elif node.op == "call_function":
                 rewritten += _modularize(graph, node)
-        return PassResult(rewritten)
+        return PassResult(rewritten + modularize_norms(graph))
 
 
 def is_fused_norm_act(module: nn.Module) -> bool:
@@ -104,20 +95,8 @@ def counts_batches(node: fx.Node) -> bool:
     )
 
 
-def norm_operands(node: fx.Node) -> dict[str, Any] | None:
-    """The operands of a functional batch_norm by name, whichever order they come in; else None."""
-    if operator_name(node) != "batch_norm":
-        return None
-    # F.batch_norm wants (running_mean, running_var, weight, bias); torch's and ATen's the reverse
-    functional = node.target is torch.nn.functional.batch_norm
-    return operands(node, *_NORM_OPERANDS["F" if functional else "aten"])
-
-
 def _modularize(graph: fx.GraphModule, node: fx.Node) -> int:
     name = operator_name(node)
-    norm = norm_operands(node)
-    if norm is not None:
-        return _replace_by_module(graph, node, norm, _norm_like(graph, node, norm))
     if name in _CONVS:
         given = operands(node, *_CONV_OPERANDS)
         return _replace_by_module(graph, node, given, _conv_like(graph, _CONVS[name], given))
@@ -133,23 +112,6 @@ def _modularize(graph: fx.GraphModule, node: fx.Node) -> int:
         )
         return _replace_by_module(graph, node, given, layer)
     return 0
-
-
-def _norm_like(graph: fx.GraphModule, node: fx.Node, given: dict[str, Any]) -> nn.Module | None:
-    known = rank(node)
-    tensors = [_tensor(graph, given.get(key)) for key in ("weight", "running_mean")]
-    sizes = [tensor.shape[0] for tensor in tensors if tensor is not None]
-    options = [given.get("momentum", 0.1), given.get("eps", 1e-5)]
-    if known not in _NORMS or not sizes or any(isinstance(o, fx.Node) for o in options):
-        return None
-    return _NORMS[known](
-        sizes[0],
-        eps=options[1],
-        momentum=options[0],
-        affine=given.get("weight") is not None,
-        track_running_stats=given.get("running_mean") is not None,
-        device="meta",
-    )
 
 
 def _conv_like(graph: fx.GraphModule, cls: type[nn.Module], given: dict[str, Any]) -> nn.Module | None:
@@ -191,7 +153,6 @@ def _replace_by_module(
     if module is None or not node.args:
         return 0
     tensors = {key: value for key, value in given.items() if isinstance(value, fx.Node)}
-    tensors = {key: value for key, value in tensors.items() if key != "training"}
     owner = _common_owner(graph, tensors)
     if owner is None:
         return 0
@@ -199,13 +160,13 @@ def _replace_by_module(
     if type(holder) is nn.Module:  # the container that tracing or exporting made for the parameters
         module.train(holder.training)
         for key in tensors:
-            kind = module._parameters if key in ("weight", "bias") else module._buffers
-            kind[key] = getattr(holder, key)
-        if isinstance(module, _BatchNorm) and module.track_running_stats:
-            counted = getattr(holder, "num_batches_tracked", torch.tensor(0))
-            module._buffers["num_batches_tracked"] = counted
+            module._parameters[key] = getattr(holder, key)
         graph.set_submodule(owner, module)
-    elif type(holder) is not type(module) or holder.extra_repr() != module.extra_repr():
+    elif (
+        type(holder) is not type(module)
+        or holder.extra_repr() != module.extra_repr()
+        or has_hooks(holder)  # which the function does not call
+    ):
         return 0
     with graph.graph.inserting_after(node):
         call = graph.graph.call_module(owner, (node.args[0],))

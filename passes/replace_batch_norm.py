@@ -11,9 +11,11 @@ from pn_compiler.calibration import LARGE_RESIDUAL, Calibrated
 from pn_compiler.config import TransformConfig, norm_name
 from pn_compiler.diagnostics import Diagnostic, Site, skipped
 from pn_compiler.errors import PostconditionError
+from pn_compiler.functional_norms import NAMES, reaches_batch_norm
 from pn_compiler.graph_utils import has_hooks, has_values, module_calls, replace_module
 from pn_compiler.pass_base import GraphPass, PassResult
-from pn_compiler.passes.canonicalize_modules import CanonicalizeModules, norm_operands
+from pn_compiler.passes.canonicalize_modules import CanonicalizeModules
+from pn_compiler.passes.norm_calls import is_norm_call, norm_operands
 from pn_compiler.ranks import pixels, rank
 from pn_compiler.site_table import put_site, site_table, update_site
 from pn_compiler.spelling import operator_name
@@ -58,8 +60,8 @@ class ReplaceBatchNorm(GraphPass):
                     update_site(graph, path, found)
             rewritten += 1
         for node in graph.graph.nodes:
-            if "batch_norm" in operator_name(node):
-                refusal = _unreadable(node)
+            refusal = _refused_call(graph, node)
+            if refusal is not None:
                 notes.append(refusal)
                 put_site(graph, skipped(refusal))
         return PassResult(rewritten, tuple(notes))
@@ -163,8 +165,23 @@ class ReplaceBatchNorm(GraphPass):
         return Site(path, "norm_only", kind, num_groups, warm_start=warm, residual=residual)
 
 
+def _refused_call(graph: fx.GraphModule, node: fx.Node) -> Diagnostic | None:
+    """Why the batch_norm that `node` calls, or that what it calls reaches, stays; None if it calls none."""
+    if is_norm_call(node):
+        return _unreadable(node)
+    if node.op != "call_function" or operator_name(node) in NAMES or not reaches_batch_norm(node.target):
+        return None
+    name = getattr(node.target, "__name__", str(node.target))
+    return Diagnostic(
+        "PN120",
+        node.name,
+        f"the function {name} calls batch_norm, and cannot be traced",
+        "let it be a module that calls an nn.BatchNorm",
+    )
+
+
 def _unreadable(node: fx.Node) -> Diagnostic:
-    operands = norm_operands(node) or {}
+    operands = norm_operands(node)
     owners = [str(o.target) for o in operands.values() if isinstance(o, fx.Node)]
     name = next((o.rpartition(".")[0] for o in owners if "." in o), node.name)
     return Diagnostic(

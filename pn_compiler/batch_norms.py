@@ -7,6 +7,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from pn_compiler.diagnostics import Diagnostic
+from pn_compiler.functional_norms import calls_batch_norm
 from pn_compiler.graph_utils import has_hooks
 
 FROZEN_BATCH_NORMS = ("FrozenBatchNorm2d", "FrozenBatchNormAct2d", "FrozenBatchNorm3d")
@@ -42,7 +43,8 @@ def batch_norms(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def holds_batch_norm(module: nn.Module) -> bool:
-    return any(is_batch_norm(child) for child in module.modules())
+    """Whether there is a BatchNorm in `module`, or code that calls batch_norm as a function."""
+    return any(is_batch_norm(child) or calls_batch_norm(child) for child in module.modules())
 
 
 def plain_base(module: nn.Module) -> type[nn.Module]:

@@ -8,10 +8,10 @@ from typing import Any
 
 from torch import nn
 
-from pn_compiler.batch_norms import batch_norms, closed_diagnostic, closed_kind
+from pn_compiler.accounting import account
 from pn_compiler.calibration import Calibrated, calibrate
 from pn_compiler.config import TransformConfig
-from pn_compiler.diagnostics import Diagnostic, Site, skipped
+from pn_compiler.diagnostics import Diagnostic, Site
 from pn_compiler.equivalence import check_equivalent
 from pn_compiler.errors import ConfigError, RefusedError
 from pn_compiler.evaluation import inputs_of
@@ -124,7 +124,7 @@ def convert(
             reason = "called by code that torch.fx cannot trace" if alone else site.reason
             table[region.prefix + name] = dataclasses.replace(site, name=region.prefix + name, reason=reason)
         all_notes += [dataclasses.replace(note, site=region.prefix + note.site) for note in result.notes]
-    found = _account(model, traced, table, all_notes)
+    found = account(model, traced, table, all_notes)
     if not found:
         all_notes.append(Diagnostic("PN100", "", "the model has no BatchNorm"))
     for note in all_notes:
@@ -140,37 +140,6 @@ def _infer_shapes(region: Region, inputs: Inputs | None) -> None:
     if inputs is not None and not region.prefix and region.owner is None:
         record_pixels(region.graph, inputs)
     infer_ranks(region.graph, None if region.prefix else inputs)
-
-
-def _account(
-    model: nn.Module, traced: Trace, table: dict[str, Site], notes: list[Diagnostic]
-) -> tuple[Site, ...]:
-    """One record for each BatchNorm of `model` in its order, those that no graph met included."""
-    found: dict[str, Site] = {}
-    for name, _ in batch_norms(model):
-        if name not in table:
-            notes.append(lost := _lost(name, model, traced))
-            table[name] = skipped(lost)
-        found[name] = table[name]
-    return tuple((found | table).values())
-
-
-def _lost(name: str, model: nn.Module, traced: Trace) -> Diagnostic:
-    """Why no graph met the BatchNorm `name`."""
-    around = [module for path, module in model.named_modules() if not path or name.startswith(f"{path}.")]
-    kinds = [kind for module in around if (kind := closed_kind(module))]
-    if kinds:
-        return closed_diagnostic(name, kinds[0])
-    whole = [path for path in traced.opaque if not path or name.startswith(f"{path}.")]
-    if not whole:
-        return Diagnostic("PN102", name, "the traced forward never calls it")
-    inside = whole[-1] or "the model"
-    return Diagnostic(
-        "PN101",
-        name,
-        f"the forward of {inside} cannot be traced, and the BatchNorm is shared or looked into there",
-        f"let {inside} call it as a module of its own",
-    )
 
 
 def measure_conversion(

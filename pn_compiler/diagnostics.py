@@ -23,6 +23,8 @@ CODES: dict[str, tuple[Severity, str]] = {
     "PN111": ("warning", "inside TorchScript or a quantized module: there is nothing to convert"),
     "PN112": ("note", "the forward stores a value on its module; the converted one does not"),
     "PN113": ("note", "activation checkpointing in the forward is traced away"),
+    "PN120": ("warning", "code that cannot be traced calls batch_norm as a function"),
+    "PN121": ("warning", "batch_norm is called as a function, in a branch that was not traced"),
     "PN201": ("note", "no activation follows the BatchNorm"),
     "PN202": ("note", "left without proxy normalization: a consumer cannot absorb its shift"),
     "PN203": ("note", "proxy normalization was switched off"),

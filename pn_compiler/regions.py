@@ -22,6 +22,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from pn_compiler.batch_norms import closed_kind, holds_batch_norm, is_batch_norm
 from pn_compiler.diagnostics import Diagnostic
 from pn_compiler.errors import ConfigError, TraceError, UnsupportedModelError, first_line
+from pn_compiler.functional_norms import reaches_batch_norm
 from pn_compiler.graph_module import ConvertedModule, check_module, is_converted
 from pn_compiler.graph_utils import module_calls
 from pn_compiler.inputs import Inputs
@@ -64,6 +65,8 @@ class Trace:
         leaves: paths of modules that the user wants whole.
         notes: about branches that were fixed.
         paths: id of each module -> every path that leads to it.
+        entered: paths of the modules whose forward is part of a graph.
+        norm_calls: those among them that call batch_norm as a function there.
     """
 
     root: nn.Module
@@ -72,6 +75,8 @@ class Trace:
     leaves: frozenset[str] = frozenset()
     notes: list[Diagnostic] = dataclasses.field(default_factory=list)
     paths: dict[int, list[str]] = dataclasses.field(default_factory=dict)
+    entered: set[str] = dataclasses.field(default_factory=set)
+    norm_calls: set[str] = dataclasses.field(default_factory=set)
 
 
 def trace(
@@ -101,6 +106,7 @@ def trace(
         traced.paths.setdefault(id(module), []).append(name)
     if isinstance(model, fx.GraphModule) and not _calls_whole(model):
         traced.notes += _other_graph_note(model)
+        traced.norm_calls.add("")
         traced.root = whole = ConvertedModule(model, model.graph).adopt_hooks(model)
         parts = [(name, graph) for name, graph in named_graphs(model) if name]
         traced.regions = [Region("", whole), *(Region(f"{n}.", graph) for n, graph in parts)]
@@ -238,11 +244,24 @@ def _trace_into(module: nn.Module, path: str, inputs: Inputs | None, traced: Tra
     inside = frozenset(leaf.removeprefix(prefix) for leaf in traced.leaves if leaf.startswith(prefix))
     graph, leaves, notes = trace_module(module, inputs, inside)
     traced.regions.append(Region(prefix, graph))
+    _note_entered(graph, path, traced)
     traced.notes.extend(dataclasses.replace(note, site=prefix + note.site) for note in notes)
     for leaf in leaves:
         logger.info("%s stays whole", prefix + leaf)
         _trace_children(graph.get_submodule(leaf), prefix + leaf, traced)
     return graph
+
+
+def _note_entered(graph: ConvertedModule, path: str, traced: Trace) -> None:
+    """Notes which modules became part of `graph`, the trace of the module at `path`."""
+    traced.entered.add(path)
+    for node in graph.graph.nodes:
+        inner = [f"{path}.{name}" if path else name for name in node.meta.get("nn_module_stack", ()) if name]
+        if node.op == "call_module":
+            inner = inner[:-1]  # the last one is what it calls whole
+        traced.entered.update(inner)
+        if node.op == "call_function" and reaches_batch_norm(node.target):
+            traced.norm_calls.add(inner[-1] if inner else path)
 
 
 def _trace_children(owner: nn.Module, path: str, traced: Trace) -> None:
@@ -268,10 +287,14 @@ def _trace_children(owner: nn.Module, path: str, traced: Trace) -> None:
 
 
 def _is_shared(child: nn.Module, path: str, traced: Trace) -> bool:
-    """Whether something outside `path` holds a part of `child` as well."""
+    """Whether something outside `path` holds a part of `child` as well.
+
+    What has no parameters, such as an activation, can be part of several graphs.
+    """
     return any(
         other != path and not other.startswith(f"{path}.")
         for module in child.modules()
+        if is_batch_norm(module) or module._parameters or module._buffers
         for other in traced.paths[id(module)]
     )
 

@@ -22,8 +22,9 @@ def operator_name(node: fx.Node) -> str:
     target = node.target
     if node.op == "call_method":
         return str(target)
-    if isinstance(target, torch._ops.OpOverload):
-        return str(target.overloadpacket.__name__) if target.namespace == "aten" else ""
+    packet = target.overloadpacket if isinstance(target, torch._ops.OpOverload) else target
+    if isinstance(packet, torch._ops.OpOverloadPacket):
+        return str(packet.__name__) if packet._qualified_op_name.startswith("aten::") else ""
     if node.op == "call_function":
         name = getattr(target, "__name__", "")
         if any(getattr(namespace, name, None) is target for namespace in _NAMESPACES):

@@ -1,14 +1,21 @@
 """``self.training`` while a model is traced."""
 
 import contextlib
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any
 
+import torch
 from torch import fx, nn
 
 from pn_compiler.consumers import ReadTraining
 from pn_compiler.diagnostics import Diagnostic
 
 _FLAG = "training_flag"
+_WITH_FLAG = (
+    "batch_norm", "native_batch_norm", "cudnn_batch_norm", "_native_batch_norm_legit", "instance_norm",
+    "dropout", "alpha_dropout", "feature_dropout", "feature_alpha_dropout", "rrelu",
+)  # fmt: skip
 
 
 class TrainingFlag(int):
@@ -33,6 +40,15 @@ class TrainingFlag(int):
         return int(self) != 0
 
 
+def _recorded(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Calls `function` of torch; if it gets a TrainingFlag, which is no bool for it, the call is recorded."""
+    values = (*args, *kwargs.values())
+    tracers = [value.tracer for value in values if isinstance(value, fx.Proxy)]
+    if not tracers or not any(isinstance(value, TrainingFlag) for value in values):
+        return function(*args, **kwargs)
+    return tracers[0].create_proxy("call_function", function, args, kwargs)
+
+
 @contextlib.contextmanager
 def training_flags(model: nn.Module, tracer: fx.Tracer, branches: set[str]) -> Iterator[None]:
     """Puts a TrainingFlag in the place of ``training`` in each module that is traced into."""
@@ -41,11 +57,16 @@ def training_flags(model: nn.Module, tracer: fx.Tracer, branches: set[str]) -> I
         for name, module in model.named_modules()
         if not tracer.is_leaf_module(module, name)
     }
+    functions = {name: getattr(torch, name) for name in _WITH_FLAG}
     try:
         for module, (name, _) in flags.items():
             object.__setattr__(module, "training", TrainingFlag.of(module, name, branches))
+        for name, function in functions.items():
+            setattr(torch, name, functools.partial(_recorded, function))
         yield
     finally:
+        for name, function in functions.items():
+            setattr(torch, name, function)
         for module, (_, training) in flags.items():
             object.__setattr__(module, "training", training)
 

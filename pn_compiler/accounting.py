@@ -1,0 +1,95 @@
+"""A record for everything that ties samples to their batch, what no graph met included."""
+
+import dataclasses
+
+from torch import nn
+
+from pn_compiler.batch_norms import batch_norms, closed_diagnostic, closed_kind, is_batch_norm
+from pn_compiler.diagnostics import Diagnostic, Site, skipped
+from pn_compiler.functional_norms import calls_batch_norm
+from pn_compiler.regions import Trace
+
+
+def account(
+    model: nn.Module, traced: Trace, table: dict[str, Site], notes: list[Diagnostic]
+) -> tuple[Site, ...]:
+    """One record for each BatchNorm of `model` in its order, those that no graph met included.
+
+    Args:
+        model: as it came.
+        traced: its trace.
+        table: the records of what the graphs met.
+        notes: gets one for each of the others.
+    """
+    missed = [_lost(name, model, traced) for name, _ in batch_norms(model) if name not in table]
+    looked_into = {note.site for note in missed if note.code in ("PN101", "PN111")}
+    missed += [note for note in _lost_calls(model, traced, looked_into) if note.site not in table]
+    notes += missed
+    found = table | {(site := skipped(note)).name: site for note in missed}
+    order = {name: place for place, (name, _) in enumerate(model.named_modules())}
+    sites = sorted(found.values(), key=lambda site: order.get(site.name, len(order)))
+    return tuple(dataclasses.replace(site, name=site.name or "the model") for site in sites)
+
+
+def _lost_calls(model: nn.Module, traced: Trace, looked_into: set[str]) -> list[Diagnostic]:
+    """A remark on each module whose code calls batch_norm as a function, and no graph has that call.
+
+    Args:
+        model, traced: as for `account`.
+        looked_into: BatchNorms that have a remark; code around them that reads their statistics needs none.
+    """
+    lost = []
+    closed: list[str] = []
+    for name, module in model.named_modules():
+        inside = f"{name}." if name else ""
+        if name in traced.norm_calls or is_batch_norm(module) or not calls_batch_norm(module):
+            continue
+        if any(name.startswith(outer) for outer in closed):
+            continue
+        if closed_kind(module):
+            closed.append(inside)
+        if not any(other.startswith(inside) for other in looked_into):
+            lost.append(_lost_call(name, model, traced))
+    return lost
+
+
+def _lost_call(name: str, model: nn.Module, traced: Trace) -> Diagnostic:
+    """Why no graph has the batch_norm that the code of the module `name` calls."""
+    where = name or "the model"
+    kind = closed_kind(model.get_submodule(name))
+    if kind:
+        return closed_diagnostic(name, kind)
+    if name in traced.entered:
+        return Diagnostic(
+            "PN121",
+            name,
+            f"the code of {where} calls batch_norm, but not in the branch that was traced",
+            "call transform in the mode that the result will be used in, or use nn.BatchNorm",
+        )
+    lost = _lost(name, model, traced)
+    if lost.code == "PN101" or name in traced.opaque:
+        return Diagnostic(
+            "PN120",
+            name,
+            f"the code of {where} calls batch_norm, and cannot be traced",
+            "let it call an nn.BatchNorm as a module of its own",
+        )
+    return lost
+
+
+def _lost(name: str, model: nn.Module, traced: Trace) -> Diagnostic:
+    """Why no graph met the BatchNorm `name`."""
+    around = [module for path, module in model.named_modules() if not path or name.startswith(f"{path}.")]
+    kinds = [kind for module in around if (kind := closed_kind(module))]
+    if kinds:
+        return closed_diagnostic(name, kinds[0])
+    whole = [path for path in traced.opaque if not path or name.startswith(f"{path}.")]
+    if not whole:
+        return Diagnostic("PN102", name, "the traced forward never calls it")
+    inside = whole[-1] or "the model"
+    return Diagnostic(
+        "PN101",
+        name,
+        f"the forward of {inside} cannot be traced, and the BatchNorm is shared or looked into there",
+        f"let {inside} call it as a module of its own",
+    )
