@@ -40,13 +40,18 @@ class TrainingFlag(int):
         return int(self) != 0
 
 
-def _recorded(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """Calls `function` of torch; if it gets a TrainingFlag, which is no bool for it, the call is recorded."""
-    values = (*args, *kwargs.values())
-    tracers = [value.tracer for value in values if isinstance(value, fx.Proxy)]
-    if not tracers or not any(isinstance(value, TrainingFlag) for value in values):
-        return function(*args, **kwargs)
-    return tracers[0].create_proxy("call_function", function, args, kwargs)
+def _recording(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function` of torch; a call that has a TrainingFlag, which is no bool for it, is recorded."""
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        values = (*args, *kwargs.values())
+        tracers = [value.tracer for value in values if isinstance(value, fx.Proxy)]
+        if not tracers or not any(isinstance(value, TrainingFlag) for value in values):
+            return function(*args, **kwargs)
+        return tracers[0].create_proxy("call_function", function, args, kwargs)
+
+    return call
 
 
 @contextlib.contextmanager
@@ -62,7 +67,7 @@ def training_flags(model: nn.Module, tracer: fx.Tracer, branches: set[str]) -> I
         for module, (name, _) in flags.items():
             object.__setattr__(module, "training", TrainingFlag.of(module, name, branches))
         for name, function in functions.items():
-            setattr(torch, name, functools.partial(_recorded, function))
+            setattr(torch, name, _recording(function))
         yield
     finally:
         for name, function in functions.items():

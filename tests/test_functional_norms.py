@@ -112,7 +112,7 @@ def hooked() -> nn.Module:
     return module
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit")
+@pytest.mark.filterwarnings("ignore")
 def test_methods_held_functions_hooks_and_graphs_are_followed() -> None:
     for module in (
         Method(),
