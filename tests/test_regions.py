@@ -133,7 +133,7 @@ CASES: list[tuple[Callable[[], nn.Module], list[tuple[str, str, str | None]]]] =
     # what is walked through keeps its class, and its norms are converted one by one
     (Iterates, [(f"{name}.1", "norm_only", "PN201") for name in ("steps.0", "steps.1", "more.0")]),
     (Asks, [("up.bn", "norm_only", "PN201")]),
-    (Shares, [("body.1", "skipped", "PN101")]),
+    (Shares, [("body.1", "norm_only", "PN201")]),
     (Helps, [("bn", "skipped", "PN101")]),
     (Reads, [("bn", "skipped", "PN101")]),
 ]
