@@ -12,7 +12,7 @@ from pn_compiler.config import TransformConfig, norm_name
 from pn_compiler.diagnostics import Diagnostic, Site, skipped
 from pn_compiler.errors import PostconditionError
 from pn_compiler.functional_norms import NAMES, reaches_batch_norm
-from pn_compiler.graph_utils import has_hooks, has_values, module_calls, replace_module
+from pn_compiler.graph_utils import called_module, has_hooks, has_values, module_calls, replace_module
 from pn_compiler.pass_base import GraphPass, PassResult
 from pn_compiler.passes.canonicalize_modules import CanonicalizeModules
 from pn_compiler.passes.norm_calls import is_norm_call, norm_operands
@@ -147,7 +147,7 @@ class ReplaceBatchNorm(GraphPass):
 
     def _rewrite(self, graph: fx.GraphModule, path: str, norm: _BatchNorm, num_groups: int) -> Site:
         """Returns the record of the new normalizer."""
-        like = next((t for t in (norm.weight, norm.running_mean) if t is not None), torch.empty(0))
+        like = next((t for t in (norm.weight, norm.running_mean) if t is not None), _nearby(graph, path))
         new = nn.GroupNorm(num_groups, norm.num_features, norm.eps, device=like.device, dtype=like.dtype)
         warm = is_warm(norm, self.config.warm_start)
         weight, bias = affine_from_running_stats(norm, num_groups) if warm else plain_affine(norm)
@@ -163,6 +163,25 @@ class ReplaceBatchNorm(GraphPass):
         kind = norm_name(num_groups, norm.num_features)
         residual = None if fitted is None else fitted.residual
         return Site(path, "norm_only", kind, num_groups, warm_start=warm, residual=residual)
+
+
+def _nearby(graph: fx.GraphModule, path: str) -> torch.Tensor:
+    """A tensor in the dtype and on the device in which the BatchNorm at `path`, which has none, computes.
+
+    It is a parameter of the closest module before it that has one, else of any.
+    """
+    remaining, seen = list(module_calls(graph)[path]), set()
+    while remaining:
+        node = remaining.pop(0)
+        if node in seen:
+            continue
+        seen.add(node)
+        module = called_module(graph, node)
+        for parameter in () if module is None else module.parameters():
+            if parameter.is_floating_point():
+                return parameter
+        remaining += node.all_input_nodes
+    return next((p for p in graph.parameters() if p.is_floating_point()), torch.empty(0))
 
 
 def _refused_call(graph: fx.GraphModule, node: fx.Node) -> Diagnostic | None:

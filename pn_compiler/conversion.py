@@ -137,9 +137,11 @@ def convert(
 
 def _infer_shapes(region: Region, inputs: Inputs | None) -> None:
     """What the passes ask of shapes, from a call of the whole model if there is one."""
-    if inputs is not None and not region.prefix and region.owner is None:
+    if region.prefix or region.owner is not None:
+        inputs = None  # they are those of the model: neither of a part nor of a BatchNorm alone
+    if inputs is not None:
         record_pixels(region.graph, inputs)
-    infer_ranks(region.graph, None if region.prefix else inputs)
+    infer_ranks(region.graph, inputs)
 
 
 def measure_conversion(

@@ -76,7 +76,7 @@ def _reaches(function: Any, cls: type | None, seen: set[int]) -> bool:
     if id(function) in seen or _is_of_torch(function):
         return False
     seen.add(id(function))
-    if isinstance(function, type):  # an autograd.Function, or a class that is called
+    if isinstance(function, type) and issubclass(function, torch.autograd.Function):
         own = (_plain(value) for value in vars(function).values())
         return any(_reaches(value, function, seen) for value in own if isinstance(value, types.FunctionType))
     if not isinstance(function, types.FunctionType):
@@ -127,7 +127,7 @@ def _uses(code: types.CodeType, function: types.FunctionType, cls: type | None, 
                 return True
         else:
             value = None
-        if value is not None and callable(value) and _reaches(value, None, seen):
+        if any(_reaches(each, None, seen) for each in _functions_in(value)):
             return True
     return False
 

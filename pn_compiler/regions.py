@@ -64,7 +64,7 @@ class Trace:
         opaque: paths of the modules that stayed whole, the outermost first; "" is the model itself.
         leaves: paths of modules that the user wants whole.
         notes: about branches that were fixed.
-        paths: id of each module -> every path that leads to it.
+        paths: id of each module and parameter -> every path that leads to it, or to its owner.
         entered: paths of the modules whose forward is part of a graph.
         norm_calls: those among them that call batch_norm as a function there.
     """
@@ -103,7 +103,8 @@ def trace(
     model = model if in_place else copy_model(model)
     traced = Trace(model, leaves=resolve_leaves(model, leaves))
     for name, module in model.named_modules(remove_duplicate=False):
-        traced.paths.setdefault(id(module), []).append(name)
+        for part in (module, *(p for p in module._parameters.values() if p is not None)):
+            traced.paths.setdefault(id(part), []).append(name)
     if isinstance(model, fx.GraphModule) and not _calls_whole(model):
         traced.notes += _other_graph_note(model)
         traced.norm_calls.add("")
@@ -271,11 +272,13 @@ def _trace_children(owner: nn.Module, path: str, traced: Trace) -> None:
         return  # its code looks inside its BatchNorms: they are reported as not reached
     for name, child in list(owner.named_children()):
         inside = f"{path}.{name}" if path else name
-        if closed_kind(child) or not holds_batch_norm(child) or _is_shared(child, inside, traced):
+        if closed_kind(child) or not holds_batch_norm(child):
             continue
+        shared = _is_shared(child, inside, traced)
         if is_batch_norm(child):
-            traced.regions.append(_lone_region(owner, name, path))
-        elif not _is_called_whole(owner, name, child):
+            if not shared:
+                traced.regions.append(_lone_region(owner, name, path))
+        elif shared or not _is_called_whole(owner, name, child):  # no region may change a shared weight
             _trace_children(child, inside, traced)
         else:
             try:
@@ -295,7 +298,8 @@ def _is_shared(child: nn.Module, path: str, traced: Trace) -> bool:
         other != path and not other.startswith(f"{path}.")
         for module in child.modules()
         if is_batch_norm(module) or module._parameters or module._buffers
-        for other in traced.paths[id(module)]
+        for part in (module, *module._parameters.values())
+        for other in traced.paths.get(id(part), ())
     )
 
 

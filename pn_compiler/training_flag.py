@@ -41,7 +41,7 @@ class TrainingFlag(int):
 
 
 def _recording(function: Callable[..., Any]) -> Callable[..., Any]:
-    """`function` of torch, whose calls are recorded if they have a TrainingFlag, which is no bool for it."""
+    """`function` of torch; a call that has a TrainingFlag, which is no bool for it, is recorded."""
 
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:

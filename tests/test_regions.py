@@ -1,8 +1,10 @@
 """Models that torch.fx cannot trace as a whole: every BatchNorm is reached all the same."""
 
 import copy
+import math
 import pickle
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -131,7 +133,7 @@ CASES: list[tuple[Callable[[], nn.Module], list[tuple[str, str, str | None]]]] =
     # what is walked through keeps its class, and its norms are converted one by one
     (Iterates, [(f"{name}.1", "norm_only", "PN201") for name in ("steps.0", "steps.1", "more.0")]),
     (Asks, [("up.bn", "norm_only", "PN201")]),
-    (Shares, [("body.1", "skipped", "PN101")]),
+    (Shares, [("body.1", "norm_only", "PN201")]),
     (Helps, [("bn", "skipped", "PN101")]),
     (Reads, [("bn", "skipped", "PN101")]),
 ]
@@ -303,3 +305,200 @@ def test_layers_of_the_package_stay_whole() -> None:
     assert isinstance(converted.get_submodule("1"), pn_compiler.nn.ProxyNormAct)
     assert isinstance(converted.get_submodule("2"), pn_compiler.nn.InputAffineConv2d)
     assert_same_outputs(converted(IMAGES), pn_compiler.transform(net, proxy=False, leaves=["1", "2"])(IMAGES))
+
+
+class TwoInputs(nn.Module):
+    """Untraceable for the size that a factory gets, with a BatchNorm of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.bn, self.out = nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4), nn.Conv2d(4, 2, 1)
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        z = x + y.mean(2, keepdim=True)[..., None] + torch.zeros(x.shape[0], 1, 1, 1)
+        return self.out(F.relu(self.bn(self.conv(z))))
+
+
+def test_example_inputs_are_not_those_of_a_lone_batch_norm(tmp_path: Path) -> None:
+    net = randomize_batch_norms(TwoInputs()).eval()
+    inputs = (IMAGES, torch.randn(2, 4, 3))
+    converted = pn_compiler.transform(net, inputs, strict=True)
+    assert [(site.name, site.kind) for site in pn_compiler.sites(converted)] == [("bn", "norm_only")]
+    plain = copy.deepcopy(net)
+    plain.bn = converted.bn
+    assert_same_outputs(converted(*inputs), plain(*inputs))
+    pn_compiler.compile(net, tmp_path / "m.onnx", inputs, dynamic_batch=False)
+
+
+class Of1d(nn.Module):
+    """The only input has another rank than what the BatchNorm reads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.bn = nn.Linear(6, 4), nn.BatchNorm1d(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.bn(self.linear(x.mean((1, 2)))) if x.sum() < 1e9 else x
+
+
+def test_the_rank_of_an_input_is_not_that_of_a_lone_batch_norm() -> None:
+    net = randomize_batch_norms(Of1d()).eval()
+    (site,) = pn_compiler.sites(pn_compiler.transform(net, IMAGES, norm="instance"))
+    assert site.num_groups == 1  # of [N, C] an instance norm would leave nothing
+
+
+SHARED_ACT = nn.SiLU()
+
+
+class ConvBlock(nn.Module):
+    """As in YOLO: one activation, and other modules without parameters, for all blocks."""
+
+    def __init__(self, channels: int, drop: nn.Module) -> None:
+        super().__init__()
+        self.conv, self.bn, self.act = nn.Conv2d(channels, 8, 1), nn.BatchNorm2d(8), SHARED_ACT
+        self.rest = nn.Sequential(drop, nn.Identity())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.rest(self.act(self.bn(self.conv(x))))
+
+
+class Depends(nn.Module):
+    def __init__(self, one: nn.Module, two: nn.Module) -> None:
+        super().__init__()
+        self.one, self.two = one, two
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.one(x)
+        return self.two(x) if x.mean() < 1e9 else x
+
+
+def test_modules_without_parameters_may_be_shared() -> None:
+    drop = nn.Dropout(0.5)
+    net = randomize_batch_norms(Depends(ConvBlock(4, drop), ConvBlock(8, drop))).eval()
+    converted = pn_compiler.transform(net, IMAGES, strict=True)
+    assert [site.name for site in pn_compiler.sites(converted)] == ["one.bn", "two.bn"]
+    assert all(site.activation == "silu" for site in pn_compiler.sites(converted))
+    straight = nn.Sequential(net.one, net.two)  # one graph
+    assert_same_outputs(
+        converted(IMAGES),
+        pn_compiler.transform(straight, proxy=False, warm_start="auto")(IMAGES),
+        tolerance=1e-5,
+    )
+    assert isinstance(SHARED_ACT, nn.SiLU)
+    assert not SHARED_ACT.inplace
+
+
+@pytest.mark.parametrize("affine", [False, True])
+def test_a_shared_batch_norm_is_refused(affine: bool) -> None:
+    shared = nn.BatchNorm2d(8, affine=affine)
+    one = nn.Sequential(nn.Conv2d(4, 8, 1), nn.BatchNorm2d(8), nn.ReLU(), shared)
+    two = nn.Sequential(shared, nn.BatchNorm2d(8))
+    converted = pn_compiler.transform(Depends(one, two).eval(), IMAGES)
+    codes = {site.name: site.code for site in pn_compiler.sites(converted)}
+    assert codes.pop("one.3") == "PN101"
+    assert "PN101" not in codes.values()
+    assert count_modules(converted, nn.BatchNorm2d) == 1
+
+
+def tied(tie: str) -> Depends:
+    """A convolution that both blocks have, right behind a site that would change its weight."""
+    torch.manual_seed(0)
+    shared = nn.Conv2d(8, 8, 1)
+    other = nn.Conv2d(8, 8, 1)
+    other.weight, other.bias = shared.weight, shared.bias
+    one = nn.Sequential(nn.Conv2d(4, 8, 1), nn.BatchNorm2d(8), nn.SiLU(), shared, nn.BatchNorm2d(8))
+    two = nn.Sequential(
+        shared if tie == "module" else other, nn.BatchNorm2d(8), nn.SiLU(), nn.Conv2d(8, 2, 1)
+    )
+    return randomize_batch_norms(Depends(one, two)).eval()  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize("tie", ["module", "parameter"])
+def test_a_shared_weight_is_left_alone_and_its_batch_norms_convert(tie: str) -> None:
+    net = tied(tie)
+    converted = pn_compiler.transform(net, IMAGES, strict=True)
+    assert {site.name for site in pn_compiler.sites(converted)} == {"one.1", "one.4", "two.1"}
+    assert count_modules(converted, nn.BatchNorm2d) == 0
+    state = converted.state_dict()
+    for name in ("one.3", "two.0"):
+        for key in ("weight", "bias"):
+            assert torch.equal(state[f"{name}.{key}"], net.one[3].get_parameter(key))  # type: ignore[operator, index]
+    by_hand = copy.deepcopy(net)
+    for name in ("one.1", "one.4", "two.1"):
+        by_hand.set_submodule(name, converted.get_submodule(name))
+    assert_same_outputs(converted(IMAGES), by_hand(IMAGES))
+
+
+class GhostBatchNorm(nn.Module):
+    """As in TabNet: normalizes pieces of the batch."""
+
+    def __init__(self, features: int, size: int = 2) -> None:
+        super().__init__()
+        self.size, self.bn = size, nn.BatchNorm1d(features)
+
+    def forward(self, x: Tensor) -> Tensor:
+        pieces = x.chunk(math.ceil(x.shape[0] / self.size), 0)
+        return torch.cat([self.bn(piece) for piece in pieces], 0)
+
+
+class Gated(nn.Module):
+    """A GLU_Layer, whose linear layer may belong to others as well."""
+
+    def __init__(self, features: int, out: int, fc: nn.Linear | None = None) -> None:
+        super().__init__()
+        self.out, self.bn = out, GhostBatchNorm(2 * out)
+        self.fc = fc if fc is not None else nn.Linear(features, 2 * out, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.bn(self.fc(x))
+        return x[:, : self.out] * torch.sigmoid(x[:, self.out :])
+
+
+class Features(nn.Module):
+    """A FeatTransformer: shared and own layers, added up."""
+
+    def __init__(self, shared: list[nn.Linear], out: int) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([*(Gated(0, out, fc) for fc in shared), Gated(out, out)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.layers[0](x)
+        for layer in list(self.layers)[1:]:
+            x = (x + layer(x)) * 0.5**0.5
+        return x
+
+
+class TabNet(nn.Module):
+    def __init__(self, depends: bool) -> None:
+        super().__init__()
+        shared = [nn.Linear(6, 8, bias=False), nn.Linear(4, 8, bias=False)]
+        self.first, self.steps = nn.BatchNorm1d(6), nn.ModuleList(Features(shared, 4) for _ in range(3))
+        self.head, self.depends = nn.Linear(4, 2), depends
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        total = x.new_zeros(1)
+        for step in self.steps:
+            if not self.depends or x.sum() < 1e9:
+                total = total + F.relu(step(x))
+        return self.head(total)
+
+
+@pytest.mark.parametrize("depends", [False, True])
+@pytest.mark.parametrize("inputs", [False, True])
+def test_tabnet_shares_its_linear_layers(depends: bool, inputs: bool) -> None:
+    torch.manual_seed(0)
+    net = randomize_batch_norms(TabNet(depends)).eval()
+    x = torch.randn(5, 6)
+    converted = pn_compiler.transform(net, x if inputs else None, strict=True)
+    assert len(pn_compiler.sites(converted)) == 10
+    assert count_modules(converted, nn.BatchNorm1d) == 0
+    for name, parameter in converted.named_parameters():
+        if ".fc." in name:
+            assert torch.equal(parameter, net.get_parameter(name))
+    by_hand = copy.deepcopy(net)
+    for site in pn_compiler.sites(converted):
+        by_hand.set_submodule(site.name, converted.get_submodule(site.name))
+    assert_same_outputs(converted(x), by_hand(x))
+    for index in range(5):  # the pieces of a batch no longer matter
+        assert_same_outputs(converted(x)[index : index + 1], converted(x[index : index + 1]))

@@ -150,3 +150,13 @@ def test_subclassed_inputs_pass_through() -> None:
     result = converted(X.as_subclass(Tagged))
     assert isinstance(result, Tagged)
     assert_same_outputs(result.as_subclass(torch.Tensor), converted(X))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("first", [False, True])
+def test_a_norm_without_tensors_has_the_dtype_of_its_neighbours(dtype: torch.dtype, first: bool) -> None:
+    norm = nn.BatchNorm2d(4 if not first else 3, affine=False, track_running_stats=False)
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), norm) if not first else nn.Sequential(norm, nn.Conv2d(3, 4, 3))
+    converted = pn_compiler.transform(net.to(dtype), warm_start="none")
+    assert {p.dtype for p in converted.parameters()} == {dtype}
+    assert converted(X.to(dtype)).dtype == dtype

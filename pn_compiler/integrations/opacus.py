@@ -68,6 +68,8 @@ def prepare(model: nn.Module) -> nn.Module:
             module.register_forward_hook(_take_in_shift)
         elif isinstance(module, ChannelAffine):
             module.register_forward_pre_hook(_apply_rows)
+        elif isinstance(module, nn.modules.conv._ConvNd):
+            module.register_forward_pre_hook(_in_order)
     return model
 
 
@@ -155,7 +157,21 @@ def _apply_rows(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
     return _affine(x, scale, shift), None, None, *gate
 
 
-_HOOKS = (_check, _compute_alone, _hand_out_rows, _keep_grads, _take_in_scale, _take_in_shift, _apply_rows)
+def _in_order(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Opacus reads the input of a convolution as if it were contiguous, which channels_last is not."""
+    return tuple(x.contiguous() if isinstance(x, Tensor) else x for x in args)
+
+
+_HOOKS = (
+    _in_order,
+    _check,
+    _compute_alone,
+    _hand_out_rows,
+    _keep_grads,
+    _take_in_scale,
+    _take_in_shift,
+    _apply_rows,
+)
 
 
 def _affine(x: Tensor, scale: Tensor | None, shift: Tensor | None) -> Tensor:

@@ -173,6 +173,36 @@ def test_every_kind_of_site_and_consumer(name: str, warm_start: str) -> None:
     assert_gradients_of_samples(model, x, tolerance=1e-9, reduction="sum" if name == "conv1d" else "mean")
 
 
+LAYOUTS: dict[int, list[tuple[int, ...]]] = {
+    1: [(2, 0, 1)],
+    2: [(0, 2, 3, 1), (3, 2, 1, 0)],
+    3: [(0, 2, 3, 4, 1)],
+}
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"groups": 3}, {"dilation": 2, "padding": 1}, {"stride": 2, "bias": False}]
+)
+@pytest.mark.parametrize("rank", LAYOUTS)
+@pytest.mark.parametrize("site", [False, True])
+def test_inputs_in_any_order_of_memory(rank: int, options: dict[str, Any], site: bool) -> None:
+    """As channels_last or permuted: of the first layer, of a layer of its own, and of a consumer."""
+    torch.manual_seed(0)
+    conv, norm = getattr(nn, f"Conv{rank}d"), getattr(nn, f"BatchNorm{rank}d")
+    first = nn.Sequential(conv(3, 6, 2, **options), norm(6), nn.ReLU() if site else nn.Identity())
+    net = nn.Sequential(*first, conv(6, 6, 2, **options), nn.Flatten(), nn.LazyLinear(5))
+    x = images(rank=rank)
+    model = converted(net, x, warm_start="none")
+    for order in LAYOUTS[rank]:
+        strided = x.permute(order).contiguous().permute([order.index(axis) for axis in range(x.dim())])
+        assert not strided.is_contiguous()
+        assert_gradients_of_samples(copy.deepcopy(model), strided, tolerance=1e-9)
+        in_order = copy.deepcopy(model)
+        if rank == 2:
+            in_order = in_order.to(memory_format=torch.channels_last)
+            assert_gradients_of_samples(in_order, strided, tolerance=1e-9)
+
+
 def test_these_networks_have_every_kind_of_module() -> None:
     found = set()
     for build, rank in NETWORKS.values():

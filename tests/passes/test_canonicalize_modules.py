@@ -2,6 +2,7 @@
 
 import copy
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -110,3 +111,23 @@ def test_identities_go_and_in_place_results_are_seen() -> None:
     assert not any(node.op == "call_method" for node in graph.graph.nodes)
     x = torch.randn(4)
     assert torch.equal(graph(x), Net()(x))
+
+
+@pytest.mark.parametrize("layer", ["conv", "bn"])
+def test_a_function_on_the_weights_of_a_module_calls_no_hooks_of_it(layer: str) -> None:
+    class Both(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.bn = nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = F.conv2d(self.bn(self.conv(x)), self.conv.weight, self.conv.bias)
+            bn = self.bn
+            return F.batch_norm(x, bn.running_mean, bn.running_var, bn.weight, bn.bias, self.training)
+
+    net = randomize_batch_norms(Both()).eval()
+    net.get_submodule(layer).register_forward_hook(lambda module, args, output: output + 1)
+    graph, _, _ = trace_module(copy.deepcopy(net))
+    infer_ranks(graph)
+    assert CanonicalizeModules()(graph).rewritten == 1  # of the other layer
+    assert_same_outputs(graph(IMAGES), net(IMAGES))
