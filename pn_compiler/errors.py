@@ -47,3 +47,11 @@ class VerificationError(ExportError):
 
 class SmokeError(PnCompilerError):
     """A server cannot be asked, or does not give the golden outputs."""
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an exception's message that is not blank, or its type if there is none.
+
+    A bare ``assert`` and a bare ``raise`` have no message.
+    """
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -20,6 +20,7 @@ from torch import fx, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from pn_compiler.batch_norms import closed_kind, holds_batch_norm, is_batch_norm
+from pn_compiler.captured import copy_with_functions
 from pn_compiler.diagnostics import Diagnostic
 from pn_compiler.errors import ConfigError, TraceError, UnsupportedModelError
 from pn_compiler.graph_module import ConvertedModule, is_converted
@@ -106,10 +107,10 @@ def trace(
     else:
         try:
             traced.root = _trace_into(model, "", inputs, traced)
-        except TraceError:
+        except TraceError as error:
             if not holds_batch_norm(model):
                 raise
-            _trace_children(model, "", traced)
+            _trace_children(model, "", traced, apart=_note_failure(error, "", traced))
     return traced
 
 
@@ -157,7 +158,7 @@ def copy_model(model: nn.Module, *, share_parameters: bool = False) -> nn.Module
         if isinstance(tensor, FakeTensor) and id(tensor) not in memo:  # their own deepcopy fails
             memo[id(tensor)] = _copy_fake(tensor)
     try:
-        return copy.deepcopy(model, memo)
+        return copy_with_functions(model, memo)
     except Exception as error:
         cause = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UnsupportedModelError(f"the model cannot be copied: {cause}") from error
@@ -200,17 +201,49 @@ def _trace_into(module: nn.Module, path: str, inputs: Inputs | None, traced: Tra
         raise TraceError(f"{path or type(module).__name__} is to stay whole")
     prefix = f"{path}." if path else ""
     inside = frozenset(leaf.removeprefix(prefix) for leaf in traced.leaves if leaf.startswith(prefix))
-    graph, leaves, notes = trace_module(module, inputs, inside)
-    traced.regions.append(Region(prefix, graph))
-    traced.notes.extend(dataclasses.replace(note, site=prefix + note.site) for note in notes)
-    for leaf in leaves:
+    found = trace_module(module, inputs, inside, outermost=not path)
+    gm = found.graph
+    traced.regions.append(Region(prefix, gm))
+    _take_notes(found.notes, path, traced)
+    rewriting = {note.site for note in found.notes if note.code == "PN115"}
+    for leaf in found.leaves:
         logger.info("%s stays whole", prefix + leaf)
-        _trace_children(graph.get_submodule(leaf), prefix + leaf, traced)
-    return graph
+        inner = gm.get_submodule(leaf)
+        if leaf in found.apart and not closed_kind(inner) and holds_batch_norm(inner):
+            gm.set_submodule(leaf, _trace_or_enter(inner, prefix + leaf, traced, apart=False))
+        else:
+            _trace_children(inner, prefix + leaf, traced, apart=leaf in rewriting)
+    return gm
 
 
-def _trace_children(owner: nn.Module, path: str, traced: Trace) -> None:
-    """Puts regions in the place of what `owner`, which stays as it is, calls."""
+def _trace_or_enter(module: nn.Module, path: str, traced: Trace, *, apart: bool) -> nn.Module:
+    """The graph of `module`, or `module` itself with regions inside where it cannot be traced."""
+    try:
+        return _trace_into(module, path, None, traced)
+    except TraceError as error:
+        _trace_children(module, path, traced, apart=apart or _note_failure(error, path, traced))
+        return module
+
+
+def _note_failure(error: TraceError, path: str, traced: Trace) -> bool:
+    """Reports why the module at `path` stays whole. Returns whether its forward rewrites weights."""
+    notes = getattr(error, "notes", ())
+    _take_notes(notes, path, traced)
+    return any(note.code == "PN115" for note in notes)
+
+
+def _take_notes(notes: Sequence[Diagnostic], path: str, traced: Trace) -> None:
+    for note in notes:
+        site = ".".join(part for part in (path, note.site) if part)
+        traced.notes.append(dataclasses.replace(note, site=site))
+
+
+def _trace_children(owner: nn.Module, path: str, traced: Trace, *, apart: bool = False) -> None:
+    """Puts regions in the place of what `owner`, which stays as it is, calls.
+
+    With `apart` each BatchNorm becomes one of its own: nothing may be absorbed into weights that the code
+    of `owner` rewrites.
+    """
     traced.opaque.append(path)
     if _reads_statistics(type(owner)):  # type: ignore[arg-type]  # classes are hashable
         return  # its code looks inside its BatchNorms: they are reported as not reached
@@ -220,15 +253,10 @@ def _trace_children(owner: nn.Module, path: str, traced: Trace) -> None:
             continue
         if is_batch_norm(child):
             traced.regions.append(_lone_region(owner, name, path))
-        elif not _is_called_whole(owner, name, child):
-            _trace_children(child, inside, traced)
+        elif apart or not _is_called_whole(owner, name, child):
+            _trace_children(child, inside, traced, apart=apart)
         else:
-            try:
-                graph = _trace_into(child, inside, None, traced)
-            except TraceError:
-                _trace_children(child, inside, traced)
-            else:
-                setattr(owner, name, graph)
+            setattr(owner, name, _trace_or_enter(child, inside, traced, apart=False))
 
 
 def _is_shared(child: nn.Module, path: str, traced: Trace) -> bool:

@@ -76,6 +76,34 @@ def overwritten(node: fx.Node) -> fx.Node | None:
     return target if isinstance(target, fx.Node) else None
 
 
+def overwritten_by(node: fx.Node) -> list[fx.Node]:
+    """The tensors that a node overwrites: as `overwritten`, those of a list, one whose items are set."""
+    if node.op not in ("call_function", "call_method"):
+        return []
+    target: Any = overwritten(node)
+    name = getattr(node.target, "__name__", str(node.target))
+    if target is None and node.args and (name == "setitem" or name.endswith("_")):
+        target = node.args[0]
+    targets = target if isinstance(target, list | tuple) else [target]
+    return [item for item in targets if isinstance(item, fx.Node)]
+
+
+_SAME_VALUES = frozenset(["data", "T", "mT", "H", "mH", "real", "imag"])
+
+
+def source_of(node: fx.Node) -> str | None:
+    """The path of the parameter or buffer whose memory `node` is, or is a view of; else None."""
+    while node.op != "get_attr":
+        alias = node.target is getattr and node.args[1] in _SAME_VALUES
+        if not (alias or operator_name(node) in _ALIASING or overwritten(node) is not None):
+            return None
+        first = node.args[0] if node.args else None
+        if not isinstance(first, fx.Node):
+            return None
+        node = first
+    return str(node.target)
+
+
 def may_alias(source: fx.Node, before: fx.Node) -> bool:
     """Whether `source` shares memory with another tensor of the graph that was made earlier than `before`."""
     if operator_name(source) in _ALIASING:
