@@ -32,12 +32,13 @@ def is_plain_object(value: Any) -> bool:
     """Whether `value` is an instance of a user's class, with attributes that code can set."""
     if isinstance(value, nn.Module | torch.Tensor | type | types.ModuleType | types.FunctionType):
         return False
-    top = type(value).__module__.partition(".")[0]
-    return hasattr(value, "__dict__") and (top == "__main__" or not _is_library(top))
+    return hasattr(value, "__dict__") and not is_library(type(value))
 
 
-def _is_library(top: str) -> bool:
-    return top in ("torch", "numpy", "pn_compiler") or top in sys.stdlib_module_names
+def is_library(cls: type) -> bool:
+    """Whether `cls` is one of Python, torch, NumPy or this package, whose code keeps no state in models."""
+    top = cls.__module__.partition(".")[0]
+    return top in ("torch", "numpy", "pn_compiler") or (top in sys.stdlib_module_names and top != "__main__")
 
 
 def held_by(value: Any) -> Iterator[Any]:
@@ -66,7 +67,7 @@ def _is_filled(cell: types.CellType) -> bool:
     return True
 
 
-def reachable(values: Iterable[Any]) -> Iterator[Any]:
+def reachable(values: Iterable[Any], *, through_functions: bool = True) -> Iterator[Any]:
     """`values` and all that they hold, each once; modules and tensors are ends."""
     seen: set[int] = set()
     stack = list(values)
@@ -76,7 +77,9 @@ def reachable(values: Iterable[Any]) -> Iterator[Any]:
             continue
         seen.add(id(value))
         yield value
-        if not isinstance(value, nn.Module | torch.Tensor):
+        if isinstance(value, nn.Module | torch.Tensor):
+            continue
+        if through_functions or not isinstance(value, types.FunctionType):
             stack.extend(held_by(value))
 
 
@@ -98,7 +101,7 @@ def attributes(module: nn.Module) -> list[Any]:
 def functions_of(cls: type) -> Iterator[types.FunctionType]:
     """The methods of a user's class and of its bases."""
     for base in cls.__mro__:
-        if not _is_library(base.__module__.partition(".")[0]) or base.__module__ == "__main__":
+        if not is_library(base):
             for value in vars(base).values():
                 function = getattr(value, "fget", getattr(value, "__func__", value))
                 if isinstance(function, types.FunctionType):
@@ -142,8 +145,9 @@ def _rebind(model: nn.Module, memo: dict[int, Any]) -> "tuple[_Rebound, set[int]
     """
     owned = {id(module) for module in model.modules()}
     for module in model.modules():
-        mine = reachable(attributes(module))
+        mine = list(reachable(attributes(module), through_functions=False))
         owned |= {id(v) for v in mine if isinstance(v, CONTAINERS) or is_plain_object(v)}
+        owned |= {id(v) for v in mine if isinstance(v, types.FunctionType) and v.__closure__}
         owned |= {id(t) for t in (*module._parameters.values(), *module._buffers.values()) if t is not None}
     everything = [
         vars(module) for module in model.modules() if not isinstance(module, torch.jit.ScriptModule)

@@ -27,6 +27,7 @@ HOOKS_AND_OPTIONS = (
     "_forward_hooks_with_kwargs",
     "_forward_hooks_always_called",
     "_forward_pre_hooks_with_kwargs",
+    "_is_full_backward_hook",
 )
 
 

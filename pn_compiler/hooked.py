@@ -71,3 +71,21 @@ def _readable(module: nn.Module) -> set[int]:
     held = reachable([*attributes(module), *functions_of(type(module))])
     named = (value for function in functions_of(type(module)) for value in named_globals(function))
     return {id(module), *map(id, held), *map(id, named)}
+
+
+def sharing_tensors(model: nn.Module) -> frozenset[str]:
+    """Paths of modules that hold a container with tensors in it together with another module.
+
+    Where they are not traced as one, what one of them leaves there for the other would become a constant.
+    """
+    owners: dict[int, set[str]] = {}
+    for path, module in model.named_modules():
+        if not isinstance(module, torch.jit.ScriptModule):
+            for value in reachable(attributes(module)):
+                if isinstance(value, CONTAINERS) and _holds_tensor(value):
+                    owners.setdefault(id(value), set()).add(path)
+    return frozenset(path for paths in owners.values() if len(paths) > 1 for path in paths)
+
+
+def _holds_tensor(value: Any) -> bool:
+    return any(isinstance(held, torch.Tensor) for held in reachable([value]))

@@ -1,5 +1,7 @@
 """The type that a value of a graph has in a real call, as far as operators and example inputs tell."""
 
+import dis
+import functools
 import operator
 from collections.abc import Mapping
 from typing import Any
@@ -30,6 +32,8 @@ _SEVERAL_OUTPUTS = (
     nn.modules.container.ModuleDict,
 )
 
+_RETURNS = frozenset(["RETURN_VALUE", "BUILD_TUPLE", "BUILD_LIST", "BUILD_MAP", "BUILD_CONST_KEY_MAP"])
+
 
 def sample_inputs(value: Any) -> Any:
     """`value` with a sample in the place of each tensor."""
@@ -49,6 +53,23 @@ def is_python_value(value: Any) -> bool:
 def has_attribute(value: Any, name: str) -> bool:
     """Whether values of the type of `value`, a sample, have that attribute."""
     return hasattr(torch.Tensor, name) if isinstance(value, torch.Tensor) else hasattr(value, name)
+
+
+@functools.cache
+def may_return_none(cls: type) -> bool:
+    """Whether the forward of a user's module has None in what it returns: a branch on that would be lost."""
+    code = getattr(cls.forward, "__code__", None)  # type: ignore[attr-defined]
+    if code is None or cls.__module__.startswith(("torch.", "pn_compiler.")):
+        return False
+    before: dis.Instruction | None = None
+    for instruction in dis.get_instructions(code):
+        if instruction.opname == "RETURN_CONST" and instruction.argval is None:
+            return True
+        none = before is not None and before.opname == "LOAD_CONST" and before.argval is None
+        if none and instruction.opname in _RETURNS:
+            return True
+        before = instruction
+    return False
 
 
 def attribute_of(value: Any, name: str) -> Any:

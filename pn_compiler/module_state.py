@@ -13,7 +13,7 @@ import torch
 import torch.utils.checkpoint
 from torch import fx, nn
 
-from pn_compiler.captured import CONTAINERS, attributes, functions_of, is_plain_object, reachable
+from pn_compiler.captured import CONTAINERS, attributes, functions_of, is_library, is_plain_object, reachable
 
 _WRITABLE = (torch.Tensor, int, float, str)
 
@@ -38,6 +38,7 @@ class ModuleState:
         for path, (module, _, _) in self._held.items():
             self.containers.add([*attributes(module), *_hooks(module)], path)
             self.containers.add(functions_of(type(module)), path)
+            self.containers.add_classes(type(module), path)
 
     def changes(self) -> tuple[set[str], set[tuple[str, str]]]:
         """(paths of modules whose numbers or tensors changed, (path, attribute) of values merely stored)."""
@@ -152,6 +153,12 @@ class Containers:
         self._note(names, "")
         self.add([value for value in names.values() if isinstance(value, CONTAINERS)], "")
 
+    def add_classes(self, cls: type, owner: str) -> None:
+        """Includes the attributes of the user's classes that `cls` derives from."""
+        for base in cls.__mro__:
+            if not is_library(base):
+                self._note(base, owner)
+
     def _note(self, value: Any, owner: str) -> None:
         self._held.setdefault(id(value), (value, _contents(value)))
         self._owners.setdefault(id(value), set()).add(owner)
@@ -174,7 +181,7 @@ def _contents(value: Any) -> Any:
             return [value.cell_contents]
         except ValueError:
             return []
-    return copy.copy(value if isinstance(value, CONTAINERS) else vars(value))
+    return copy.copy(value) if isinstance(value, CONTAINERS) else dict(vars(value))
 
 
 def _same(now: Any, before: Any) -> bool:
@@ -199,6 +206,11 @@ def _set_contents(value: Any, before: Any) -> None:
     elif isinstance(value, list | collections.deque):
         value.clear()
         value.extend(before)
+    elif isinstance(value, type):
+        for name in vars(value).keys() - before.keys():
+            delattr(value, name)
+        for name in (name for name, now in dict(vars(value)).items() if now is not before[name]):
+            setattr(value, name, before[name])
     else:
         vars(value).clear()
         vars(value).update(before)

@@ -1,5 +1,6 @@
 """Proxies that never answer a question of Python's with what is true of the proxy and not of the value."""
 
+import operator
 import sys
 from collections.abc import Callable
 from dis import opname
@@ -86,6 +87,15 @@ class TracedProxy(fx.Proxy):
         if opname[frame.f_code.co_code[frame.f_lasti]] in _ASKS_CLASS and not is_internal(frame.f_globals):
             return type(self.sample("the forward asks for the class of"))
         return type(self)
+
+    def __eq__(self, other: object) -> Any:
+        return self.tracer.create_proxy("call_function", operator.eq, (self, other), {})
+
+    def __hash__(self) -> int:
+        """A tensor is found in a dict by its identity, as its proxy is; numbers and the like are not."""
+        if not isinstance(self.known(), torch.Tensor):
+            raise self.refuse("PN114", f"the forward looks {self!r} up in a dict or set")
+        return object.__hash__(self)
 
     def __len__(self) -> int:
         raise self.refuse(None, f"the forward asks for the length of {self!r}")
@@ -217,6 +227,14 @@ SHIMS: dict[str, Callable[..., Any]] = {
     "callable": traced_callable,
     "type": traced_type,
 }
+
+
+def shims_for(names: dict[str, Any]) -> tuple[str, ...]:
+    """Which of `SHIMS` the code of a module with these globals is to find.
+
+    Functions of torch ask ``type(x)`` only to tell proxies and other subclasses from plain tensors.
+    """
+    return ("isinstance",) if str(names.get("__name__")).partition(".")[0] == "torch" else tuple(SHIMS)
 
 
 def module_proxy(tracer: fx.Tracer, name: str, value: torch.Tensor) -> fx.Proxy:

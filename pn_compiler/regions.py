@@ -24,6 +24,7 @@ from pn_compiler.captured import copy_with_functions
 from pn_compiler.diagnostics import Diagnostic
 from pn_compiler.errors import ConfigError, TraceError, UnsupportedModelError
 from pn_compiler.graph_module import ConvertedModule, is_converted
+from pn_compiler.hooked import sharing_tensors
 from pn_compiler.inputs import Inputs
 from pn_compiler.tracing import refuse_uninitialised, resolve_leaves, trace_module
 
@@ -110,6 +111,7 @@ def trace(
         except TraceError as error:
             if not holds_batch_norm(model):
                 raise
+            traced.leaves |= sharing_tensors(model)
             _trace_children(model, "", traced, apart=_note_failure(error, "", traced))
     return traced
 
@@ -206,7 +208,10 @@ def _trace_into(module: nn.Module, path: str, inputs: Inputs | None, traced: Tra
     traced.regions.append(Region(prefix, gm))
     _take_notes(found.notes, path, traced)
     rewriting = {note.site for note in found.notes if note.code == "PN115"}
-    for leaf in found.leaves:
+    outer = {leaf for leaf in found.leaves if not _is_inside(leaf, found.leaves)}
+    traced.leaves |= {prefix + leaf for leaf in found.leaves - outer}
+    traced.leaves |= sharing_tensors(traced.root) if outer else frozenset()
+    for leaf in sorted(outer):
         logger.info("%s stays whole", prefix + leaf)
         inner = gm.get_submodule(leaf)
         if leaf in found.apart and not closed_kind(inner) and holds_batch_norm(inner):
@@ -214,6 +219,11 @@ def _trace_into(module: nn.Module, path: str, inputs: Inputs | None, traced: Tra
         else:
             _trace_children(inner, prefix + leaf, traced, apart=leaf in rewriting)
     return gm
+
+
+def _is_inside(path: str, others: frozenset[str]) -> bool:
+    """Whether one of the modules at `others` holds that at `path`."""
+    return any(path.startswith(f"{other}.") for other in others)
 
 
 def _trace_or_enter(module: nn.Module, path: str, traced: Trace, *, apart: bool) -> nn.Module:

@@ -15,11 +15,12 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
-from pn_compiler.proxies import SHIMS, is_internal
+from pn_compiler.proxies import SHIMS, is_internal, shims_for
 
 Refuse = Callable[[str, str], Any]
 
 _MATCHES_SHAPE = frozenset(["MATCH_SEQUENCE", "MATCH_MAPPING", "MATCH_KEYS"])
+_LOCALS = frozenset(["LOAD_FAST", "LOAD_FAST_BORROW", "LOAD_DEREF"])
 _DRAWS = frozenset(["random", "getrandbits", "randbytes", "seed", "setstate"])
 _CLOCKS = {
     "time": ("time", "time_ns"),  # the others only measure
@@ -122,12 +123,13 @@ class PythonWatch:
                 return
             if _imports():
                 return
-            added = [name for name in SHIMS if name not in names]
+            wanted = shims_for(names)
+            added = [name for name in wanted if name not in names]
             self._user[id(names)] = names, added
             names.update((name, SHIMS[name]) for name in added)
             self._entered(names)
-        if _matches_shapes(frame.f_code):
-            self._refuse("PN114", "the forward has a match statement over the shape of a value")
+        if (asks := _asks_unseen(frame.f_code)) is not None:
+            self._refuse("PN114", f"the forward {asks}")
 
 
 def _resume(profiler: Any) -> None:
@@ -139,8 +141,19 @@ def _resume(profiler: Any) -> None:
 
 
 @functools.lru_cache(maxsize=4096)
-def _matches_shapes(code: CodeType) -> bool:
-    return any(instruction.opname in _MATCHES_SHAPE for instruction in dis.get_instructions(code))
+def _asks_unseen(code: CodeType) -> str | None:
+    """What `code` asks of values in a way that no proxy notices, or None.
+
+    Two tensors are the same object or not: an operator may return its input, and always returns a new proxy.
+    """
+    before = ""
+    for instruction in dis.get_instructions(code):
+        if instruction.opname in _MATCHES_SHAPE:
+            return "has a match statement over the shape of a value"
+        if instruction.opname == "IS_OP" and before in _LOCALS:
+            return "asks whether two variables are the same object"
+        before = instruction.opname
+    return None
 
 
 def _unrepeatable(frame: FrameType, function: Any) -> str | None:

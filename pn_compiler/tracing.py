@@ -27,7 +27,14 @@ from pn_compiler.execution_modes import ExecutionModes
 from pn_compiler.graph_module import ConvertedModule
 from pn_compiler.hooked import HookedModules
 from pn_compiler.inputs import Inputs
-from pn_compiler.known_types import SAMPLE, UNKNOWN, is_python_value, sample_inputs, sample_of
+from pn_compiler.known_types import (
+    SAMPLE,
+    UNKNOWN,
+    is_python_value,
+    may_return_none,
+    sample_inputs,
+    sample_of,
+)
 from pn_compiler.module_state import Containers, ModuleState, hidden, inside_checkpoint
 from pn_compiler.nn import ProxyNormAct, ReadTraining
 from pn_compiler.proxies import PROXIES, TracedProxy, Untraceable, is_parameter, module_proxy
@@ -232,9 +239,7 @@ class _Tracer(fx.Tracer):
     def _placeholder(self, name: str, value: Any, default: Any = inspect.Parameter.empty) -> Any:
         """A proxy for an argument that varies, else `value` itself, which every call must then give."""
         try:
-            probe = pytree.tree_map_only(
-                torch.Tensor, lambda _: None, value
-            )  # no constant
+            probe = pytree.tree_map_only(torch.Tensor, lambda _: None, value)  # no constant
             self.create_arg((probe, default) if default is not inspect.Parameter.empty else probe)
         except NotImplementedError:  # nothing that a graph can hold: no argument of the traced forward
             return value
@@ -256,6 +261,10 @@ class _Tracer(fx.Tracer):
         except Exception as error:
             self.failed(getattr(error, "code", None), first_line(error))
             raise
+        returns_none = may_return_none(type(m))  # type: ignore[arg-type]  # classes are hashable
+        if returns_none and self.is_leaf_module(m, self.stack[-1]):
+            self.stack.pop()
+            self.refuse("PN114", f"{type(m).__name__}, which the forward calls, may return None or not")
         self._check_quiet()
         if self.modes.now() != self.modes_at_entry[-1]:
             self.refuse("PN116", "the forward leaves a mode of torch changed")
