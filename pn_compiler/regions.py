@@ -24,7 +24,7 @@ from pn_compiler.captured import copy_with_functions
 from pn_compiler.diagnostics import Diagnostic
 from pn_compiler.errors import ConfigError, TraceError, UnsupportedModelError
 from pn_compiler.graph_module import ConvertedModule, is_converted
-from pn_compiler.hooked import sharing_tensors
+from pn_compiler.hooked import HookedModules, sharing_tensors
 from pn_compiler.inputs import Inputs
 from pn_compiler.tracing import refuse_uninitialised, resolve_leaves, trace_module
 
@@ -203,21 +203,20 @@ def _trace_into(module: nn.Module, path: str, inputs: Inputs | None, traced: Tra
         raise TraceError(f"{path or type(module).__name__} is to stay whole")
     prefix = f"{path}." if path else ""
     inside = frozenset(leaf.removeprefix(prefix) for leaf in traced.leaves if leaf.startswith(prefix))
-    found = trace_module(module, inputs, inside, outermost=not path)
-    gm = found.graph
+    hooked = HookedModules.of(module).hooked - inside
+    gm, leaves, notes = trace_module(module, inputs, inside, outermost=not path)
     traced.regions.append(Region(prefix, gm))
-    _take_notes(found.notes, path, traced)
-    rewriting = {note.site for note in found.notes if note.code == "PN115"}
-    outer = {leaf for leaf in found.leaves if not _is_inside(leaf, found.leaves)}
-    traced.leaves |= {prefix + leaf for leaf in found.leaves - outer}
+    _take_notes(notes, path, traced)
+    outer = {leaf for leaf in leaves if not _is_inside(leaf, leaves)}
+    traced.leaves |= {prefix + leaf for leaf in leaves - outer}
     traced.leaves |= sharing_tensors(traced.root) if outer else frozenset()
     for leaf in sorted(outer):
         logger.info("%s stays whole", prefix + leaf)
-        inner = gm.get_submodule(leaf)
-        if leaf in found.apart and not closed_kind(inner) and holds_batch_norm(inner):
+        inner, why = gm.get_submodule(leaf), {note.code for note in notes if note.site == leaf}
+        if leaf in hooked and not why and holds_batch_norm(inner) and not closed_kind(inner):
             gm.set_submodule(leaf, _trace_or_enter(inner, prefix + leaf, traced, apart=False))
         else:
-            _trace_children(inner, prefix + leaf, traced, apart=leaf in rewriting)
+            _trace_children(inner, prefix + leaf, traced, apart="PN115" in why)
     return gm
 
 
