@@ -5,7 +5,6 @@ Operators on proxies are recorded; everything else runs once, for real, and a gr
 
 import dis
 import functools
-import pickle
 import random
 import sys
 from collections.abc import Callable
@@ -176,7 +175,7 @@ class RandomStates:
     def __init__(self) -> None:
         self._torch = torch.get_rng_state()
         self._python = random.getstate()
-        self._others: dict[int, tuple[Any, bytes]] = {}
+        self._others: dict[int, tuple[Any, Any]] = {}  # identity -> generator, state
         numpy = sys.modules.get("numpy")
         self._kinds = () if numpy is None else (numpy.random.Generator, numpy.random.RandomState)
         if numpy is not None:
@@ -185,11 +184,11 @@ class RandomStates:
     def note(self, value: Any) -> None:
         """Includes `value` if it is a generator of NumPy."""
         if self._kinds and isinstance(value, self._kinds) and id(value) not in self._others:
-            self._others[id(value)] = value, _state(value)
+            self._others[id(value)] = value, _bits(value).state
 
     def moved(self) -> str | None:
         """Which generator was used since, or None."""
-        if any(_state(value) != state for value, state in self._others.values()):
+        if any(_differs(value, state) for value, state in self._others.values()):
             return "the forward draws random numbers with NumPy"
         with _disable_current_modes():  # the state is no fake tensor
             if not torch.equal(torch.get_rng_state(), self._torch):
@@ -201,13 +200,20 @@ class RandomStates:
         torch.set_rng_state(self._torch)
         random.setstate(self._python)
         for value, state in self._others.values():
-            if _state(value) != state:
-                _bits(value).state = pickle.loads(state)
+            if _differs(value, state):
+                _bits(value).state = state
 
 
 def _bits(value: Any) -> Any:
     return value._bit_generator if hasattr(value, "_bit_generator") else value.bit_generator
 
 
-def _state(value: Any) -> bytes:
-    return pickle.dumps(_bits(value).state)
+def _differs(value: Any, state: Any) -> bool:
+    return bool(_mark(_bits(value).state) != _mark(state))
+
+
+def _mark(state: Any) -> Any:
+    """What tells one state of a generator from another, to be compared by ==."""
+    if isinstance(state, dict):
+        return [_mark(value) for value in state.values()]
+    return state.tobytes() if hasattr(state, "tobytes") else state

@@ -4,7 +4,7 @@ What cannot be traced stays whole, and the rest is tried again.
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from torch import fx, nn
 from torch.nn.parameter import is_lazy
@@ -123,8 +123,8 @@ class _Tracing:
                 if graph is None or not self._settle(tracer, graph, changed, shared):
                     continue
                 if stored and self._reads_back(graph):
-                    for path, _ in stored:
-                        self._keep(Failure(path, "PN118", "it reads what an earlier call has stored"))
+                    first, *others = sorted({path for path, _ in stored})
+                    self._keep(Failure(first, "PN118", "it reads what an earlier call has stored"), others)
                     continue
             finally:
                 before.restore()
@@ -144,18 +144,21 @@ class _Tracing:
             tracer.failed(getattr(error, "code", None), first_line(error))
         if tracer.failure is None:
             return graph
-        self._keep(tracer.failure)
-        for path in tracer.also_whole:
-            self._keep(dataclasses.replace(tracer.failure, path=path))
+        self._keep(tracer.failure, tracer.also_whole)
         return None
 
-    def _keep(self, failure: Failure) -> None:
-        """From now on the module at fault is a leaf. Raises TraceError if that leaves nothing to trace."""
-        path = failure.path
-        if path == "":
-            raise NotTracedError(self.model, failure)
-        self.leaves |= {path}
-        self.notes |= failure.notes()
+    def _keep(self, failure: Failure, others: Iterable[str] = ()) -> None:
+        """From now on the module at fault is a leaf, and so are `others` for the same reason.
+
+        Raises:
+            NotTracedError: one of them is the model itself, or all are leaves, so the fault is elsewhere.
+        """
+        paths = {failure.path, *others}
+        if "" in paths or paths <= self.leaves:
+            raise NotTracedError(self.model, dataclasses.replace(failure, path=""))
+        for path in paths - self.leaves:
+            self.notes |= dataclasses.replace(failure, path=path).notes()
+        self.leaves |= paths
 
     def _settle(self, tracer: Tracer, graph: fx.Graph, changed: set[str], shared: bool) -> bool:
         """Whether the trace can stay as it is; if not, there are more leaves, or the state is watched."""
@@ -164,8 +167,8 @@ class _Tracing:
         other = tracer.wrapping.keys() - (called - read)  # never called, or with more to it than the norm
         self.leaves |= other
         for path in changed:
-            for culprit in {path, *tracer.writers.get(path, ())}:
-                self._keep(Failure(culprit, "PN118", "the forward changes attributes of a module"))
+            reason = "the forward changes attributes of a module"
+            self._keep(Failure(path, "PN118", reason), tracer.writers.get(path, ()))
         if shared and not changed:
             if self._watch_state:  # it changes where no module begins or ends
                 self._keep(Failure("", "PN118", "the forward changes what modules share"))
