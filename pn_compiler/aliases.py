@@ -104,7 +104,7 @@ def _is_seen_after(value: fx.Node, write: fx.Node) -> bool:
     return any(user > write and not reads_shape(user) for user in value.users)
 
 
-def writes(gm: fx.GraphModule, node: fx.Node) -> list[fx.Node]:
+def writes(gm: nn.Module, node: fx.Node) -> list[fx.Node]:
     """The inputs of `node` that it overwrites, or may overwrite."""
     if node.op == "call_module":
         module = gm.get_submodule(str(node.target))
@@ -123,7 +123,7 @@ def writes(gm: fx.GraphModule, node: fx.Node) -> list[fx.Node]:
     return list(dict.fromkeys(flagged))
 
 
-def shares(gm: fx.GraphModule, node: fx.Node) -> list[fx.Node]:
+def shares(gm: nn.Module, node: fx.Node) -> list[fx.Node]:
     """The inputs of `node` with which its result shares memory, or may share it."""
     if node.op == "call_module":
         module = gm.get_submodule(str(node.target))
@@ -143,6 +143,14 @@ def shares(gm: fx.GraphModule, node: fx.Node) -> list[fx.Node]:
     if not known or _is_foreign(node) or name in _UNDECLARED_VIEWS:
         return node.all_input_nodes
     return list(dict.fromkeys([value for value, (_, share) in _declared(node) if share] + writes(gm, node)))
+
+
+def tensor_behind(gm: nn.Module, node: fx.Node) -> str | None:
+    """The path of the parameter or buffer whose memory `node` is, or may be a view of; else None."""
+    if node.op == "get_attr":
+        return str(node.target)
+    found = (tensor_behind(gm, source) for source in shares(gm, node))
+    return next((path for path in found if path is not None), None)
 
 
 def returns_target(gm: fx.GraphModule, node: fx.Node) -> fx.Node | None:

@@ -29,7 +29,9 @@ class ConvertedModule(fx.GraphModule):
     def __deepcopy__(self, memo: dict[int, Any]) -> "ConvertedModule":
         copied = super().__deepcopy__(memo)
         assert isinstance(copied, ConvertedModule)
-        return copied.adopt_hooks(self)
+        for hooks in HOOKS_AND_OPTIONS:  # with the memo: hooks of one model point at its own parts
+            setattr(copied, hooks, copy.deepcopy(getattr(self, hooks), memo))
+        return copied
 
     def __reduce__(self) -> tuple[Any, ...]:
         rebuild, arguments = super().__reduce__()

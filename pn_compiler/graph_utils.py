@@ -7,7 +7,7 @@ from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 
-def called_module(graph: fx.GraphModule, node: fx.Node) -> nn.Module | None:
+def called_module(graph: nn.Module, node: fx.Node) -> nn.Module | None:
     """The module that `node` calls, or None."""
     return graph.get_submodule(str(node.target)) if node.op == "call_module" else None
 
@@ -27,6 +27,7 @@ HOOKS_AND_OPTIONS = (
     "_forward_hooks_with_kwargs",
     "_forward_hooks_always_called",
     "_forward_pre_hooks_with_kwargs",
+    "_is_full_backward_hook",
 )
 
 

@@ -1,10 +1,21 @@
-"""What a forward does to its modules, besides computing outputs."""
+"""What a forward does to its modules and to what they share, besides computing outputs."""
 
+import collections
+import contextlib
+import copy
+import dis
 import sys
+import types
+from collections.abc import Iterable, Iterator
+from typing import Any
 
 import torch
 import torch.utils.checkpoint
 from torch import fx, nn
+
+from pn_compiler.captured import CONTAINERS, attributes, functions_of, is_library, is_plain_object, reachable
+
+_WRITABLE = (torch.Tensor, int, float, str)
 
 
 class ModuleState:
@@ -16,29 +27,42 @@ class ModuleState:
 
     def __init__(self, model: nn.Module) -> None:
         self._held = {
-            path: (module, dict(vars(module)), dict(module._buffers))
+            path: (module, dict(vars(module)), _registered(module))
             for path, module in model.named_modules()
             if not isinstance(module, torch.jit.ScriptModule)
         }
         buffers = (buffer for buffer in model.buffers() if not buffer.is_inference())
         self._values = {buffer: (buffer._version, buffer.detach().clone()) for buffer in buffers}
+        self._parameters = [_Parameter(parameter) for parameter in model.parameters()]
+        self.containers = Containers()
+        for path, (module, _, _) in self._held.items():
+            self.containers.add([*attributes(module), *_hooks(module)], path)
+            self.containers.add(functions_of(type(module)), path)
+            self.containers.add_classes(type(module), path)
 
     def changes(self) -> tuple[set[str], set[tuple[str, str]]]:
         """(paths of modules whose numbers or tensors changed, (path, attribute) of values merely stored)."""
         changed, stored = set(), set()
         overwritten = self._overwritten()
-        for path, (module, attributes, buffers) in self._held.items():
-            old, new = attributes | buffers, vars(module) | module._buffers
-            for name in new.keys() - {"training"}:
-                if new[name] is old.get(name):
+        for path, (module, before, registered) in self._held.items():
+            for name, value in vars(module).items():
+                if value is before.get(name):
                     continue
-                if isinstance(old.get(name), torch.Tensor | int | float | str):
+                if isinstance(before.get(name), _WRITABLE):
                     changed.add(path)
-                elif isinstance(new[name], fx.Proxy):
+                elif _holds_proxy(value):
                     stored.add((path, name))
-            if any(buffer in overwritten for buffer in buffers.values()):
+            now = _registered(module)
+            if any(new.keys() != old.keys() or any(new[k] is not old[k] for k in old)
+                   for new, old in zip(now, registered, strict=True)):  # fmt: skip
+                changed.add(path)
+            if any(buffer in overwritten for buffer in registered[1].values()):
                 changed.add(path)
         return changed, stored
+
+    def rewritten(self) -> bool:
+        """Whether a parameter has other data, another flag or another gradient."""
+        return any(parameter.changed() for parameter in self._parameters)
 
     def _overwritten(self) -> set[torch.Tensor | None]:
         return {buffer for buffer, (version, _) in self._values.items() if buffer._version != version}
@@ -49,13 +73,180 @@ class ModuleState:
         for buffer in self._overwritten():
             assert buffer is not None
             buffer.copy_(self._values[buffer][1])
-        for module, attributes, buffers in self._held.values():
-            for name in vars(module).keys() - attributes.keys():
-                if isinstance(vars(module)[name], fx.Proxy):  # others are constants of the graph
+        for module, before, registered in self._held.values():
+            for name in vars(module).keys() - before.keys():
+                if _holds_proxy(vars(module)[name]):  # others are constants of the graph
                     object.__delattr__(module, name)
-            vars(module).update(attributes)
-            module._buffers.clear()
-            module._buffers.update(buffers)
+            vars(module).update(before)
+            for now, old in zip(_registered(module, copied=False), registered, strict=True):
+                now.clear()
+                now.update(old)
+        for parameter in self._parameters:
+            parameter.restore()
+        self.containers.restore()
+
+
+def _registered(module: nn.Module, *, copied: bool = True) -> tuple[dict[str, Any], ...]:
+    found: tuple[dict[str, Any], ...] = (module._parameters, module._buffers, module._modules)
+    return tuple(dict(values) for values in found) if copied else found
+
+
+def _hooks(module: nn.Module) -> list[Any]:
+    return [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
+
+
+def _holds_proxy(value: Any) -> bool:
+    return any(isinstance(v, fx.Proxy) for v in reachable([value]))
+
+
+class _Parameter:
+    """What a forward can change of a parameter without an operator: its data, its flag, its gradient."""
+
+    def __init__(self, parameter: nn.Parameter) -> None:
+        self._parameter = parameter
+        self._data = parameter.data
+        self._storage = _storage(parameter)
+        self._flag, self._grad = parameter.requires_grad, parameter.grad if parameter.is_leaf else None
+
+    def changed(self) -> bool:
+        now = self._parameter
+        grad = now.grad if now.is_leaf else None
+        return (
+            _storage(now) != self._storage
+            or now.shape != self._data.shape
+            or now.requires_grad is not self._flag
+            or grad is not self._grad
+        )
+
+    def restore(self) -> None:
+        if self.changed():
+            self._parameter.data = self._data
+            self._parameter.grad = self._grad
+            self._parameter.requires_grad_(self._flag)
+
+
+def _storage(tensor: torch.Tensor) -> int:
+    try:
+        return int(tensor.untyped_storage()._cdata)
+    except NotImplementedError:  # sparse and quantized tensors
+        return id(tensor)
+
+
+class Containers:
+    """The contents of lists, dicts, sets, objects and cells of closures, to see what changed and undo it."""
+
+    def __init__(self) -> None:
+        self._held: dict[int, tuple[Any, Any]] = {}
+        self._owners: dict[int, set[str]] = {}
+
+    def add(self, values: Iterable[Any], owner: str) -> None:
+        """Includes all that `values` reach; `owner` is the path of the module that holds them."""
+        for value in reachable(values):
+            if isinstance(value, CONTAINERS) or is_plain_object(value):
+                self._note(value, owner)
+            elif isinstance(value, types.FunctionType):
+                for cell in value.__closure__ or ():
+                    self._note(cell, owner)
+
+    def add_globals(self, names: dict[str, Any]) -> None:
+        """Includes the globals of a module and the containers among them."""
+        self._note(names, "")
+        self.add([value for value in names.values() if isinstance(value, CONTAINERS)], "")
+
+    def add_classes(self, cls: type, owner: str) -> None:
+        """Includes the attributes of the user's classes that `cls` derives from."""
+        for base in cls.__mro__:
+            if not is_library(base):
+                self._note(base, owner)
+
+    def _note(self, value: Any, owner: str) -> None:
+        self._held.setdefault(id(value), (value, _contents(value)))
+        self._owners.setdefault(id(value), set()).add(owner)
+
+    def changed(self) -> set[str]:
+        """Paths of the modules that hold something that changed; "" for globals."""
+        found = (key for key, (value, before) in self._held.items() if not _same(_contents(value), before))
+        return {owner for key in found for owner in self._owners[key]}
+
+    def restore(self) -> None:
+        """Undoes the changes."""
+        for value, before in self._held.values():
+            if not _same(_contents(value), before):
+                _set_contents(value, before)
+
+
+def _contents(value: Any) -> Any:
+    if isinstance(value, types.CellType):
+        try:
+            return [value.cell_contents]
+        except ValueError:
+            return []
+    return copy.copy(value) if isinstance(value, CONTAINERS) else dict(vars(value))
+
+
+def _same(now: Any, before: Any) -> bool:
+    if len(now) != len(before):
+        return False
+    if isinstance(now, dict):
+        return all(key in now and now[key] is value for key, value in before.items())
+    if isinstance(now, set):
+        return bool(now == before)
+    return all(new is old for new, old in zip(now, before, strict=True))
+
+
+def _set_contents(value: Any, before: Any) -> None:
+    if isinstance(value, types.CellType):
+        if before:
+            value.cell_contents = before[0]
+        else:
+            del value.cell_contents
+    elif isinstance(value, dict | set):
+        value.clear()
+        value.update(before)
+    elif isinstance(value, list | collections.deque):
+        value.clear()
+        value.extend(before)
+    elif isinstance(value, type):
+        for name in vars(value).keys() - before.keys():
+            delattr(value, name)
+        for name in (name for name, now in dict(vars(value)).items() if now is not before[name]):
+            setattr(value, name, before[name])
+    else:
+        vars(value).clear()
+        vars(value).update(before)
+
+
+@contextlib.contextmanager
+def hidden(model: nn.Module, paths: Iterable[str]) -> Iterator[None]:
+    """Takes away what the modules at `paths`, which stay whole, may set when they run.
+
+    Whoever reads such an attribute while it is traced would keep what a former call has left in it.
+    """
+    taken: list[tuple[nn.Module, dict[str, Any]]] = []
+    try:
+        for path in paths:
+            module = model.get_submodule(path)
+            names = _set_in_calls(type(module))
+            found = {name: value for name, value in vars(module).items() if name in names}
+            taken.append((module, found))
+            for name in found:
+                object.__delattr__(module, name)
+        yield
+    finally:
+        for module, found in taken:
+            vars(module).update(found)
+
+
+def _set_in_calls(cls: type) -> set[str]:
+    """Attributes that methods other than the constructor assign."""
+    stores = ("STORE_ATTR", "DELETE_ATTR")
+    methods = (f for f in functions_of(cls) if f.__name__ not in ("__init__", "__setstate__", "train"))
+    return {
+        str(instruction.argval)
+        for function in methods
+        for instruction in dis.get_instructions(function)
+        if instruction.opname in stores
+    } - {"training"}
 
 
 def inside_checkpoint() -> bool:

@@ -15,10 +15,13 @@ import torch
 from torch import fx, nn
 
 from pn_compiler.activations import activation_of, is_activation
+from pn_compiler.captured import copy_with_functions
 from pn_compiler.graph_utils import called_module
 from pn_compiler.inputs import Inputs
+from pn_compiler.module_state import ModuleState
 from pn_compiler.nn import ChannelAffine, ConstantAffine, ConstantClamp, ProxyNormAct
 from pn_compiler.spelling import listed_sizes, operands, operator_name, reads_shape, reduced_dims
+from pn_compiler.trace_watch import RandomStates
 
 logger = logging.getLogger(__name__)
 
@@ -107,6 +110,12 @@ def infer_ranks(graph: fx.GraphModule, inputs: Inputs | None = None) -> None:
 
 
 class _Shapes(fx.Interpreter):
+    def call_module(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        module = self.fetch_attr(target)
+        if not type(module).__module__.startswith(("torch.", "pn_compiler.")):
+            module = copy_with_functions(module, {})  # user code, which may rewrite its weights
+        return module(*args, **kwargs)
+
     def run_node(self, node: fx.Node) -> Any:
         result = super().run_node(node)
         if isinstance(result, torch.Tensor):
@@ -117,7 +126,11 @@ class _Shapes(fx.Interpreter):
 
 
 def record_pixels(graph: fx.GraphModule, inputs: Inputs) -> None:
-    """Runs `graph` once, in eval mode, to note how many values a channel has at each node, and its shape."""
+    """Runs `graph` once, in eval mode, to note how many values a channel has at each node, and its shape.
+
+    Modules that count, or draw, are left as they were.
+    """
+    state, states = ModuleState(graph), RandomStates()
     modes = {module: module.training for module in graph.modules()}
     graph.eval()
     try:
@@ -129,6 +142,8 @@ def record_pixels(graph: fx.GraphModule, inputs: Inputs) -> None:
     finally:
         for module, training in modes.items():
             module.training = training
+        state.restore()
+        states.restore()
 
 
 def pixels(node: fx.Node) -> int | None:

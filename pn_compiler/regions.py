@@ -20,11 +20,13 @@ from torch import fx, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from pn_compiler.batch_norms import closed_kind, holds_batch_norm, is_batch_norm
+from pn_compiler.captured import copy_with_functions
 from pn_compiler.diagnostics import Diagnostic
 from pn_compiler.errors import ConfigError, TraceError, UnsupportedModelError, first_line
 from pn_compiler.functional_norms import reaches_batch_norm
 from pn_compiler.graph_module import ConvertedModule, check_module, is_converted
 from pn_compiler.graph_utils import module_calls
+from pn_compiler.hooked import HookedModules, sharing_tensors
 from pn_compiler.inputs import Inputs
 from pn_compiler.tracing import refuse_uninitialised, resolve_leaves, trace_module
 from pn_compiler.training_flag import branches_note
@@ -116,10 +118,11 @@ def trace(
     else:
         try:
             traced.root = _trace_into(model, "", inputs, traced)
-        except TraceError:
+        except TraceError as error:
             if not holds_batch_norm(model):
                 raise
-            _trace_children(model, "", traced)
+            traced.leaves |= sharing_tensors(model)
+            _trace_children(model, "", traced, apart=_note_failure(error, "", traced))
     return traced
 
 
@@ -188,7 +191,7 @@ def copy_model(model: nn.Module, *, share_parameters: bool = False) -> nn.Module
         if isinstance(tensor, FakeTensor) and id(tensor) not in memo:  # their own deepcopy fails
             memo[id(tensor)] = _copy_fake(tensor)
     try:
-        return _in_modes_of(model, copy.deepcopy(model, memo))
+        return _in_modes_of(model, copy_with_functions(model, memo))
     except Exception as error:
         raise UnsupportedModelError(f"the model cannot be copied: {first_line(error)}") from error
 
@@ -243,14 +246,23 @@ def _trace_into(module: nn.Module, path: str, inputs: Inputs | None, traced: Tra
         raise TraceError(f"{path or type(module).__name__} is to stay whole")
     prefix = f"{path}." if path else ""
     inside = frozenset(leaf.removeprefix(prefix) for leaf in traced.leaves if leaf.startswith(prefix))
-    graph, leaves, notes = trace_module(module, inputs, inside)
-    traced.regions.append(Region(prefix, graph))
-    _note_entered(graph, path, traced)
-    traced.notes.extend(dataclasses.replace(note, site=prefix + note.site) for note in notes)
-    for leaf in leaves:
+    hooked = HookedModules.of(module).hooked - inside
+    gm, leaves, notes = trace_module(module, inputs, inside, outermost=not path)
+    traced.regions.append(Region(prefix, gm))
+    _note_entered(gm, path, traced)
+    _take_notes(notes, path, traced)
+    outer = {leaf for leaf in leaves if not _is_inside(leaf, leaves)}
+    traced.leaves |= {prefix + leaf for leaf in leaves - outer}
+    traced.leaves |= sharing_tensors(traced.root) if outer else frozenset()
+    for leaf in sorted(outer):
         logger.info("%s stays whole", prefix + leaf)
-        _trace_children(graph.get_submodule(leaf), prefix + leaf, traced)
-    return graph
+        inner, why = gm.get_submodule(leaf), {note.code for note in notes if note.site == leaf}
+        alone = leaf in hooked and not why and not _is_shared(inner, prefix + leaf, traced)
+        if alone and holds_batch_norm(inner) and not closed_kind(inner):
+            gm.set_submodule(leaf, _trace_or_enter(inner, prefix + leaf, traced, apart=False))
+        else:
+            _trace_children(inner, prefix + leaf, traced, apart="PN115" in why)
+    return gm
 
 
 def _note_entered(graph: ConvertedModule, path: str, traced: Trace) -> None:
@@ -265,8 +277,39 @@ def _note_entered(graph: ConvertedModule, path: str, traced: Trace) -> None:
             traced.norm_calls.add(inner[-1] if inner else path)
 
 
-def _trace_children(owner: nn.Module, path: str, traced: Trace) -> None:
-    """Puts regions in the place of what `owner`, which stays as it is, calls."""
+def _is_inside(path: str, others: frozenset[str]) -> bool:
+    """Whether one of the modules at `others` holds that at `path`."""
+    return any(path.startswith(f"{other}.") for other in others)
+
+
+def _trace_or_enter(module: nn.Module, path: str, traced: Trace, *, apart: bool) -> nn.Module:
+    """The graph of `module`, or `module` itself with regions inside where it cannot be traced."""
+    try:
+        return _trace_into(module, path, None, traced)
+    except TraceError as error:
+        _trace_children(module, path, traced, apart=apart or _note_failure(error, path, traced))
+        return module
+
+
+def _note_failure(error: TraceError, path: str, traced: Trace) -> bool:
+    """Reports why the module at `path` stays whole. Returns whether its forward rewrites weights."""
+    notes = getattr(error, "notes", ())
+    _take_notes(notes, path, traced)
+    return any(note.code == "PN115" for note in notes)
+
+
+def _take_notes(notes: Sequence[Diagnostic], path: str, traced: Trace) -> None:
+    for note in notes:
+        site = ".".join(part for part in (path, note.site) if part)
+        traced.notes.append(dataclasses.replace(note, site=site))
+
+
+def _trace_children(owner: nn.Module, path: str, traced: Trace, *, apart: bool = False) -> None:
+    """Puts regions in the place of what `owner`, which stays as it is, calls.
+
+    With `apart` each BatchNorm becomes one of its own: nothing may be absorbed into weights that the code
+    of `owner` rewrites.
+    """
     traced.opaque.append(path)
     if _reads_statistics(type(owner)):  # type: ignore[arg-type]  # classes are hashable
         return  # its code looks inside its BatchNorms: they are reported as not reached
@@ -278,15 +321,10 @@ def _trace_children(owner: nn.Module, path: str, traced: Trace) -> None:
         if is_batch_norm(child):
             if not shared:
                 traced.regions.append(_lone_region(owner, name, path))
-        elif shared or not _is_called_whole(owner, name, child):  # no region may change a shared weight
-            _trace_children(child, inside, traced)
+        elif apart or shared or not _is_called_whole(owner, name, child):
+            _trace_children(child, inside, traced, apart=apart)  # no region may change a shared weight
         else:
-            try:
-                graph = _trace_into(child, inside, None, traced)
-            except TraceError:
-                _trace_children(child, inside, traced)
-            else:
-                setattr(owner, name, graph)
+            setattr(owner, name, _trace_or_enter(child, inside, traced, apart=False))
 
 
 def _is_shared(child: nn.Module, path: str, traced: Trace) -> bool:

@@ -1,0 +1,256 @@
+"""Proxies that never answer a question of Python's with what is true of the proxy and not of the value."""
+
+import operator
+import sys
+from collections.abc import Callable
+from dis import opname
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.fx import proxy as fx_proxy
+
+from pn_compiler.in_place import InPlaceProxy
+from pn_compiler.known_types import UNKNOWN, attribute_of, has_attribute, may_be_none
+
+_OWN = frozenset(["tracer", "node", "param", "name", "root", "attr", "_node"])
+_ASKS_CLASS = ("LOAD_ATTR", "LOAD_METHOD", "MATCH_CLASS")
+
+
+class Untraceable(Exception):  # noqa: N818  # like fx.proxy.TraceError, it says what the code is
+    """The module being traced does something that a graph would not do.
+
+    Attributes:
+        code: of the diagnostic that reports it; None for what torch.fx itself cannot trace.
+    """
+
+    def __init__(self, code: str | None, reason: str) -> None:
+        super().__init__(reason)
+        self.code = code
+
+
+class TracedProxy(InPlaceProxy):
+    """A proxy of a value whose type is known, or that refuses to be asked for it.
+
+    What Python asks of an object beyond its operators is answered for the value, so that the branch taken
+    is that of a real call; if that cannot be known, the module is not traced.
+    """
+
+    tracer: Any
+
+    def known(self) -> Any:
+        """A value of the type that this one has, or UNKNOWN."""
+        return self.tracer.known(self.node)
+
+    def sample(self, question: str) -> Any:
+        """A value of the type that this one has; the module is not traced if that is unknown."""
+        value = self.known()
+        if value is UNKNOWN:
+            raise self.refuse("PN114", f"{question} {self!r}, which is only known when the model runs")
+        self.tracer.type_was_asked(self)
+        return value
+
+    def refuse(self, code: str | None, reason: str) -> Untraceable:
+        error: Untraceable = self.tracer.refuse(code, reason)
+        return error
+
+    def __getattr__(self, k: str) -> Any:
+        value = self.known()
+        if value is UNKNOWN:
+            if k.startswith("__"):
+                raise AttributeError(k)
+            if not hasattr(torch.Tensor, k):
+                raise self.refuse(
+                    "PN114", f"the forward asks for attribute {k!r} of {self!r}, whose type is unknown"
+                )
+        elif not has_attribute(value, k):
+            self.tracer.type_was_asked(self)
+            raise AttributeError(f"{type(value).__name__!r} object has no attribute {k!r}")
+        elif may_be_none(value, k):
+            raise self.refuse("PN114", f"the forward asks for {self!r}.{k}, which may be None or not")
+        return TracedAttribute(self, k)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name not in _OWN:
+            raise self.refuse(*self.tracer.write_of(self.node, f"sets {name!r} of"))
+        object.__setattr__(self, name, value)
+
+    def __delattr__(self, name: str) -> None:
+        raise self.refuse(*self.tracer.write_of(self.node, f"deletes {name!r} of"))
+
+    def __setitem__(self, index: Any, value: Any) -> None:
+        raise self.refuse(*self.tracer.write_of(self.node, "writes items of"))
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> type:
+        """The class of the value for code that asks for it, and of the proxy for the C code of torch."""
+        frame = sys._getframe(1)
+        if opname[frame.f_code.co_code[frame.f_lasti]] in _ASKS_CLASS and not is_internal(frame.f_globals):
+            return type(self.sample("the forward asks for the class of"))
+        return type(self)
+
+    def __eq__(self, other: object) -> Any:
+        return self.tracer.create_proxy("call_function", operator.eq, (self, other), {})
+
+    def __hash__(self) -> int:
+        """A tensor is found in a dict by its identity, as its proxy is; numbers and the like are not."""
+        if not isinstance(self.known(), torch.Tensor):
+            raise self.refuse("PN114", f"the forward looks {self!r} up in a dict or set")
+        return object.__hash__(self)
+
+    def __len__(self) -> int:
+        raise self.refuse(None, f"the forward asks for the length of {self!r}")
+
+    def __int__(self) -> int:
+        raise self.refuse(None, f"the forward makes an int of {self!r}")
+
+    def __float__(self) -> float:
+        raise self.refuse(None, f"the forward makes a float of {self!r}")
+
+    def __complex__(self) -> complex:
+        raise self.refuse(None, f"the forward makes a complex of {self!r}")
+
+    def __contains__(self, item: Any) -> bool:
+        raise self.refuse(None, f"the forward asks whether something is in {self!r}")
+
+    def __copy__(self) -> Any:
+        raise self.refuse("PN114", f"the forward copies {self!r}")
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        raise self.refuse("PN114", f"the forward copies {self!r}")
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise self.refuse("PN114", f"the forward pickles {self!r}")
+
+
+class TracedAttribute(TracedProxy, fx_proxy.Attribute):
+    """An attribute of a `TracedProxy`, recorded when something reads it, or a method when it is called."""
+
+    def known(self) -> Any:
+        """The attribute of a value of the type that the owner has, or UNKNOWN."""
+        return attribute_of(self.root.known(), self.attr)
+
+    def __repr__(self) -> str:
+        return f"{self.root!r}.{self.attr}"
+
+
+class TensorProxy(TracedProxy, fx_proxy.ParameterProxy):
+    """A parameter or buffer, whose shape is known: it can be asked for in conditions."""
+
+    def __init__(self, tracer: fx.Tracer, node: fx.Node, name: str, value: torch.Tensor) -> None:
+        fx.Proxy.__init__(self, node, tracer)
+        self.param = value  # type: ignore[assignment]
+        self.name = name
+
+    def size(self, dim: int | None = None) -> Any:
+        return self.param.size() if dim is None else self.param.size(dim)
+
+    def __len__(self) -> int:
+        return len(self.param)
+
+
+PROXIES: frozenset[type] = frozenset([TracedProxy, TracedAttribute, TensorProxy])
+
+# modules whose functions ask for types in the name of the code that calls them
+_ASKS_FOR_CALLERS = frozenset(
+    ["functools", "torch", "torch.functional", "torch.jit", "torch._jit_internal", "torch.nn.functional"]
+)
+
+
+def is_internal(names: dict[str, Any]) -> bool:
+    """Whether these globals are those of a module of torch or Python, where a proxy is known as one."""
+    name = str(names.get("__name__"))
+    if name in _ASKS_FOR_CALLERS or name.startswith("torch.jit."):
+        return False
+    top = name.partition(".")[0]
+    return top in ("torch", "pn_compiler", "numpy") or (top in sys.stdlib_module_names and top != "__main__")
+
+
+def traced_isinstance(obj: Any, cls: Any) -> bool:
+    """The builtin, answered for the value of a proxy."""
+    cls = _without_shims(cls)
+    if type(obj) not in PROXIES or isinstance(obj, cls):
+        return isinstance(obj, cls)
+    value = obj.sample("the forward asks for the type of")
+    classes = cls if isinstance(cls, tuple) else (cls,)
+    if isinstance(value, torch.Tensor) and any(type(c).__name__ == "tensortype" for c in classes):
+        obj.refuse("PN114", f"the forward asks for the dtype of {obj!r} by its type")
+    return isinstance(value, cls)
+
+
+def traced_callable(obj: Any) -> bool:
+    """The builtin, answered for the value of a proxy."""
+    return callable(obj.sample("the forward asks whether it can call") if type(obj) in PROXIES else obj)
+
+
+class _TracedType:
+    """Stands for the builtin ``type``: the type of a proxy is that of its value."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if len(args) == 1 and not kwargs and type(args[0]) in PROXIES:
+            return type(args[0].sample("the forward asks for the type of"))
+        return type(*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(type, name)
+
+    def __eq__(self, other: object) -> bool:
+        return other is self or other is type
+
+    def __hash__(self) -> int:
+        return hash(type)
+
+    def __mro_entries__(self, bases: Any) -> tuple[type, ...]:
+        return (type,)
+
+    def __getitem__(self, item: Any) -> Any:
+        return type[item]
+
+    def __or__(self, other: Any) -> Any:
+        return type | other
+
+    def __ror__(self, other: Any) -> Any:
+        return other | type
+
+
+traced_type = _TracedType()
+
+
+def _without_shims(cls: Any) -> Any:
+    if cls is traced_type:
+        return type
+    return tuple(map(_without_shims, cls)) if type(cls) is tuple else cls
+
+
+#: what user code finds under these names while it is traced
+SHIMS: dict[str, Callable[..., Any]] = {
+    "isinstance": traced_isinstance,
+    "callable": traced_callable,
+    "type": traced_type,
+}
+
+
+def shims_for(names: dict[str, Any]) -> tuple[str, ...]:
+    """Which of `SHIMS` the code of a module with these globals is to find.
+
+    Functions of torch ask ``type(x)`` only to tell proxies and other subclasses from plain tensors.
+    """
+    return ("isinstance",) if str(names.get("__name__")).partition(".")[0] == "torch" else tuple(SHIMS)
+
+
+def module_proxy(tracer: fx.Tracer, name: str, value: torch.Tensor) -> fx.Proxy:
+    """A proxy that reads the parameter or buffer `value` at path `name`."""
+
+    def make(node: fx.Node) -> fx.Proxy:
+        return TensorProxy(tracer, node, name, value)
+
+    return tracer.create_proxy("get_attr", name, (), {}, proxy_factory_fn=make)
+
+
+def is_parameter(module: nn.Module, path: str) -> bool:
+    """Whether `path` is that of a parameter of `module`, under any of its names."""
+    owner, _, name = path.rpartition(".")
+    try:
+        return name in module.get_submodule(owner)._parameters
+    except AttributeError:
+        return False

@@ -1,0 +1,219 @@
+"""What a forward does while it is traced that no graph repeats: draws, clocks, and writes to what is there.
+
+Operators on proxies are recorded; everything else runs once, for real, and a graph keeps the result for ever.
+"""
+
+import dis
+import functools
+import random
+import sys
+from collections.abc import Callable
+from types import CodeType, FrameType
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+
+from pn_compiler.proxies import SHIMS, is_internal, shims_for
+
+Refuse = Callable[[str, str], Any]
+
+_MATCHES_SHAPE = frozenset(["MATCH_SEQUENCE", "MATCH_MAPPING", "MATCH_KEYS"])
+_LOCALS = frozenset(["LOAD_FAST", "LOAD_FAST_BORROW", "LOAD_DEREF"])
+_DRAWS = frozenset(["random", "getrandbits", "randbytes", "seed", "setstate"])
+_CLOCKS = {
+    "time": ("time", "time_ns"),  # the others only measure
+    "posix": ("urandom", "getrandom"),
+    "nt": ("urandom",),
+    "type": ("now", "utcnow", "today"),
+}
+_SUSPECTS = _DRAWS.union(*_CLOCKS.values())
+
+
+class TensorWatch(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Refuses to draw random numbers, and to write into tensors that are older than the trace."""
+
+    def __init__(self, refuse: Refuse) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._refuse = refuse
+        self._made: dict[int, torch.Tensor] = {}  # storage -> a tensor that keeps it alive
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        name = func.overloadpacket.__name__
+        if torch.Tag.nondeterministic_seeded in func.tags and not _imports():
+            self._refuse("PN117", f"the forward draws random numbers with torch ({name})")
+        if func._schema.is_mutable:
+            self._check_write(func, name, args, kwargs)
+        result = func(*args, **kwargs)
+        before = set() if name == "lift_fresh" else {_storage(t) for t in _tensors((args, kwargs))}
+        for tensor in _tensors(result):
+            if (storage := _storage(tensor)) not in before:
+                self._made[storage] = tensor
+        return result
+
+    def _check_write(self, func: Any, name: str, args: Any, kwargs: Any) -> None:
+        for position, argument in enumerate(func._schema.arguments):
+            if argument.alias_info is None or not argument.alias_info.is_write:
+                continue
+            given = args[position] if position < len(args) else kwargs.get(argument.name)
+            if any(_storage(tensor) not in self._made for tensor in _tensors(given)):
+                self._refuse("PN115", f"the forward writes into a tensor that outlives it ({name})")
+
+
+def _imports() -> bool:
+    """Whether the code that runs is that of a module that is imported for the first time."""
+    frame: FrameType | None = sys._getframe()
+    while frame is not None and frame.f_code.co_filename != "<frozen importlib._bootstrap>":
+        frame = frame.f_back
+    return frame is not None
+
+
+def _tensors(value: Any) -> list[torch.Tensor]:
+    return [leaf for leaf in torch.utils._pytree.tree_leaves(value) if isinstance(leaf, torch.Tensor)]
+
+
+def _storage(tensor: torch.Tensor) -> int:
+    try:
+        return int(tensor.untyped_storage()._cdata)
+    except NotImplementedError:  # sparse and quantized tensors
+        return id(tensor)
+
+
+class PythonWatch:
+    """Looks at every Python function that is called meanwhile.
+
+    User code finds `SHIMS` for the builtins of these names, and must not draw, read clocks, or match the
+    shape of a value.
+    """
+
+    def __init__(self, refuse: Refuse, entered: Callable[[dict[str, Any]], None]) -> None:
+        """`entered` gets the globals of each module of the user that has code called."""
+        self._refuse, self._entered = refuse, entered
+        self._internal: set[int] = set()  # identities of globals
+        self._user: dict[int, tuple[dict[str, Any], list[str]]] = {}  # and the names added to them
+        self._profiler: Any = None
+
+    def __enter__(self) -> None:
+        self._profiler = sys.getprofile()
+        sys.setprofile(self._on_event)
+
+    def __exit__(self, *error: object) -> None:
+        sys.setprofile(None)
+        _resume(self._profiler)
+        for names, added in self._user.values():
+            for name in added:
+                names.pop(name, None)
+
+    def _on_event(self, frame: FrameType, event: str, arg: Any) -> None:
+        if event == "call":
+            if id(frame.f_globals) not in self._internal and frame.f_code.co_name != "<module>":
+                self._on_call(frame)
+        elif event == "c_call" and arg.__name__ in _SUSPECTS:
+            why = _unrepeatable(frame, arg)
+            if why is not None and not _imports():
+                self._refuse("PN117", why)
+
+    def _on_call(self, frame: FrameType) -> None:
+        names = frame.f_globals
+        if id(names) not in self._user:
+            if is_internal(names):
+                self._internal.add(id(names))
+                return
+            if _imports():
+                return
+            wanted = shims_for(names)
+            added = [name for name in wanted if name not in names]
+            self._user[id(names)] = names, added
+            names.update((name, SHIMS[name]) for name in added)
+            self._entered(names)
+        if (asks := _asks_unseen(frame.f_code)) is not None:
+            self._refuse("PN114", f"the forward {asks}")
+
+
+def _resume(profiler: Any) -> None:
+    """Gives the place of the profiler back to the one that had it."""
+    if callable(profiler):
+        sys.setprofile(profiler)
+    elif hasattr(profiler, "enable"):  # cProfile
+        profiler.enable()
+
+
+@functools.lru_cache(maxsize=4096)
+def _asks_unseen(code: CodeType) -> str | None:
+    """What `code` asks of values in a way that no proxy notices, or None.
+
+    Two tensors are the same object or not: an operator may return its input, and always returns a new proxy.
+    """
+    before = ""
+    for instruction in dis.get_instructions(code):
+        if instruction.opname in _MATCHES_SHAPE:
+            return "has a match statement over the shape of a value"
+        if instruction.opname == "IS_OP" and before in _LOCALS:
+            return "asks whether two variables are the same object"
+        before = instruction.opname
+    return None
+
+
+def _unrepeatable(frame: FrameType, function: Any) -> str | None:
+    """Why a C function gives another result in each call, or None."""
+    owner = getattr(function, "__self__", None)
+    name = function.__name__
+    if isinstance(owner, random.Random) and name in _DRAWS:
+        return f"the forward draws random numbers with Python's random ({name})"
+    where = str(getattr(owner, "__name__", "")) if not isinstance(owner, type) else "type"
+    if name not in _CLOCKS.get(where, ()):
+        return None
+    if where in ("posix", "nt"):
+        return f"the forward draws random numbers from the system ({name})"
+    return None if is_internal(frame.f_globals) else f"the forward reads a clock ({name})"
+
+
+class RandomStates:
+    """The states of the generators that Python code may draw from unseen: those of torch and NumPy."""
+
+    def __init__(self) -> None:
+        self._torch = torch.get_rng_state()
+        self._python = random.getstate()
+        self._others: dict[int, tuple[Any, Any]] = {}  # identity -> generator, state
+        numpy = sys.modules.get("numpy")
+        self._kinds = () if numpy is None else (numpy.random.Generator, numpy.random.RandomState)
+        if numpy is not None:
+            self.note(numpy.random.mtrand._rand)
+
+    def note(self, value: Any) -> None:
+        """Includes `value` if it is a generator of NumPy."""
+        if self._kinds and isinstance(value, self._kinds) and id(value) not in self._others:
+            self._others[id(value)] = value, _bits(value).state
+
+    def moved(self) -> str | None:
+        """Which generator was used since, or None."""
+        if any(_differs(value, state) for value, state in self._others.values()):
+            return "the forward draws random numbers with NumPy"
+        with _disable_current_modes():  # the state is no fake tensor
+            if not torch.equal(torch.get_rng_state(), self._torch):
+                return "the forward sets or moves the random state of torch"
+        return None
+
+    def restore(self) -> None:
+        """Sets all back to what they were."""
+        torch.set_rng_state(self._torch)
+        random.setstate(self._python)
+        for value, state in self._others.values():
+            if _differs(value, state):
+                _bits(value).state = state
+
+
+def _bits(value: Any) -> Any:
+    return value._bit_generator if hasattr(value, "_bit_generator") else value.bit_generator
+
+
+def _differs(value: Any, state: Any) -> bool:
+    return bool(_mark(_bits(value).state) != _mark(state))
+
+
+def _mark(state: Any) -> Any:
+    """What tells one state of a generator from another, to be compared by ==."""
+    if isinstance(state, dict):
+        return [_mark(value) for value in state.values()]
+    return state.tobytes() if hasattr(state, "tobytes") else state
