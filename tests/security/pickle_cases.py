@@ -29,16 +29,16 @@ from tests.security.files import (
 
 _RUNS_CODE = "can run any code"
 _STATE = "not what torch.save writes"
-_FUNCTIONS = (
-    "os.system posix.system nt.system subprocess.Popen subprocess.check_output commands.getoutput "
-    "commands.Popen builtins.eval builtins.exec builtins.getattr builtins.open builtins.__import__ "
-    "__builtin__.execfile importlib.import_module runpy._run_code pty.spawn webbrowser.open shutil.rmtree "
-    "functools.reduce operator.methodcaller operator.attrgetter pickle.loads marshal.loads types.FunctionType "
-    "code.interact torch.load torch.hub.load torch.jit.load torch.ops.load_library "
-    "torch.classes.load_library torch.utils.cpp_extension.load torch.utils._config_module.exec torch.package.PackageImporter "
-    "torch.nn.Module.__subclasses__ torch.nn.modules.module.torch.hub.load numpy.load numpy.f2py.compile "
-    "copyreg._reconstructor pip.main requests.get bdb.Bdb.run"
-).split()  # noqa: SIM905  # a list of names
+_FUNCTIONS = """
+    os.system posix.system nt.system subprocess.Popen subprocess.check_output commands.getoutput
+    commands.Popen builtins.eval builtins.exec builtins.getattr builtins.open builtins.__import__
+    __builtin__.execfile importlib.import_module runpy._run_code pty.spawn webbrowser.open shutil.rmtree
+    functools.reduce operator.methodcaller operator.attrgetter pickle.loads marshal.loads
+    types.FunctionType code.interact torch.load torch.hub.load torch.jit.load torch.ops.load_library
+    torch.classes.load_library torch.utils.cpp_extension.load torch.utils._config_module.exec
+    torch.package.PackageImporter torch.nn.Module.__subclasses__ torch.nn.modules.module.torch.hub.load
+    numpy.load numpy.f2py.compile copyreg._reconstructor pip.main requests.get bdb.Bdb.run
+"""
 _CLASSES = ("my_package.Net", "my_package.layers.Block", "research.models.resnet.ResNet50")
 
 
@@ -52,7 +52,7 @@ def pickle_cases() -> Iterator[Case]:
 
 
 def _calls() -> Iterator[Case]:
-    for name in _FUNCTIONS:
+    for name in _FUNCTIONS.split():
         yield Case(f"calls_{name}.pt", pickled(called(name)), f"{_RUNS_CODE}|source text")
     for name in ("torch.fx.graph_module.reduce_graph_module", "torch.jit._script.unpack"):
         yield Case(f"calls_{name}.pt", pickled(called(name)), "source text")
