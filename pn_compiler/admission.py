@@ -54,7 +54,8 @@ def admit(name: str, allow: Sequence[str]) -> Any:
         return resolve(name)
     if _within(name, _LIBRARIES):
         found = resolve(name)
-        if is_module_class(found) and _within(found.__module__, _LIBRARIES) and not _runs_code(found):
+        plain = inspect.isclass(found) and issubclass(found, nn.Module | enum.Enum)
+        if plain and _within(found.__module__, _LIBRARIES) and not _runs_code(found):
             return found
     return None
 

@@ -314,6 +314,7 @@ def test_functions_with_arguments_in_modules(tmp_path: Path) -> None:
         ),
         zoo.torchvision().models.detection.ssdlite320_mobilenet_v3_large(weights=None, weights_backbone=None),
         nn.TransformerEncoderLayer(4, 2, 8, activation="gelu"),
+        zoo.timm().create_model("visformer_tiny"),  # holds an Enum of timm
         nn.LSTM(2, 3, 2, bidirectional=True),
         nn.ModuleDict({"a-b": nn.ReLU(), "3x3/1": nn.Linear(1, 1)}),
     ]
