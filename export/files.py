@@ -128,8 +128,12 @@ def _lock(file: int) -> None:
 
 def _remove_abandoned(parent: Path) -> None:
     """Removes temporary folders in `parent` that no process holds, after giving back what they replaced."""
-    for folder in parent.iterdir():
-        if not _TEMPORARY.fullmatch(folder.name) or folder.is_symlink() or not folder.is_dir():
+    try:
+        found = [path for path in parent.iterdir() if _TEMPORARY.fullmatch(path.name)]
+    except OSError:  # a folder may be written to and not read
+        return
+    for folder in found:
+        if folder.is_symlink() or not folder.is_dir():
             continue
         with contextlib.suppress(OSError):  # in use, or somebody else's
             lock = os.open(folder, os.O_RDONLY | os.O_NOFOLLOW)

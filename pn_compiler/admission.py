@@ -24,7 +24,12 @@ _CLASS = re.compile(r"_*[A-Z]\w*")  # how classes of modules are named
 _PLAIN: dict[str, object] = {
     f"builtins.{kind.__name__}": kind for kind in (dict, list, tuple, set, int, float, bool, str)
 }
-_SOURCE_TEXT = ("torch.fx.", "torch.jit.")  # modules whose pickles run source text
+_DETECTION = "torchvision.models.detection._utils"
+_HELPERS = (  # of detectors; plain values and arithmetic
+    *(f"{_DETECTION}.{n}" for n in ("BoxCoder", "BoxLinearCoder", "Matcher", "SSDMatcher")),
+    f"{_DETECTION}.BalancedPositiveNegativeSampler",
+    "torchvision.ops.boxes.box_iou",
+)
 _NO_MODELS = {*sys.stdlib_module_names, *(n.partition(".")[0] for n in IMPORT_MAPPING)} | {
     "torch", "torchvision", "timm", "numpy", "functorch", "pn_compiler",
 }  # fmt: skip  # top-level packages none of whose names is suggested to --allow
@@ -45,9 +50,12 @@ def admit(name: str, allow: Sequence[str]) -> Any:
     functions = {f"{f.__module__}.{f.__name__}": f for f in activation_functions()}
     if name in functions:
         return functions[name]
+    if name in _HELPERS:
+        return resolve(name)
     if _within(name, _LIBRARIES):
         found = resolve(name)
-        if is_module_class(found) and _within(found.__module__, _LIBRARIES) and not _runs_code(found):
+        plain = inspect.isclass(found) and issubclass(found, nn.Module | enum.Enum)
+        if plain and _within(found.__module__, _LIBRARIES) and not _runs_code(found):
             return found
     return None
 

@@ -51,14 +51,14 @@ def _main(argv: Sequence[str] | None, interruption: Interruption) -> int:
                 warnings.simplefilter("ignore")
             return _run(arguments, interruption)
     except KeyboardInterrupt:
-        return _fail("interrupted; files are as they were, or whole", INTERRUPTED)
+        return _fail(interruption.message, INTERRUPTED)
     except RefusedError as error:
         return _fail(str(error), REFUSED, error if arguments.verbose else None)
     except PnCompilerError as error:
         return _fail(str(error), FAILED, error if arguments.verbose else None)
     except Exception as error:
         if interruption.requested:  # a library turned it into an error of its own
-            return _fail("interrupted; files are as they were, or whole", INTERRUPTED)
+            return _fail(interruption.message, INTERRUPTED)
         return _fail(_unexpected(error), FAILED, error if arguments.verbose else None)
 
 
@@ -115,7 +115,7 @@ def _run(arguments: argparse.Namespace, interruption: Interruption) -> int:
     data = [Path(source) for source in (arguments.diagnose, arguments.calibrate) if source is not None]
     weights = [Path(f"{arguments.output}.data")] if arguments.output and arguments.external_data else []
     _refuse_same_file(arguments.model, arguments.output, arguments.report, *data, *weights)
-    with _progress(interruption.check) as say:
+    with _progress(interruption.enter) as say:
         say("load")
         loaded = load_model(
             arguments.model,
@@ -325,15 +325,15 @@ def _list_passes() -> int:
 
 
 @contextlib.contextmanager
-def _progress(check: Callable[[], None]) -> Iterator[Callable[[str], None]]:
-    """A bar on a terminal, nothing in a pipe. Each stage begins with `check`."""
+def _progress(enter: Callable[[str], None]) -> Iterator[Callable[[str], None]]:
+    """A bar on a terminal, nothing in a pipe. Each stage is told to `enter`."""
     from tqdm import tqdm
 
     layout = "{percentage:3.0f}% |{bar}| {elapsed} {desc}"
     with tqdm(total=_STAGES, disable=None, leave=False, bar_format=layout, file=sys.stderr) as bar:
 
         def say(stage: str) -> None:
-            check()
+            enter(stage)
             bar.update(min(1, _STAGES - bar.n))
             bar.set_description_str(stage)
             bar.refresh()

@@ -1,5 +1,6 @@
 """The inputs with which a model is compiled: given, stored in the file, or guessed from its first layer."""
 
+import math
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -13,6 +14,7 @@ from pn_compiler.inputs import Inputs
 from pn_compiler.memory import refuse_giant_tensors
 
 GUESSED_PIXELS = 224
+_MOST_GUESSED = 2**28  # elements of an input whose shape nobody gave
 _ASK = "pass the shape, for example --input-shape 1,3,224,224 (input_shape=(1, 3, 224, 224))"
 
 
@@ -33,8 +35,10 @@ def choose_inputs(
         inputs, source = given, "given"
     else:
         shape, source = (input_shape, "given") if input_shape else guess_shape(model, traced)
-        if not shape or any(size < 1 for size in shape):
-            raise ConfigError(f"input shape {shape}: expected positive sizes")
+        if not shape or any(type(size) is not int or size < 1 for size in shape):
+            raise ConfigError(f"input shape {shape} ({source}): expected positive sizes")
+        if source != "given" and math.prod(shape) > _MOST_GUESSED:
+            raise ConfigError(f"input shape {shape} ({source}) is too large to be right: {_ASK}")
         inputs = random_inputs(model, [shape])
     refuse_giant_tensors(model, inputs)
     try:
@@ -64,7 +68,7 @@ def guess_shape(model: nn.Module, traced: nn.Module) -> tuple[tuple[int, ...], s
     """
     stored = getattr(model, "pretrained_cfg", None) or getattr(model, "default_cfg", None) or {}
     size = stored.get("input_size") if isinstance(stored, Mapping) else getattr(stored, "input_size", None)
-    if size:
+    if isinstance(size, tuple | list) and size:
         return (1, *size), "from the file (pretrained_cfg)"
     if not isinstance(traced, fx.GraphModule):
         raise ConfigError(f"the input shape cannot be guessed, for the forward cannot be traced: {_ASK}")

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from types import FrameType
 
 STATUS = 130
+_WRITING = ("write", "repository")  # stages of a run
 
 
 class Interruption:
@@ -22,6 +23,7 @@ class Interruption:
     def __init__(self) -> None:
         self.requested = False
         self.starting = True
+        self.writing = False
 
     def handle(self, number: int, frame: FrameType | None) -> None:
         self.requested = True
@@ -31,10 +33,16 @@ class Interruption:
             os._exit(STATUS)
         raise KeyboardInterrupt
 
-    def check(self) -> None:
-        """Raises KeyboardInterrupt again if a library swallowed it."""
+    def enter(self, stage: str) -> None:
+        """Notes what begins. Raises KeyboardInterrupt again if a library swallowed it."""
         if self.requested:
             raise KeyboardInterrupt
+        self.writing = self.writing or stage in _WRITING
+
+    @property
+    def message(self) -> str:
+        done = "files are as they were, or whole" if self.writing else "nothing was written"
+        return f"interrupted; {done}"
 
 
 @contextlib.contextmanager

@@ -16,7 +16,7 @@ from pn_compiler.admission import admit, import_from_here, refusal, resolve
 from pn_compiler.archives import Archive
 from pn_compiler.errors import LoadError, first_line
 from pn_compiler.inputs import Inputs
-from pn_compiler.pickle_audit import audit_pickle, names_in
+from pn_compiler.pickle_audit import ON_REQUEST, audit_pickle, names_in
 from pn_compiler.program_audit import audit_program
 
 _STATE_DICT_KEYS = ("state_dict", "model_state_dict", "model")
@@ -78,7 +78,7 @@ def _unpickle(archive: Archive, allow: Sequence[str], *, unsafe: bool) -> Any:
     if refused := [name for name, found in admitted.items() if found is None]:
         raise LoadError(f"{archive.path} {refusal(refused)}")
     audit_pickle(archive, admitted.get)
-    with torch.serialization.safe_globals([(found, name) for name, found in admitted.items()]):
+    with torch.serialization.safe_globals([(found, name) for name, found in (ON_REQUEST | admitted).items()]):
         return _torch_load(archive.path, weights_only=True)
 
 
@@ -86,7 +86,7 @@ def _torch_load(path: Path, *, weights_only: bool) -> Any:
     try:
         return torch.load(path, map_location="cpu", weights_only=weights_only)
     except Exception as error:  # whatever a damaged file, or code of its own, provokes
-        raise LoadError(f"cannot load {path}: {type(error).__name__}: {first_line(error)[:200]}") from error
+        raise LoadError(f"cannot load {path}: torch.load fails on it ({_cause(error)[:200]})") from error
 
 
 def _as_module(path: Path, loaded: Any, arch: str | None) -> nn.Module:

@@ -3,6 +3,8 @@
 It looks at what `pn_compiler.inert_pickle` reads, before anything is imported, made or allocated.
 """
 
+import collections
+import functools
 import inspect
 import re
 from collections.abc import Callable, Sequence
@@ -18,6 +20,13 @@ from pn_compiler.inert_pickle import Call, Mapping, Name, Stored, parse_pickle
 _ENTRY = re.compile(
     r"data\.pkl|data/\d+|byteorder|version|\.format_version|\.storage_alignment|\.data/\w{1,40}", re.ASCII
 )
+#: Of those below, what torch admits only on request.
+ON_REQUEST = {
+    "functools.partial": functools.partial,
+    "collections.defaultdict": collections.defaultdict,
+    "builtins.slice": slice,
+    "builtins.range": range,
+}
 #: What makes tensors and other data; it may be called, and is never a value.
 _BUILDERS = frozenset(
     ["torch._utils._rebuild_tensor_v2", "torch._utils._rebuild_tensor_v3", "torch._utils._rebuild_parameter",
@@ -218,6 +227,8 @@ class _Audit:
             self.require(isinstance(value.state, dict), f"a {path} without a state")
             return self.module(value.state, cls)
         self.require(inspect.isclass(cls), f"a call of {path}")
+        for key, item in value.state.items() if isinstance(value.state, dict) else ():
+            self.check_attribute(key, item, cls)
         return self.count(value.arguments) + self.count(value.state)
 
     def module(self, state: dict[Any, Any], cls: type) -> int:

@@ -305,3 +305,20 @@ def test_operators() -> None:
         "math.__loader__",
     ):
         assert not _is_harmless_operator(target), target
+
+
+def test_functions_with_arguments_in_modules(tmp_path: Path) -> None:
+    models = [
+        zoo.torchvision().models.VisionTransformer(
+            image_size=16, patch_size=8, num_layers=1, num_heads=1, hidden_dim=8, mlp_dim=8
+        ),
+        zoo.torchvision().models.detection.ssdlite320_mobilenet_v3_large(weights=None, weights_backbone=None),
+        nn.TransformerEncoderLayer(4, 2, 8, activation="gelu"),
+        zoo.timm().create_model("visformer_tiny"),  # holds an Enum of timm
+        nn.LSTM(2, 3, 2, bidirectional=True),
+        nn.ModuleDict({"a-b": nn.ReLU(), "3x3/1": nn.Linear(1, 1)}),
+    ]
+    for model in models:
+        torch.save(model, tmp_path / "model.pt")
+        loaded = load_model(tmp_path / "model.pt").model
+        assert loaded.state_dict().keys() == model.state_dict().keys()

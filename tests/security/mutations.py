@@ -10,7 +10,7 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
-from tests.security.files import ONE_IMAGE, entries, network, packed, program, saved
+from tests.security.files import COMPILE, ONE_IMAGE, entries, network, packed, program, saved
 from tests.security.sandbox import outcomes
 
 _CHUNK = 200
@@ -104,18 +104,18 @@ _DAMAGES: tuple[Callable[[bytes, random.Random], bytes], ...] = (
 )
 
 
-def problems(count: int, seed: int, folder: Path) -> Iterator[str]:
+def problems(count: int, seed: int, folder: Path, task: tuple[str, ...] = ("--dry-run",)) -> Iterator[str]:
     """Says of each file that is treated wrong what it is; the file stays in `folder`."""
+    options = {
+        ".pt": ONE_IMAGE,
+        ".ckpt": (*ONE_IMAGE, "--arch", "tests.security.files:network"),
+        ".pt2": (),
+    }
     for start in range(0, count, _CHUNK):
         files = dict(mutants(range(start, min(count, start + _CHUNK)), seed))
         for name, content in files.items():
             (folder / name).write_bytes(content)
-        options = {name: () if name.endswith(".pt2") else ONE_IMAGE for name in files}
-        arch = ("--arch", "tests.security.files:network")
-        runs = [
-            (name, (name, "--dry-run", *options[name], *(arch if name.endswith(".ckpt") else ())))
-            for name in files
-        ]
+        runs = [(name, (name, *task, *options[Path(name).suffix])) for name in files]
         for name, outcome in outcomes(runs, folder):
             if problem := outcome.problem(None):
                 yield f"{name}: {problem}"
@@ -127,10 +127,12 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--count", type=int, default=1000)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--compile", action="store_true", help="compile what loads; slower")
     arguments = parser.parse_args()
+    task = COMPILE if arguments.compile else ("--dry-run",)
     folder = Path(tempfile.mkdtemp(prefix="mutants-"))
     found = 0
-    for problem in problems(arguments.count, arguments.seed, folder):
+    for problem in problems(arguments.count, arguments.seed, folder, task):
         found += 1
         sys.stdout.write(f"{problem}\n")
     sys.stdout.write(f"{arguments.count} files, {found} treated wrong; those are in {folder}\n")

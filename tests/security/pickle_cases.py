@@ -16,6 +16,7 @@ from torch import nn
 from tests.security.files import (
     CANARY,
     COMPILE,
+    LOADS,
     ONE_IMAGE,
     Case,
     Payload,
@@ -29,16 +30,16 @@ from tests.security.files import (
 
 _RUNS_CODE = "can run any code"
 _STATE = "not what torch.save writes"
-_FUNCTIONS = (
-    "os.system posix.system nt.system subprocess.Popen subprocess.check_output commands.getoutput "
-    "commands.Popen builtins.eval builtins.exec builtins.getattr builtins.open builtins.__import__ "
-    "__builtin__.execfile importlib.import_module runpy._run_code pty.spawn webbrowser.open shutil.rmtree "
-    "functools.reduce operator.methodcaller operator.attrgetter pickle.loads marshal.loads types.FunctionType "
-    "code.interact torch.load torch.hub.load torch.jit.load torch.ops.load_library "
-    "torch.classes.load_library torch.utils.cpp_extension.load torch.utils._config_module.exec torch.package.PackageImporter "
-    "torch.nn.Module.__subclasses__ torch.nn.modules.module.torch.hub.load numpy.load numpy.f2py.compile "
-    "copyreg._reconstructor pip.main requests.get bdb.Bdb.run"
-).split()  # noqa: SIM905  # a list of names
+_FUNCTIONS = """
+    os.system posix.system nt.system subprocess.Popen subprocess.check_output commands.getoutput
+    commands.Popen builtins.eval builtins.exec builtins.getattr builtins.open builtins.__import__
+    __builtin__.execfile importlib.import_module runpy._run_code pty.spawn webbrowser.open shutil.rmtree
+    functools.reduce operator.methodcaller operator.attrgetter pickle.loads marshal.loads
+    types.FunctionType code.interact torch.load torch.hub.load torch.jit.load torch.ops.load_library
+    torch.classes.load_library torch.utils.cpp_extension.load torch.utils._config_module.exec
+    torch.package.PackageImporter torch.nn.Module.__subclasses__ torch.nn.modules.module.torch.hub.load
+    numpy.load numpy.f2py.compile copyreg._reconstructor pip.main requests.get bdb.Bdb.run
+"""
 _CLASSES = ("my_package.Net", "my_package.layers.Block", "research.models.resnet.ResNet50")
 
 
@@ -52,7 +53,7 @@ def pickle_cases() -> Iterator[Case]:
 
 
 def _calls() -> Iterator[Case]:
-    for name in _FUNCTIONS:
+    for name in _FUNCTIONS.split():
         yield Case(f"calls_{name}.pt", pickled(called(name)), f"{_RUNS_CODE}|source text")
     for name in ("torch.fx.graph_module.reduce_graph_module", "torch.jit._script.unpack"):
         yield Case(f"calls_{name}.pt", pickled(called(name)), "source text")
@@ -296,6 +297,17 @@ def _modules_that_do_not_run() -> Iterator[Case]:
         "stride": "ab", "padding": None, "dilation": (0, 0), "groups": -1, "padding_mode": "nonsense",
     }.items():  # fmt: skip
         yield _run(f"layer_{key}.pt", _in_layer(key, value), fails)
+    for title, size in {
+        "text": "abc",
+        "texts": ("a", 8),
+        "giant": (3, 10**5, 10**5),
+        "negative": (3, -8),
+    }.items():
+        content = changed(_attribute("pretrained_cfg", {"input_size": size}))
+        yield Case(
+            f"pretrained_{title}.pt", content, LOADS if title == "text" else "input shape", (), COMPILE
+        )
+    yield Case("wide.pt", saved(_wide()), "too large to be right", (), COMPILE)
     yield _run("int64_weights.pt", lambda net: _cast(net, torch.int64), fails)
     yield _run("complex_weights.pt", lambda net: _cast(net, torch.complex64), fails)
     yield _run("wrong_weights.pt", _wrong_weight, fails)
@@ -305,6 +317,12 @@ def _modules_that_do_not_run() -> Iterator[Case]:
 
 def _run(name: str, change: Callable[[nn.Sequential], Any], expected: str) -> Case:
     return Case(name, changed(change), expected, task=COMPILE)
+
+
+def _wide() -> nn.Module:
+    net = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2)).eval()
+    net[0].in_features = 10**10
+    return net
 
 
 def _cast(net: nn.Sequential, dtype: torch.dtype) -> None:

@@ -12,6 +12,16 @@ _CODE = "__import__('os').system('touch canary')"
 _PROGRAM = "models/model.json"
 _WEIGHTS = "data/weights/model_weights_config.json"
 _DAMAGED = "is damaged"
+_TARGETS = """
+    torch.hub.load torch.load torch.ops.load_library torch.ops.aten.from_file.default os.system
+    builtins.eval torch.ops.aten.__init__ torch.ops.aten.conv2d.__call__ torch.ops.aten._print.default
+    torch.ops.aten.warn.default torch.ops.aten.save.default torch.ops.aten.set_.source_Storage
+    _operator.attrgetter _operator.methodcaller _operator.pow _operator.lshift math.factorial
+    math.__loader__ torch.ops.higher_order.while_loop
+    torch.ops.higher_order.triton_kernel_wrapper_functional torch.ops.my_library.my_operator.default
+    torch.ops.aten.no_such_operator.default #ext:call conv2d torch.ops.aten.conv2d torch._C._jit_init
+    torch.serialization.os.system torch.ops.prim.Print.default
+"""
 Change = Callable[[dict[str, Any]], Any]
 
 
@@ -102,16 +112,7 @@ def _names() -> Iterator[tuple[str, Change, str]]:
 
 
 def _operators() -> Iterator[tuple[str, Change, str]]:
-    targets = (
-        "torch.hub.load torch.load torch.ops.load_library torch.ops.aten.from_file.default os.system "
-        "builtins.eval torch.ops.aten.__init__ torch.ops.aten.conv2d.__call__ torch.ops.aten._print.default "
-        "torch.ops.aten.warn.default torch.ops.aten.save.default torch.ops.aten.set_.source_Storage "
-        "_operator.attrgetter _operator.methodcaller _operator.pow _operator.lshift math.factorial "
-        "math.__loader__ torch.ops.higher_order.while_loop torch.ops.higher_order.triton_kernel_wrapper_functional "
-        "torch.ops.my_library.my_operator.default torch.ops.aten.no_such_operator.default #ext:call conv2d "
-        "torch.ops.aten.conv2d torch._C._jit_init torch.serialization.os.system torch.ops.prim.Print.default"
-    ).split()  # noqa: SIM905  # a list of names
-    for target in targets:
+    for target in _TARGETS.split():
         yield f"target_{target.replace('#', '')}", _in_node(target=target), "which is no ATen operator"
     operator = {"as_operator": "torch.hub.load"}
     yield (

@@ -37,10 +37,10 @@ class Outcome:
             return "hung or crashed"
         if self.ran:
             return f"ran {self.ran}"
-        if self.seconds > LONGEST:
-            return f"took {self.seconds:.1f} seconds"
         if self.status == 0 and not self.err:
             return f"was accepted, and {expected!r} was expected" if expected else None
+        if self.seconds > LONGEST:
+            return f"took {self.seconds:.1f} seconds"
         if expected == "":
             return f"was refused: {self.err}"
         return self._problem_of_refusal(expected)
