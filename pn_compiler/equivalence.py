@@ -74,7 +74,7 @@ class _Runner:
 
     def __call__(self, model: nn.Module, inputs: Inputs) -> Any:
         wide = contextlib.nullcontext() if self.dtype is None else Float64(model)
-        with untouched(model, own_modes=self.own_modes):
+        with untouched(model, own_modes=self.own_modes, keep_parameters=True):
             seed_everything()
             with wide:
                 return run(model, self._cast(inputs), "the example inputs")

@@ -15,7 +15,7 @@ from tqdm import tqdm
 from pn_compiler.errors import ConfigError, PnCompilerError, first_line
 from pn_compiler.graph_utils import has_values
 from pn_compiler.inputs import Inputs
-from pn_compiler.module_state import ModuleState
+from pn_compiler.module_state import ModuleState, WrittenParameters
 
 T = TypeVar("T")
 
@@ -96,13 +96,20 @@ def run(model: nn.Module, inputs: Inputs, name: str) -> Any:
 
 
 @contextlib.contextmanager
-def untouched(model: nn.Module, *, batch_statistics: bool = False, own_modes: bool = False) -> Iterator[None]:
+def untouched(
+    model: nn.Module,
+    *,
+    batch_statistics: bool = False,
+    own_modes: bool = False,
+    keep_parameters: bool = False,
+) -> Iterator[None]:
     """Eval mode, eager and without gradients; the model and all random numbers are as before at the end.
 
     Args:
         model: any module that has values.
         batch_statistics: leave its BatchNorms in train mode.
         own_modes: leave every module in the mode in which it is.
+        keep_parameters: undo what the forward itself writes into parameters, too.
 
     Raises:
         ConfigError: its tensors are on the meta device, or fake.
@@ -111,7 +118,7 @@ def untouched(model: nn.Module, *, batch_statistics: bool = False, own_modes: bo
     if not all(map(has_values, tensors)):
         raise ConfigError("the model has no values: its tensors are on the meta device, or fake")
     modes = [(module, module.training) for module in model.modules()]
-    state = ModuleState(model)
+    state, written = ModuleState(model), WrittenParameters(model)
     norms = [module for module, _ in modes if isinstance(module, _BatchNorm)]
     updated = batch_statistics or own_modes
     running = [(b, b.clone()) for norm in norms for b in norm.buffers(False) if updated]
@@ -121,6 +128,7 @@ def untouched(model: nn.Module, *, batch_statistics: bool = False, own_modes: bo
         _python_rng_restored(),
         torch.no_grad(),
         torch.compiler.set_stance("force_eager"),
+        written if keep_parameters else contextlib.nullcontext(),
     ):
         try:
             for module, training in modes:  # not model.eval(), which some models override to do more
@@ -129,6 +137,7 @@ def untouched(model: nn.Module, *, batch_statistics: bool = False, own_modes: bo
             yield
         finally:
             state.restore()
+            written.restore()
             for buffer, value in running:  # batch_norm overwrites them behind the back of their version
                 buffer.copy_(value)
             for module, training in modes:

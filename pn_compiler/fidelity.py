@@ -96,7 +96,7 @@ def measure(
     totals: dict[str, list[float]] = {}
     classes: list[tuple[int, float, float]] = []  # samples, divergence, agreement
     errors = _SiteErrors(original, converted, sites)
-    with untouched(original), untouched(converted):
+    with untouched(original, keep_parameters=True), untouched(converted, keep_parameters=True):
         seed_everything()
         samples = _read(original, batches, representative)
         with errors.watching():

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 import torch.utils.checkpoint
 from torch import fx, nn
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from pn_compiler.captured import CONTAINERS, attributes, functions_of, is_library, is_plain_object, reachable
 
@@ -105,14 +107,14 @@ class _Parameter:
     def __init__(self, parameter: nn.Parameter) -> None:
         self._parameter = parameter
         self._data = parameter.data
-        self._storage = _storage(parameter)
+        self._storage = storage_of(parameter)
         self._flag, self._grad = parameter.requires_grad, parameter.grad if parameter.is_leaf else None
 
     def changed(self) -> bool:
         now = self._parameter
         grad = now.grad if now.is_leaf else None
         return (
-            _storage(now) != self._storage
+            storage_of(now) != self._storage
             or now.shape != self._data.shape
             or now.requires_grad is not self._flag
             or grad is not self._grad
@@ -125,7 +127,33 @@ class _Parameter:
             self._parameter.requires_grad_(self._flag)
 
 
-def _storage(tensor: torch.Tensor) -> int:
+class WrittenParameters(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Keeps the values of the parameters of a model that an operator overwrites meanwhile, to undo that."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._parameters: dict[int, list[torch.Tensor]] = {}
+        for parameter in model.parameters():
+            self._parameters.setdefault(storage_of(parameter), []).append(parameter.detach())
+        self._kept: dict[int, list[torch.Tensor]] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func._schema.is_mutable:
+            for leaf in pytree.tree_leaves((args, kwargs)):
+                if isinstance(leaf, torch.Tensor) and (key := storage_of(leaf)) in self._parameters:
+                    self._kept.setdefault(key, [old.clone() for old in self._parameters[key]])
+        return func(*args, **kwargs)
+
+    def restore(self) -> None:
+        """Undoes what was written."""
+        for key, values in self._kept.items():
+            for parameter, value in zip(self._parameters[key], values, strict=True):
+                parameter.copy_(value)
+
+
+def storage_of(tensor: torch.Tensor) -> int:
+    """An identity of the memory of `tensor`."""
     try:
         return int(tensor.untyped_storage()._cdata)
     except NotImplementedError:  # sparse and quantized tensors

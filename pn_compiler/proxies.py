@@ -160,9 +160,12 @@ _ASKS_FOR_CALLERS = frozenset(
 def is_internal(names: dict[str, Any]) -> bool:
     """Whether these globals are those of a module of torch or Python, where a proxy is known as one."""
     name = str(names.get("__name__"))
-    if name in _ASKS_FOR_CALLERS or name.startswith("torch.jit."):
-        return False
-    top = name.partition(".")[0]
+    return not (name in _ASKS_FOR_CALLERS or name.startswith("torch.jit.")) and is_library_module(names)
+
+
+def is_library_module(names: dict[str, Any]) -> bool:
+    """Whether these globals are those of a module of torch, NumPy, Python or this package."""
+    top = str(names.get("__name__")).partition(".")[0]
     return top in ("torch", "pn_compiler", "numpy") or (top in sys.stdlib_module_names and top != "__main__")
 
 

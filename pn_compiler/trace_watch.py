@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
-from pn_compiler.proxies import SHIMS, is_internal, shims_for
+from pn_compiler.module_state import storage_of
+from pn_compiler.proxies import SHIMS, is_internal, is_library_module, shims_for
 
 Refuse = Callable[[str, str], Any]
 
@@ -46,9 +47,9 @@ class TensorWatch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if func._schema.is_mutable:
             self._check_write(func, name, args, kwargs)
         result = func(*args, **kwargs)
-        before = set() if name == "lift_fresh" else {_storage(t) for t in _tensors((args, kwargs))}
+        before = set() if name == "lift_fresh" else {storage_of(t) for t in _tensors((args, kwargs))}
         for tensor in _tensors(result):
-            if (storage := _storage(tensor)) not in before:
+            if (storage := storage_of(tensor)) not in before:
                 self._made[storage] = tensor
         return result
 
@@ -57,7 +58,7 @@ class TensorWatch(TorchDispatchMode):  # type: ignore[no-untyped-call]
             if argument.alias_info is None or not argument.alias_info.is_write:
                 continue
             given = args[position] if position < len(args) else kwargs.get(argument.name)
-            if any(_storage(tensor) not in self._made for tensor in _tensors(given)):
+            if any(storage_of(tensor) not in self._made for tensor in _tensors(given)):
                 self._refuse("PN115", f"the forward writes into a tensor that outlives it ({name})")
 
 
@@ -71,13 +72,6 @@ def _imports() -> bool:
 
 def _tensors(value: Any) -> list[torch.Tensor]:
     return [leaf for leaf in torch.utils._pytree.tree_leaves(value) if isinstance(leaf, torch.Tensor)]
-
-
-def _storage(tensor: torch.Tensor) -> int:
-    try:
-        return int(tensor.untyped_storage()._cdata)
-    except NotImplementedError:  # sparse and quantized tensors
-        return id(tensor)
 
 
 class PythonWatch:
@@ -126,7 +120,8 @@ class PythonWatch:
             added = [name for name in wanted if name not in names]
             self._user[id(names)] = names, added
             names.update((name, SHIMS[name]) for name in added)
-            self._entered(names)
+            if not is_library_module(names):
+                self._entered(names)
         if (asks := _asks_unseen(frame.f_code)) is not None:
             self._refuse("PN114", f"the forward {asks}")
 
