@@ -4,7 +4,7 @@ import contextlib
 import dis
 import functools
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -51,7 +51,7 @@ def _functions_in(value: Any) -> list[Any]:
     values = (
         value.values() if isinstance(value, dict) else value if isinstance(value, tuple | list) else (value,)
     )
-    return [each for each in values if callable(each) and not isinstance(each, nn.Module)]
+    return [each for each in values if callable(each) and not isinstance(each, nn.Module | fx.Proxy)]
 
 
 @functools.cache
@@ -87,15 +87,16 @@ def _reaches(function: Any, cls: type | None, seen: set[int]) -> bool:
 def _plain(function: Any) -> Any:
     """What is behind partial, bound methods, staticmethod, property and functools.wraps."""
     while True:
-        inner = next(
-            (
-                getattr(function, name)
-                for name in ("func", "fget", "__func__", "__wrapped__")
-                if isinstance(getattr(function, name, None), Callable)  # type: ignore[arg-type]
-            ),
-            None,
-        )
-        if inner is None or inner is function:
+        inner: Any = None
+        if isinstance(function, functools.partial):
+            inner = function.func
+        elif isinstance(function, types.MethodType | staticmethod | classmethod):
+            inner = function.__func__
+        elif isinstance(function, property):
+            inner = function.fget
+        elif isinstance(function, types.FunctionType):
+            inner = vars(function).get("__wrapped__")
+        if inner is None:
             return function
         function = inner
 

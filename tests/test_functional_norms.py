@@ -147,3 +147,12 @@ class LooksLikeIt(nn.Module):
 @pytest.mark.parametrize("module", [LooksLikeIt(), nn.BatchNorm2d(1), nn.Conv2d(1, 1, 1), Holds(F.relu)])
 def test_children_and_layers_of_torch_are_no_calls(module: nn.Module) -> None:
     assert not calls_batch_norm(module)
+
+
+def test_values_of_any_kind_are_looked_at_without_end() -> None:
+    """A hook may have stored what a trace gave it, whose every attribute is another proxy."""
+    module = Holds(F.relu)
+    graph = fx.Graph()
+    module.kept = {"proxy": fx.Proxy(graph.placeholder("x"))}  # type: ignore[assignment]
+    module.one = fx.Proxy(graph.placeholder("y"))  # type: ignore[assignment]
+    assert not calls_batch_norm(module)
