@@ -87,7 +87,7 @@ def expect(model: nn.Module, example: Inputs, batches: Sequence[int | None]) -> 
     """
     inputs = {_batch(x): x for x in (imitate(example, batch) for batch in batches)}
     reference = torch.float64
-    with untouched(model, keep_parameters=True):
+    with untouched(model, keep_state=True):
         seed_everything()
         before = torch.get_rng_state()
         narrow = {batch: _own_leaves(model, x) for batch, x in inputs.items()}

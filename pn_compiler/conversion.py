@@ -12,7 +12,7 @@ from pn_compiler.accounting import account
 from pn_compiler.calibration import Calibrated, calibrate
 from pn_compiler.config import TransformConfig
 from pn_compiler.diagnostics import Diagnostic, Site
-from pn_compiler.equivalence import check_equivalent
+from pn_compiler.equivalence import VaryingOutputsError, check_equivalent
 from pn_compiler.errors import ConfigError, RefusedError
 from pn_compiler.evaluation import inputs_of
 from pn_compiler.fidelity import Fidelity, measure
@@ -62,13 +62,15 @@ def prepare(traced: Trace, model: nn.Module, inputs: Inputs | None, progress: Pr
 def _compare(traced: Trace, model: nn.Module, inputs: Inputs) -> tuple[str, str] | None:
     """Raises TraceError if `traced` differs from `model`; returns as `_why_not_compared` if nothing tells."""
     branches = any(note.code == "PN110" for note in traced.notes)
-    if not (branches and any(module.training for module in model.modules())):
-        check_equivalent(model, traced.root, inputs)
-        return None
-    try:  # the branch that was traced runs in train mode only
-        check_equivalent(model, traced.root, inputs, own_modes=True)
+    own_modes = branches and any(module.training for module in model.modules())
+    try:
+        check_equivalent(model, traced.root, inputs, own_modes=own_modes)
+    except VaryingOutputsError as error:
+        return str(error), "compare the outputs yourself"
     except ConfigError as error:
-        return str(error), "give an example that runs in train mode, such as a batch of two"
+        if own_modes:  # the branch that was traced runs in train mode only
+            return str(error), "give an example that runs in train mode, such as a batch of two"
+        raise
     return None
 
 

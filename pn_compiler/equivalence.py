@@ -40,6 +40,7 @@ def check_equivalent(model: nn.Module, graph: nn.Module, inputs: Inputs, *, own_
 
     Raises:
         ConfigError: the model does not run on `inputs`.
+        VaryingOutputsError: it gives something else in each call, so that nothing can be compared.
         TraceError: the outputs differ. The message names the first module whose output does.
     """
     runner, expected = _first_run(model, inputs, own_modes)
@@ -57,12 +58,18 @@ def check_equivalent(model: nn.Module, graph: nn.Module, inputs: Inputs, *, own_
             ) from error
         difference = largest_difference(actual, expected)
         if difference > runner.limit:
+            if largest_difference(runner(model, values), expected) > runner.limit:
+                raise VaryingOutputsError(f"outputs of {type(model).__name__} vary from call to call")
             where = _where(model, graph, values, runner)
             scaled = " on scaled copies of the example inputs" if number else ""
             raise TraceError(
                 f"torch.fx traces {type(model).__name__} to something else{scaled}: its outputs are off by "
                 f"{difference:.1e} of their largest magnitude. {where}"
             )
+
+
+class VaryingOutputsError(ConfigError):
+    """A model gives other outputs for the same inputs and random numbers: it reads a clock, for example."""
 
 
 class _Runner:
@@ -74,7 +81,7 @@ class _Runner:
 
     def __call__(self, model: nn.Module, inputs: Inputs) -> Any:
         wide = contextlib.nullcontext() if self.dtype is None else Float64(model)
-        with untouched(model, own_modes=self.own_modes, keep_parameters=True):
+        with untouched(model, own_modes=self.own_modes, keep_state=True):
             seed_everything()
             with wide:
                 return run(model, self._cast(inputs), "the example inputs")
@@ -164,21 +171,26 @@ def _where(model: nn.Module, graph: nn.Module, values: Inputs, runner: _Runner) 
     return f"No module that it calls differs. {_advice(model, '')}"
 
 
-def _observe(model: nn.Module, values: Inputs, runner: _Runner) -> dict[str, list[tuple[Any, Any]]]:
-    """Path of each module that runs, in the order in which they finish -> (inputs, outputs) of its calls."""
-    found: dict[str, list[tuple[Any, Any]]] = {}
+class _Observed:
+    """Path of each module that ran, in the order in which they finished -> (inputs, outputs) of its calls."""
 
-    def keep(path: str, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+    def __init__(self) -> None:
+        self.calls: dict[str, list[tuple[Any, Any]]] = {}
+
+    def keep(self, path: str, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         copies = pytree.tree_map_only(Tensor, torch.clone, ((args, kwargs), output))
-        found.setdefault(path, []).append(copies)
+        self.calls.setdefault(path, []).append(copies)
 
+
+def _observe(model: nn.Module, values: Inputs, runner: _Runner) -> dict[str, list[tuple[Any, Any]]]:
+    observed = _Observed()
     with contextlib.ExitStack() as stack:
         for path, module in model.named_modules():
             if path and not isinstance(module, torch.jit.ScriptModule):
-                hook = functools.partial(keep, path)
+                hook = functools.partial(observed.keep, path)
                 stack.callback(module.register_forward_hook(hook, with_kwargs=True).remove)
         runner(model, values)
-    return found
+    return observed.calls
 
 
 def _advice(model: nn.Module, path: str) -> str:
@@ -193,6 +205,7 @@ _SUSPECTS: tuple[tuple[frozenset[str], str], ...] = (
     (frozenset({"isinstance", "type", "hasattr", "is_tensor", "AttributeError"}), "it tests a value's type"),
     (frozenset({"random", "randint", "randn", "rand", "rand_like", "randperm"}), "it draws random numbers"),
     (frozenset({"data", "set_", "copy_"}), "it rewrites its weights"),
+    (frozenset({"str", "repr", "format", "vars"}), "it makes text of a value"),
 )  # fmt: skip
 
 

@@ -12,10 +12,12 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from tqdm import tqdm
 
+from pn_compiler.captured import attributes, reachable
 from pn_compiler.errors import ConfigError, PnCompilerError, first_line
 from pn_compiler.graph_utils import has_values
 from pn_compiler.inputs import Inputs
 from pn_compiler.module_state import ModuleState, WrittenParameters
+from pn_compiler.trace_watch import RandomStates
 
 T = TypeVar("T")
 
@@ -101,7 +103,7 @@ def untouched(
     *,
     batch_statistics: bool = False,
     own_modes: bool = False,
-    keep_parameters: bool = False,
+    keep_state: bool = False,
 ) -> Iterator[None]:
     """Eval mode, eager and without gradients; the model and all random numbers are as before at the end.
 
@@ -109,7 +111,7 @@ def untouched(
         model: any module that has values.
         batch_statistics: leave its BatchNorms in train mode.
         own_modes: leave every module in the mode in which it is.
-        keep_parameters: undo what the forward itself writes into parameters, too.
+        keep_state: undo what the forward itself writes into parameters and global variables, too.
 
     Raises:
         ConfigError: its tensors are on the meta device, or fake.
@@ -118,17 +120,20 @@ def untouched(
     if not all(map(has_values, tensors)):
         raise ConfigError("the model has no values: its tensors are on the meta device, or fake")
     modes = [(module, module.training) for module in model.modules()]
-    state, written = ModuleState(model), WrittenParameters(model)
+    randomness = RandomStates()
+    for module, _ in modes:
+        for value in reachable(attributes(module)):
+            randomness.note(value)
+    state, written = ModuleState(model, with_globals=keep_state), WrittenParameters(model)
     norms = [module for module, _ in modes if isinstance(module, _BatchNorm)]
     updated = batch_statistics or own_modes
     running = [(b, b.clone()) for norm in norms for b in norm.buffers(False) if updated]
     gpus = {tensor.get_device() for tensor in tensors if tensor.is_cuda}
     with (
         torch.random.fork_rng(gpus),
-        _python_rng_restored(),
         torch.no_grad(),
         torch.compiler.set_stance("force_eager"),
-        written if keep_parameters else contextlib.nullcontext(),
+        written if keep_state else contextlib.nullcontext(),
     ):
         try:
             for module, training in modes:  # not model.eval(), which some models override to do more
@@ -138,20 +143,11 @@ def untouched(
         finally:
             state.restore()
             written.restore()
+            randomness.restore()
             for buffer, value in running:  # batch_norm overwrites them behind the back of their version
                 buffer.copy_(value)
             for module, training in modes:
                 module.training = training
-
-
-@contextlib.contextmanager
-def _python_rng_restored() -> Iterator[None]:
-    states = random.getstate(), np.random.get_state()  # noqa: NPY002  # what models draw from
-    try:
-        yield
-    finally:
-        random.setstate(states[0])
-        np.random.set_state(states[1])  # noqa: NPY002
 
 
 def seed_everything(seed: int = 0) -> None:

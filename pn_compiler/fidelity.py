@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils import _pytree as pytree
 
 from pn_compiler.evaluation import run, seed_everything, untouched
 from pn_compiler.inputs import Inputs
@@ -96,15 +97,15 @@ def measure(
     totals: dict[str, list[float]] = {}
     classes: list[tuple[int, float, float]] = []  # samples, divergence, agreement
     errors = _SiteErrors(original, converted, sites)
-    with untouched(original, keep_parameters=True), untouched(converted, keep_parameters=True):
+    with untouched(original, keep_state=True), untouched(converted, keep_state=True):
         seed_everything()
         samples = _read(original, batches, representative)
         with errors.watching():
             for inputs in _batches(samples):
                 seed_everything()
-                expected = run(original, inputs, "the samples")
+                expected = _detached(run(original, inputs, "the samples"))
                 seed_everything()
-                actual = run(converted, inputs, "the samples")
+                actual = _detached(run(converted, inputs, "the samples"))
                 _add(totals, actual, expected)
                 kl, same = divergence(actual, expected, logits), agreement(actual, expected, logits)
                 if kl is not None and same is not None:
@@ -146,6 +147,10 @@ def _length(inputs: Inputs) -> int:
     return len(first)
 
 
+def _detached(outputs: Any) -> Any:
+    return pytree.tree_map_only(Tensor, torch.detach, outputs)
+
+
 def _add(totals: dict[str, list[float]], actual: Any, expected: Any) -> None:
     """Adds (|c - o|^2, |o|^2) of each output that both give in one shape."""
     found = named_outputs(actual)
@@ -182,11 +187,12 @@ class _SiteErrors:
                 stack.callback(hook.remove)
             yield
 
+    @torch.no_grad()  # a forward may switch gradients on
     def _add(self, name: str, module: nn.Module, args: tuple[Any, ...]) -> None:
         norm, new = self._pairs[name]
         if not args or norm.running_mean is None:
             return
-        x: Tensor = args[0]
+        x: Tensor = args[0].detach()
         expected = F.batch_norm(
             x, norm.running_mean, norm.running_var, norm.weight, norm.bias, training=False, eps=norm.eps
         )

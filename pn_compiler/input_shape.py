@@ -42,7 +42,7 @@ def choose_inputs(
         inputs = random_inputs(model, [shape])
     refuse_giant_tensors(model, inputs)
     try:
-        with untouched(model, keep_parameters=True):
+        with untouched(model, keep_state=True):
             inputs.call(model)
     except Exception as error:
         shapes = ", ".join(str(list(x.shape)) for x in inputs.tensors())

@@ -25,9 +25,13 @@ class ModuleState:
 
     A forward that counts calls or keeps a running value changes attributes. A graph would do neither, so
     such a module has to stay as it is.
+
+    Args:
+        model: its modules are held until `restore`.
+        with_globals: hold the global variables of the code of its modules, too.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, *, with_globals: bool = False) -> None:
         self._held = {
             path: (module, dict(vars(module)), _registered(module))
             for path, module in model.named_modules()
@@ -41,6 +45,9 @@ class ModuleState:
             self.containers.add([*attributes(module), *_hooks(module)], path)
             self.containers.add(functions_of(type(module)), path)
             self.containers.add_classes(type(module), path)
+            if with_globals and not is_library(type(module)):
+                for function in functions_of(type(module)):
+                    self.containers.add_globals(function.__globals__)
 
     def changes(self) -> tuple[set[str], set[tuple[str, str]]]:
         """(paths of modules whose numbers or tensors changed, (path, attribute) of values merely stored)."""

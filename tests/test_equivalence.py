@@ -31,14 +31,12 @@ class Net(nn.Module):
         return self.tail(x)
 
 
-class TwoNames(Net):
-    """torch.fx records ``z /= 2`` out of place, so that y keeps its value in the graph."""
+class Text(Net):
+    """Text is made of the proxy while this is traced: what no tracer notices."""
 
     def forward(self, x: Tensor) -> Tensor:
         y = torch.relu(self.bn(self.conv(x)))
-        z = y
-        z /= 2
-        return self.out(y)
+        return self.out(y * (0.5 if str(y.shape).startswith("torch.Size") else 1.0))
 
 
 def ready(net: nn.Module) -> nn.Module:
@@ -48,7 +46,7 @@ def ready(net: nn.Module) -> nn.Module:
 class Inner(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.body = TwoNames()
+        self.body = Text()
         self.head = nn.Conv2d(3, 2, 1)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -60,7 +58,7 @@ def test_transform_refuses_without_strict_and_names_the_first_module() -> None:
         TraceError, match=r"output that differs is that of body\.out .*inputs differ"
     ) as error:
         pn_compiler.transform(ready(Inner()), X)
-    assert "Look at body (TwoNames): it writes in place" in str(error.value)
+    assert "Look at body (Text): it makes text of a value" in str(error.value)
 
 
 def test_keeping_the_named_module_whole_mends_it() -> None:
@@ -96,17 +94,11 @@ class FarBranch(Net):
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.bn(self.conv(x))
-        z = y
-        z *= (y < 40).to(y.dtype)
-        return self.out(y)
+        return self.out(y * {"tensor(True)": 0.5}.get(str((y.abs() > 40).any()), 1.0))
 
 
-@pytest.mark.parametrize("sign", [1, -1])
-def test_differences_beyond_the_example_are_found(sign: int) -> None:
+def test_differences_beyond_the_example_are_found() -> None:
     model = ready(FarBranch())
-    with torch.no_grad():
-        model.bn.weight.abs_().mul_(sign)  # type: ignore[union-attr]
-        model.conv.weight.abs_()  # type: ignore[union-attr]
     with pytest.raises(TraceError, match="on scaled copies of the example inputs"):
         pn_compiler.transform(model, X)
 
@@ -224,6 +216,12 @@ def test_a_dtype_that_is_written_in_is_compared_in_it() -> None:
 
 
 def test_likely_causes() -> None:
+    class InPlace(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            y = x
+            y /= 2
+            return x
+
     class Types(nn.Module):
         def forward(self, x: Any) -> Any:
             return x if isinstance(x, Tensor) else x[0]
@@ -243,7 +241,8 @@ def test_likely_causes() -> None:
     assert "random" in likely_cause(Noise())
     assert "rewrites" in likely_cause(Renorm(3, 3, 1))
     assert "hook" in likely_cause(hooked)
-    assert "in place" in likely_cause(TwoNames())
+    assert "in place" in likely_cause(InPlace())
+    assert "text" in likely_cause(Text())
 
 
 NAN = float("nan")

@@ -53,9 +53,8 @@ def test_convolutions_are_half_and_normalizers_float32(tmp_path: Path, dtype: st
     assert len(seen) == 3
     assert [v["dtype"] for v in (*report.inputs, *report.outputs)] == ["float", "float"]
     assert report.dtype == dtype
-    assert report.tolerance == max(
-        4 * torch.finfo(getattr(torch, dtype)).eps, 4 * (report.float32_error or 0)
-    )
+    own = min(4 * (report.float32_error or 0), 1e-2)
+    assert report.tolerance == max(4 * torch.finfo(getattr(torch, dtype)).eps, own)
     assert report.max_error is not None
     assert 1e-5 < report.max_error < report.tolerance  # rounding shows, and no more than it
     assert f"PyTorch's own in {dtype}" in str(report)
