@@ -10,12 +10,12 @@ import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
-from pn_compiler.admission import import_from_here, resolve
 from pn_compiler.array_files import read_arrays
 from pn_compiler.errors import ConfigError, LoadError, PnCompilerError, first_line
 from pn_compiler.evaluation import inputs_of
 from pn_compiler.input_shape import guess_shape
 from pn_compiler.inputs import Inputs
+from pn_compiler.loading.admission import import_from_here, resolve
 from pn_compiler.regions import fake_mode, trace, unwrap
 
 if TYPE_CHECKING:

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from pn_compiler.errors import LoadError
 from pn_compiler.loading import load_model
-from pn_compiler.program_texts import is_harmless_operator as _is_harmless_operator
-from pn_compiler.size_expressions import is_size_expression as _is_harmless_expression
+from pn_compiler.loading.program_texts import is_harmless_operator as _is_harmless_operator
+from pn_compiler.loading.size_expressions import is_size_expression as _is_harmless_expression
 from tests import zoo
 
 

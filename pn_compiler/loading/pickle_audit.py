@@ -1,6 +1,6 @@
 """Whether a pickle holds what torch.save writes about tensors and modules, and nothing else.
 
-It looks at what `pn_compiler.inert_pickle` reads, before anything is imported, made or allocated.
+It looks at what `pn_compiler.loading.inert_pickle` reads, before anything is imported, made or allocated.
 """
 
 import collections
@@ -12,10 +12,10 @@ from typing import Any
 
 import torch
 
-from pn_compiler.admission import is_module_class
-from pn_compiler.archives import Archive
 from pn_compiler.errors import LoadError
-from pn_compiler.inert_pickle import Call, Mapping, Name, Stored, parse_pickle
+from pn_compiler.loading.admission import is_module_class
+from pn_compiler.loading.archives import Archive
+from pn_compiler.loading.inert_pickle import Call, Mapping, Name, Stored, parse_pickle
 
 _ENTRY = re.compile(
     r"data\.pkl|data/\d+|byteorder|version|\.format_version|\.storage_alignment|\.data/\w{1,40}", re.ASCII

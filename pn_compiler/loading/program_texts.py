@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
-from pn_compiler.pickle_audit import SAFE_NAME
-from pn_compiler.size_expressions import is_size_expression
+from pn_compiler.loading.pickle_audit import SAFE_NAME
+from pn_compiler.loading.size_expressions import is_size_expression
 
 _IDENTIFIER = re.compile(r"(?!__)[A-Za-z_]\w{0,500}", re.ASCII)
 _RESERVED = frozenset(["self", "torch", "getattr", "fx_pytree", "pytree"])  # what generated source uses

@@ -1,8 +1,4 @@
-"""From a model file to a module, without running code that the file brings.
-
-A pickle names functions and calls them, an exported program names operators and holds expressions: both
-are read against lists of what is harmless. Everything else is refused by name.
-"""
+"""load_model: pickled modules, state_dicts and checkpoints, exported programs."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -12,12 +8,12 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from pn_compiler.admission import admit, import_from_here, refusal, resolve
-from pn_compiler.archives import Archive
 from pn_compiler.errors import LoadError, first_line
 from pn_compiler.inputs import Inputs
-from pn_compiler.pickle_audit import ON_REQUEST, audit_pickle, names_in
-from pn_compiler.program_audit import audit_program
+from pn_compiler.loading.admission import admit, import_from_here, refusal, resolve
+from pn_compiler.loading.archives import Archive
+from pn_compiler.loading.pickle_audit import ON_REQUEST, audit_pickle, names_in
+from pn_compiler.loading.program_audit import audit_program
 
 _STATE_DICT_KEYS = ("state_dict", "model_state_dict", "model")
 _TRAINING_ARGUMENTS = {"aten.dropout.default": (2, "train"), "aten.batch_norm.default": (5, "training")}

@@ -17,11 +17,11 @@ from typing import Any
 
 from torch._export.serde import schema, union
 
-from pn_compiler.archives import Archive
 from pn_compiler.errors import LoadError
-from pn_compiler.pickle_audit import audit_pickle, fits
-from pn_compiler.program_arithmetic import is_bounded
-from pn_compiler.program_texts import KEYS, TEXTS
+from pn_compiler.loading.archives import Archive
+from pn_compiler.loading.pickle_audit import audit_pickle, fits
+from pn_compiler.loading.program_arithmetic import is_bounded
+from pn_compiler.loading.program_texts import KEYS, TEXTS
 
 _ENTRY = re.compile(
     r"models/model\.json|archive_format|archive_version|byteorder|version|\.data/\w{1,40}"
