@@ -2,6 +2,8 @@
 
 import json
 import pickle
+import subprocess
+import sys
 import zipfile
 from collections import OrderedDict
 from collections.abc import Callable
@@ -322,3 +324,14 @@ def test_functions_with_arguments_in_modules(tmp_path: Path) -> None:
         torch.save(model, tmp_path / "model.pt")
         loaded = load_model(tmp_path / "model.pt").model
         assert loaded.state_dict().keys() == model.state_dict().keys()
+
+
+def test_torchvision_beside_a_cpu_build_of_torch(tmp_path: Path) -> None:
+    """In a process of its own, in which nobody has declared torchvision's compiled operators."""
+    torch.save(zoo.torchvision().models.resnet18(), tmp_path / "resnet18.pt")
+    done = subprocess.run(
+        [sys.executable, "-m", "pn_compiler.cli", str(tmp_path / "resnet18.pt"), "--dry-run"],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "layer4.1.bn2" in done.stdout

@@ -7,6 +7,8 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from pn_compiler.loading.admission import declare_torchvision_operators
+
 
 @functools.cache
 def torchvision() -> ModuleType:
@@ -14,9 +16,7 @@ def torchvision() -> ModuleType:
 
     Their schemas are enough to import it; those that detectors call are given in PyTorch.
     """
-    boxes = "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
-    torch.library.define("torchvision::nms", boxes)
-    torch.library.define("torchvision::qnms", boxes)
+    declare_torchvision_operators()
     torch.library.impl("torchvision::nms", "CPU", _nms)
     import torchvision
 

@@ -134,7 +134,7 @@ def resolve(name: str) -> Any:
     for split in range(len(parts) - 1, 0, -1):
         module = ".".join(parts[:split])
         try:
-            found: Any = importlib.import_module(module)
+            found: Any = _import(module)
         except ModuleNotFoundError as error:
             if error.name is not None and module.startswith(error.name):
                 continue
@@ -146,6 +146,27 @@ def resolve(name: str) -> Any:
         except AttributeError:
             break
     raise LoadError(f"{name} cannot be imported: install the package that defines it")
+
+
+def _import(module: str) -> Any:
+    try:
+        return importlib.import_module(module)
+    except RuntimeError as error:
+        if "operator torchvision::nms does not exist" not in str(error):
+            raise
+    declare_torchvision_operators()
+    return importlib.import_module(module)
+
+
+def declare_torchvision_operators() -> None:
+    """Lets torchvision be imported where its compiled operators do not fit torch, as beside a CPU build.
+
+    Classifiers need none of them. Whoever calls one without an implementation gets an error from torch.
+    """
+    for name in ("nms", "qnms"):
+        if not hasattr(torch.ops.torchvision, name):
+            signature = "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
+            torch.library.define(f"torchvision::{name}", signature)
 
 
 def import_from_here() -> None:
