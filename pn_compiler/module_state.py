@@ -185,6 +185,8 @@ class Containers:
 
     def add_globals(self, names: dict[str, Any]) -> None:
         """Includes the globals of a module and the containers among them."""
+        if id(names) in self._held:
+            return
         self._note(names, "")
         self.add([value for value in names.values() if isinstance(value, CONTAINERS)], "")
 
