@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import fx, nn
 from torch.utils import _pytree as pytree
 
+from pn_compiler.autograd_functions import FunctionCall
 from pn_compiler.spelling import operator_name
 
 UNKNOWN: Any = type("Unknown", (), {"__repr__": lambda self: "unknown"})()
@@ -126,7 +127,7 @@ def _attribute(root: nn.Module, path: str) -> Any:
 def _of_module(module: nn.Module, first: Any) -> Any:
     """What a layer of torch.nn, or of this package, returns."""
     hooks = (module._forward_hooks, module._forward_pre_hooks)
-    if any(hooks) or "forward" in vars(module):
+    if any(hooks) or "forward" in vars(module) or isinstance(module, FunctionCall):
         return UNKNOWN
     if isinstance(module, nn.Identity) and type(module).forward is nn.Identity.forward:
         return first
