@@ -28,6 +28,7 @@ from pn_compiler.graph_module import ConvertedModule, check_module, is_converted
 from pn_compiler.graph_utils import module_calls
 from pn_compiler.hooked import HookedModules, sharing_tensors
 from pn_compiler.inputs import Inputs
+from pn_compiler.nn import put_behind
 from pn_compiler.tracing import refuse_uninitialised, resolve_leaves, trace_module
 from pn_compiler.training_flag import branches_note
 
@@ -50,10 +51,18 @@ class Region:
     owner: nn.Module | None = None
 
     def finish(self) -> None:
-        """Gives a lone BatchNorm's successor to its owner."""
-        if self.owner is not None:
-            for name, module in self.graph.named_children():
-                setattr(self.owner, name, module)
+        """Gives the successor of a lone BatchNorm, with what was split off it, to its owner."""
+        if self.owner is None:
+            return
+        first, *rest = module_calls(self.graph)
+        norm = self.graph.get_submodule(first)
+        if is_batch_norm(norm):
+            return  # refused: the owner still has it as it came
+        if rest:
+            put_behind(
+                norm, {path.removeprefix(f"{first}_"): self.graph.get_submodule(path) for path in rest}
+            )
+        setattr(self.owner, first, norm)
 
 
 @dataclasses.dataclass(slots=True)
