@@ -187,7 +187,7 @@ class _Followed(nn.Module):
     following: tuple[str, ...]
 
     def forward(self, *args: Any) -> Any:
-        result = super().forward(*args)  # type: ignore[misc]  # that of the normalizer
+        result = super().forward(*args)  # that of the normalizer
         for name in self.following:
             result = getattr(self, name)(result)
         return result

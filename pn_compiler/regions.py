@@ -31,6 +31,7 @@ from pn_compiler.inputs import Inputs
 from pn_compiler.nn import put_behind
 from pn_compiler.tracing import refuse_uninitialised, resolve_leaves, trace_module
 from pn_compiler.training_flag import branches_note
+from pn_compiler.weight_writes import may_write_weights
 
 logger = logging.getLogger(__name__)
 
@@ -319,6 +320,7 @@ def _trace_children(owner: nn.Module, path: str, traced: Trace, *, apart: bool =
     With `apart` each BatchNorm becomes one of its own: nothing may be absorbed into weights that the code
     of `owner` rewrites.
     """
+    apart = apart or may_write_weights(owner)
     traced.opaque.append(path)
     if _reads_statistics(type(owner)):  # type: ignore[arg-type]  # classes are hashable
         return  # its code looks inside its BatchNorms: they are reported as not reached
