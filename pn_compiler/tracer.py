@@ -30,7 +30,7 @@ from pn_compiler.captured import attributes, functions_of, reachable
 from pn_compiler.diagnostics import Diagnostic
 from pn_compiler.errors import first_line
 from pn_compiler.execution_modes import ExecutionModes
-from pn_compiler.functional_norms import reaches_batch_norm
+from pn_compiler.functional_norms import NAMES, reaches_batch_norm
 from pn_compiler.inputs import Inputs
 from pn_compiler.known_types import (
     SAMPLE,
@@ -43,6 +43,7 @@ from pn_compiler.known_types import (
 from pn_compiler.module_state import Containers, ModuleState, hidden, inside_checkpoint
 from pn_compiler.nn import ProxyNormAct, ReadTraining
 from pn_compiler.proxies import PROXIES, TracedProxy, Untraceable, is_parameter, module_proxy
+from pn_compiler.spelling import counts_batches, operator_name
 from pn_compiler.trace_watch import PythonWatch, RandomStates, TensorWatch
 from pn_compiler.training_flag import training_flags
 
@@ -98,6 +99,7 @@ class Tracer(fx.Tracer):
         self.also_whole: set[str] = set()
         self.writers: dict[str, set[str]] = {}  # path of a module -> those whose forwards set its attributes
         self.functions: dict[str, FunctionCall] = {}  # by name on the model; there while it is traced
+        self.counters: dict[str, str] = {}  # path of a number of batches -> of the module that counts
         self._samples: dict[fx.Node, Any] = {}
         self._assumed_input = SAMPLE if outermost else UNKNOWN
 
@@ -136,6 +138,7 @@ class Tracer(fx.Tracer):
             self.modes_at_entry = [self.modes.now()]
             graph = self.trace(model)
             self._check_quiet()
+        self._check_counters(graph)
         return graph
 
     def _check_quiet(self) -> None:
@@ -233,12 +236,37 @@ class Tracer(fx.Tracer):
         if node.op in ("placeholder", "get_attr"):
             return node
         for target in writes(self.root, node) if node.op != "call_module" else ():
-            path = tensor_behind(self.root, target)
-            if path is not None and is_parameter(self.root, path):
-                self.refuse("PN115", f"the forward rewrites {path}")
+            self._check_write(node, tensor_behind(self.root, target))
         if not is_python_value(self.known(node)):
             self._check_modes()
         return node
+
+    def _check_write(self, node: fx.Node, path: str | None) -> None:
+        """Refuses to let `node`, unless it is a batch_norm, write into the parameter or buffer at `path`."""
+        if path is None or operator_name(node) in NAMES:
+            return
+        if is_parameter(self.root, path):
+            self.refuse("PN115", f"the forward rewrites {path}")
+        if counts_batches(node):
+            self.counters.setdefault(path, self.stack[-1])
+        else:
+            self.refuse("PN118", f"the forward writes into the buffer {path}")
+
+    def sets_counter(self, module: nn.Module, name: str, value: Any) -> bool:
+        """Whether a forward adds 1 to how many batches a module has seen, which no graph needs to know."""
+        if name not in module._buffers or type(value) not in PROXIES or not counts_batches(value.node):
+            return False
+        if tensor_behind(self.root, value.node.args[0]) != str(value.node.args[0].target):
+            return False
+        self.counters.setdefault(str(value.node.args[0].target), self.stack[-1])
+        return True
+
+    def _check_counters(self, graph: fx.Graph) -> None:
+        """Nothing reads what is counted: graphs do not count."""
+        for path, owner in self.counters.items():
+            reads = [node for node in graph.find_nodes(op="get_attr") if str(node.target) == path]
+            if not all(counts_batches(user) and not user.users for node in reads for user in node.users):
+                self.failure = Failure(owner, "PN118", f"the forward counts in {path}, and reads that")
 
     def is_leaf_module(self, module: nn.Module, path: str) -> bool:
         return (
@@ -369,6 +397,8 @@ def _watched_attributes(tracer: Tracer) -> Iterator[None]:
 
     def set_attribute(module: nn.Module, name: str, value: Any) -> None:
         if not str(sys._getframe(1).f_globals.get("__name__")).startswith("torch.fx."):
+            if tracer.sets_counter(module, name, value):
+                return
             tracer.set_attribute(module, name, value)
         original(module, name, value)
 

@@ -59,8 +59,8 @@ def _reached(module: nn.Module) -> Iterator[types.CodeType]:
     """The code of the forward of `module` and of the user's functions and methods that it names."""
     owners = {type(m) for m in module.modules() if not is_library(type(m))}
     methods: dict[str, list[types.FunctionType]] = {}
-    for function in (function for owner in owners for function in functions_of(owner)):
-        methods.setdefault(function.__name__, []).append(function)
+    for method in (method for owner in owners for method in functions_of(owner)):
+        methods.setdefault(method.__name__, []).append(method)
     hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
     remaining = [*_forwards(type(module)), *attributes(module), *hooks]
     seen: set[int] = set()
@@ -72,7 +72,7 @@ def _reached(module: nn.Module) -> Iterator[types.CodeType]:
         for code in _codes(function.__code__):
             yield code
             named = {name for name in code.co_names if name != "forward"}
-            remaining += (method for name in named for method in methods.get(name, ()))
+            remaining += (found for name in named for found in methods.get(name, ()))
             remaining += _named_values(function, named)
 
 
