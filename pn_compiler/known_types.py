@@ -59,7 +59,7 @@ def has_attribute(value: Any, name: str) -> bool:
 @functools.cache
 def may_return_none(cls: type) -> bool:
     """Whether the forward of a user's module has None in what it returns: a branch on that would be lost."""
-    code = getattr(cls.forward, "__code__", None)  # type: ignore[attr-defined]
+    code = getattr(getattr(cls, "forward", None), "__code__", None)  # TorchScript has none
     if code is None or cls.__module__.startswith(("torch.", "pn_compiler.")):
         return False
     before: dis.Instruction | None = None
