@@ -79,6 +79,10 @@ class TracedProxy(InPlaceProxy):
         raise self.refuse(*self.tracer.write_of(self.node, f"deletes {name!r} of"))
 
     def __setitem__(self, index: Any, value: Any) -> None:
+        """Recorded of tensors alone: a list or dict of the caller's is no value of a graph."""
+        if isinstance(self.known(), torch.Tensor):
+            self.tracer.create_proxy("call_function", operator.setitem, (self, index, value), {})
+            return
         raise self.refuse(*self.tracer.write_of(self.node, "writes items of"))
 
     @property  # type: ignore[misc]
