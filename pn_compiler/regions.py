@@ -26,7 +26,7 @@ from pn_compiler.errors import ConfigError, TraceError, UnsupportedModelError, f
 from pn_compiler.functional_norms import reaches_batch_norm
 from pn_compiler.graph_module import ConvertedModule, check_module, is_converted
 from pn_compiler.graph_utils import module_calls
-from pn_compiler.hooked import HookedModules, sharing_tensors
+from pn_compiler.hooked import HookedModules, refuse_global_hooks, sharing_tensors
 from pn_compiler.inputs import Inputs
 from pn_compiler.nn import put_behind
 from pn_compiler.tracing import refuse_uninitialised, resolve_leaves, trace_module
@@ -107,10 +107,11 @@ def trace(
         in_place: trace `model` itself, whose parts become those of the result.
 
     Raises:
-        ConfigError: the inputs do not fit the forward, or `leaves` names nothing.
+        ConfigError: the inputs do not fit the forward, `leaves` names nothing, or there are global hooks.
         TraceError: no part of a model without BatchNorm can be traced.
         UnsupportedModelError: a lazy module is not initialised yet, or the model cannot be copied.
     """
+    refuse_global_hooks()
     _check_fit(model, inputs)
     model = model if in_place else copy_model(model)
     traced = Trace(model, leaves=resolve_leaves(model, leaves))

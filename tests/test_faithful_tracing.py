@@ -83,6 +83,9 @@ def _(x: torch.Tensor) -> Tensor:
     return x * 2
 
 
+renamed_isinstance = isinstance
+renamed_type = type
+
 TYPE_TESTS: dict[str, Callable[[Net, Any], Any]] = {
     "isinstance": lambda net, x: x * 2 if isinstance(x, torch.Tensor) else x,
     "isinstance of several": lambda net, x: x if isinstance(x, (list, tuple)) else x * 2,
@@ -92,6 +95,8 @@ TYPE_TESTS: dict[str, Callable[[Net, Any], Any]] = {
     "isinstance of a shape": lambda net, x: x * 2 if isinstance(x.size(), tuple) else x,
     "isinstance of a result": lambda net, x: x * 2 if isinstance(F.relu(x + 1)[0], torch.Tensor) else x,
     "isinstance of pieces": lambda net, x: x * 2 if isinstance(x.chunk(3, 1), tuple) else x,
+    "isinstance renamed": lambda net, x: x * 2 if renamed_isinstance(x, torch.Tensor) else x,
+    "type renamed": lambda net, x: x * 2 if renamed_type(x) is torch.Tensor else x,
     "is_tensor": lambda net, x: x * 2 if torch.is_tensor(x) else x,
     "type is": lambda net, x: x * 2 if type(x) is torch.Tensor else x,
     "type ==": lambda net, x: x * 2 if type(x) == torch.Tensor else x,  # noqa: E721
