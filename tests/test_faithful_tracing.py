@@ -452,3 +452,14 @@ def test_draws_that_a_graph_repeats_stay_in_it() -> None:
     assert isinstance(converted, fx.GraphModule)
     assert not codes(converted)
     assert not torch.equal(converted(IMAGES), converted(IMAGES))
+
+
+def test_globals_of_the_model_are_as_before() -> None:
+    before = dict(globals())
+    for given in (None, IMAGES):
+        pn_compiler.transform(make(TYPE_TESTS["isinstance renamed"], nested=True, train=False), given)
+        pn_compiler.transform(make(_caught, nested=True, train=False), given)
+    assert globals().keys() == before.keys()
+    assert all(globals()[name] is value for name, value in before.items())
+    assert renamed_isinstance is isinstance
+    assert "isinstance" not in globals()
