@@ -15,7 +15,7 @@ from pn_compiler.graph_utils import (
 )
 from pn_compiler.pass_base import GraphPass, PassResult
 from pn_compiler.passes.norm_calls import modularize_norms
-from pn_compiler.spelling import operands, operator_name
+from pn_compiler.spelling import counts_batches, operands, operator_name
 
 _CONVS: dict[str, type[nn.Module]] = {"conv1d": nn.Conv1d, "conv2d": nn.Conv2d, "conv3d": nn.Conv3d}
 _CONV_OPERANDS = ("weight", "bias", "stride", "padding", "dilation", "groups")
@@ -40,7 +40,9 @@ class CanonicalizeModules(GraphPass):
                 _split(graph, path, calls)
                 rewritten += len(calls)
         for node in list(graph.graph.nodes):
-            if counts_batches(node):  # num_batches_tracked += 1, of a BatchNorm to be replaced
+            if (
+                counts_batches(node) and not node.users
+            ):  # num_batches_tracked += 1, of a BatchNorm to be replaced
                 graph.graph.erase_node(node)
                 rewritten += 1
             elif node.op == "call_function":
@@ -83,16 +85,6 @@ def _split(graph: fx.GraphModule, path: str, calls: list[fx.Node]) -> None:
             last = call_module_after(graph, last, part_path, (last,))
         for user in users:
             user.replace_input_with(call, last)
-
-
-def counts_batches(node: fx.Node) -> bool:
-    """Whether `node` increments a BatchNorm's num_batches_tracked, as exported training graphs do."""
-    return (
-        operator_name(node) == "add_"
-        and isinstance(node.args[0], fx.Node)
-        and str(node.args[0].target).endswith("num_batches_tracked")
-        and not node.users
-    )
 
 
 def _modularize(graph: fx.GraphModule, node: fx.Node) -> int:

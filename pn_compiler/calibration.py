@@ -11,7 +11,9 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
+from pn_compiler.batch_norms import has_plain_forward
 from pn_compiler.errors import ConfigError
 from pn_compiler.evaluation import batches_of, each_batch, of_each_shard, untouched
 from pn_compiler.least_squares import ChannelFit, merged
@@ -125,6 +127,8 @@ def _survey(
 
     def add(name: str, module: nn.Module, args: tuple[Tensor], output: Tensor) -> None:
         norm = sites[name]
+        if isinstance(module, _BatchNorm) and not has_plain_forward(module):  # with an activation in it
+            output = _BatchNorm.forward(module, args[0])
         n = F.group_norm(args[0], norm.num_groups, None, None, norm.eps)
         if not (n.isfinite().all() and output.isfinite().all()):
             raise ConfigError(f"the calibration data makes values that are nan or infinite at {name}")

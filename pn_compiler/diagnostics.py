@@ -31,6 +31,8 @@ CODES: dict[str, tuple[Severity, str]] = {
     "PN119": ("note", "inputs of unknown type are taken to be tensors"),
     "PN120": ("warning", "code that cannot be traced calls batch_norm as a function"),
     "PN121": ("warning", "batch_norm is called as a function, in a branch that was not traced"),
+    "PN122": ("note", "kept whole: the forward gives an autograd function what no graph can hold"),
+    "PN123": ("note", "kept whole: the forward computes gradients, or changes what has them"),
     "PN201": ("note", "no activation follows the BatchNorm"),
     "PN202": ("note", "left without proxy normalization: a consumer cannot absorb its shift"),
     "PN203": ("note", "proxy normalization was switched off"),

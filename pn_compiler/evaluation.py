@@ -125,9 +125,9 @@ def untouched(
         for value in reachable(attributes(module)):
             randomness.note(value)
     state, written = ModuleState(model, with_globals=keep_state), WrittenParameters(model)
-    norms = [module for module, _ in modes if isinstance(module, _BatchNorm)]
-    updated = batch_statistics or own_modes
-    running = [(b, b.clone()) for norm in norms for b in norm.buffers(False) if updated]
+    # in its own mode any module may call batch_norm as a function
+    updating = [m for m, _ in modes if own_modes or (batch_statistics and isinstance(m, _BatchNorm))]
+    running = [(b, b.clone()) for module in updating for b in module.buffers(False)]
     gpus = {tensor.get_device() for tensor in tensors if tensor.is_cuda}
     with (
         torch.random.fork_rng(gpus),

@@ -70,18 +70,24 @@ def _is_of_torch(value: Any) -> bool:
 
 def _reaches(function: Any, cls: type | None, seen: set[int]) -> bool:
     """Whether `function`, a method of `cls` if that is given, calls batch_norm."""
+    if isinstance(function, types.MethodType) and _is_autograd_function(function.__self__):
+        function = function.__self__  # the function behind an apply that has a name of its own
     function = _plain(function)
     if is_batch_norm_function(function):
         return True
     if id(function) in seen or _is_of_torch(function):
         return False
     seen.add(id(function))
-    if isinstance(function, type) and issubclass(function, torch.autograd.Function):
+    if _is_autograd_function(function):
         own = (_plain(value) for value in vars(function).values())
         return any(_reaches(value, function, seen) for value in own if isinstance(value, types.FunctionType))
     if not isinstance(function, types.FunctionType):
         return False
     return any(_uses(code, function, cls, seen) for code in _codes(function.__code__))
+
+
+def _is_autograd_function(value: Any) -> bool:
+    return isinstance(value, type) and issubclass(value, torch.autograd.Function)
 
 
 def _plain(function: Any) -> Any:

@@ -14,6 +14,18 @@ from pn_compiler.captured import (
     named_globals,
     reachable,
 )
+from pn_compiler.errors import ConfigError
+
+
+def refuse_global_hooks() -> None:
+    """Raises ConfigError if hooks on all modules of the process are registered: a graph would lose them."""
+    kinds = ("forward_pre_hooks", "forward_hooks", "backward_pre_hooks", "backward_hooks")
+    found = [kind for kind in kinds if getattr(torch.nn.modules.module, f"_global_{kind}")]
+    if found:
+        raise ConfigError(
+            f"global {found[0].replace('_', ' ')} of torch.nn.modules.module are registered, which would run "
+            "while the model is traced and not in the graph: remove them, and register them afterwards"
+        )
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import fx, nn
 from torch.utils import _pytree as pytree
 
+from pn_compiler.autograd_functions import FunctionCall
 from pn_compiler.spelling import operator_name
 
 UNKNOWN: Any = type("Unknown", (), {"__repr__": lambda self: "unknown"})()
@@ -32,6 +33,8 @@ _SEVERAL_OUTPUTS = (
     nn.modules.container.ModuleDict,
 )
 
+_LOADS = ("LOAD_FAST", "LOAD_FAST_BORROW", "LOAD_FAST_CHECK")
+_NO_EFFECT = frozenset(["COPY_FREE_VARS", "EXTENDED_ARG", "KW_NAMES", "MAKE_CELL", "NOP", "RESUME"])
 _RETURNS = frozenset(["RETURN_VALUE", "BUILD_TUPLE", "BUILD_LIST", "BUILD_MAP", "BUILD_CONST_KEY_MAP"])
 
 
@@ -58,18 +61,41 @@ def has_attribute(value: Any, name: str) -> bool:
 @functools.cache
 def may_return_none(cls: type) -> bool:
     """Whether the forward of a user's module has None in what it returns: a branch on that would be lost."""
-    code = getattr(cls.forward, "__code__", None)  # type: ignore[attr-defined]
+    code = getattr(getattr(cls, "forward", None), "__code__", None)  # TorchScript has none
     if code is None or cls.__module__.startswith(("torch.", "pn_compiler.")):
         return False
-    before: dis.Instruction | None = None
-    for instruction in dis.get_instructions(code):
-        if instruction.opname == "RETURN_CONST" and instruction.argval is None:
+    stack: list[bool] = []  # whether None is among what the expression so far consists of
+    variables: set[Any] = set()  # those that None was assigned to
+    steps = list(dis.get_instructions(code))
+    for step, after in zip(steps, [*steps[1:], None], strict=True):
+        index = after is not None and after.opname in ("BINARY_SUBSCR", "STORE_SUBSCR")  # x[:, None]
+        if step.opname == "RETURN_CONST" and _holds_none(step.argval):
             return True
-        none = before is not None and before.opname == "LOAD_CONST" and before.argval is None
-        if none and instruction.opname in _RETURNS:
+        if step.opname in _RETURNS and any(stack) and not index:
             return True
-        before = instruction
+        if step.opname == "STORE_FAST" and any(stack):
+            variables.add(step.argval)
+        is_none = step.opname == "LOAD_CONST" and _holds_none(step.argval)
+        _advance(stack, step, is_none or (step.opname in _LOADS and step.argval in variables))
     return False
+
+
+def _advance(stack: list[bool], step: dis.Instruction, is_none: bool) -> None:
+    """What `step`, in the order of the code, makes of `stack`; jumps are not followed."""
+    if step.opname.startswith(("STORE_FAST", "RETURN_")) or step.opname == "POP_TOP":
+        stack.clear()
+        return
+    if "JUMP" in step.opname or step.opname in _NO_EFFECT:
+        return
+    effect = dis.stack_effect(step.opcode, step.arg, jump=False)
+    if effect <= 0:  # it replaces one operand or more by a result
+        del stack[max(0, len(stack) + effect - 1) :]
+        effect = 1
+    stack += [False] * (effect - 1) + [is_none]
+
+
+def _holds_none(value: Any) -> bool:
+    return value is None or (isinstance(value, tuple) and any(map(_holds_none, value)))
 
 
 def attribute_of(value: Any, name: str) -> Any:
@@ -126,7 +152,7 @@ def _attribute(root: nn.Module, path: str) -> Any:
 def _of_module(module: nn.Module, first: Any) -> Any:
     """What a layer of torch.nn, or of this package, returns."""
     hooks = (module._forward_hooks, module._forward_pre_hooks)
-    if any(hooks) or "forward" in vars(module):
+    if any(hooks) or "forward" in vars(module) or isinstance(module, FunctionCall):
         return UNKNOWN
     if isinstance(module, nn.Identity) and type(module).forward is nn.Identity.forward:
         return first

@@ -17,6 +17,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from pn_compiler.captured import CONTAINERS, attributes, functions_of, is_library, is_plain_object, reachable
 
+#: identities of builtins, and of what code finds in their place while it is traced: no change of its globals
+SWAPPED = {id(isinstance), id(callable), id(type)}
+
 _WRITABLE = (torch.Tensor, int, float, str)
 
 
@@ -218,6 +221,8 @@ def _contents(value: Any) -> Any:
             return [value.cell_contents]
         except ValueError:
             return []
+    if isinstance(value, dict) and "__builtins__" in value:  # the globals of a module
+        return {name: held for name, held in value.items() if id(held) not in SWAPPED}
     return copy.copy(value) if isinstance(value, CONTAINERS) else dict(vars(value))
 
 
@@ -237,7 +242,11 @@ def _set_contents(value: Any, before: Any) -> None:
             value.cell_contents = before[0]
         else:
             del value.cell_contents
-    elif isinstance(value, dict | set):
+    elif isinstance(value, dict):
+        swapped = {name: held for name, held in value.items() if id(held) in SWAPPED}
+        value.clear()
+        value.update({**before, **swapped})
+    elif isinstance(value, set):
         value.clear()
         value.update(before)
     elif isinstance(value, list | collections.deque):

@@ -36,6 +36,8 @@ __all__ = [
     "ChannelAffine",
     "ConstantAffine",
     "ConstantClamp",
+    "FollowedGroupNorm",
+    "FollowedProxyNormAct",
     "InputAffineConv1d",
     "InputAffineConv2d",
     "InputAffineConv3d",
@@ -46,6 +48,7 @@ __all__ = [
     "ReadTraining",
     "Recipe",
     "SiteGroup",
+    "put_behind",
 ]
 
 Output = Literal["output", "activation", "scale", "shift", "affine"]
@@ -176,6 +179,34 @@ class ProxyNormAct(nn.Module):
     def extra_repr(self) -> str:
         text = f"{self.num_groups}, {self.num_channels}, eps={self.eps}, proxy_eps={self.proxy_eps}"
         return text if self.outputs == ("output",) else f"{text}, outputs={self.outputs}"
+
+
+class _Followed(nn.Module):
+    """A normalizer with other modules behind it, for code that calls a BatchNorm and an activation in one."""
+
+    following: tuple[str, ...]
+
+    def forward(self, *args: Any) -> Any:
+        result = super().forward(*args)  # that of the normalizer
+        for name in self.following:
+            result = getattr(self, name)(result)
+        return result
+
+
+class FollowedGroupNorm(_Followed, nn.GroupNorm):
+    """A GroupNorm and the modules named in `following`, its children, in this order."""
+
+
+class FollowedProxyNormAct(_Followed, ProxyNormAct):
+    """A ProxyNormAct and the modules named in `following`, its children, in this order."""
+
+
+def put_behind(norm: nn.Module, following: dict[str, nn.Module]) -> None:
+    """Makes `norm`, a GroupNorm or ProxyNormAct, call these modules with its result."""
+    for name, module in following.items():
+        norm.add_module(name, module)
+    norm.following = tuple(following)  # type: ignore[assignment]
+    norm.__class__ = FollowedProxyNormAct if isinstance(norm, ProxyNormAct) else FollowedGroupNorm
 
 
 class Recipe(NamedTuple):

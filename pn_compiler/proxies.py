@@ -12,6 +12,7 @@ from torch.fx import proxy as fx_proxy
 
 from pn_compiler.in_place import InPlaceProxy
 from pn_compiler.known_types import UNKNOWN, attribute_of, has_attribute, may_be_none
+from pn_compiler.module_state import SWAPPED
 
 _OWN = frozenset(["tracer", "node", "param", "name", "root", "attr", "_node"])
 _ASKS_CLASS = ("LOAD_ATTR", "LOAD_METHOD", "MATCH_CLASS")
@@ -79,6 +80,10 @@ class TracedProxy(InPlaceProxy):
         raise self.refuse(*self.tracer.write_of(self.node, f"deletes {name!r} of"))
 
     def __setitem__(self, index: Any, value: Any) -> None:
+        """Recorded of tensors alone: a list or dict of the caller's is no value of a graph."""
+        if isinstance(self.known(), torch.Tensor):
+            self.tracer.create_proxy("call_function", operator.setitem, (self, index, value), {})
+            return
         raise self.refuse(*self.tracer.write_of(self.node, "writes items of"))
 
     @property  # type: ignore[misc]
@@ -231,6 +236,7 @@ SHIMS: dict[str, Callable[..., Any]] = {
     "callable": traced_callable,
     "type": traced_type,
 }
+SWAPPED.update(map(id, SHIMS.values()))
 
 
 def shims_for(names: dict[str, Any]) -> tuple[str, ...]:

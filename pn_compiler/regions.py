@@ -26,10 +26,12 @@ from pn_compiler.errors import ConfigError, TraceError, UnsupportedModelError, f
 from pn_compiler.functional_norms import reaches_batch_norm
 from pn_compiler.graph_module import ConvertedModule, check_module, is_converted
 from pn_compiler.graph_utils import module_calls
-from pn_compiler.hooked import HookedModules, sharing_tensors
+from pn_compiler.hooked import HookedModules, refuse_global_hooks, sharing_tensors
 from pn_compiler.inputs import Inputs
+from pn_compiler.nn import put_behind
 from pn_compiler.tracing import refuse_uninitialised, resolve_leaves, trace_module
 from pn_compiler.training_flag import branches_note
+from pn_compiler.weight_writes import may_write_weights
 
 logger = logging.getLogger(__name__)
 
@@ -50,10 +52,18 @@ class Region:
     owner: nn.Module | None = None
 
     def finish(self) -> None:
-        """Gives a lone BatchNorm's successor to its owner."""
-        if self.owner is not None:
-            for name, module in self.graph.named_children():
-                setattr(self.owner, name, module)
+        """Gives the successor of a lone BatchNorm, with what was split off it, to its owner."""
+        if self.owner is None:
+            return
+        first, *rest = module_calls(self.graph)
+        norm = self.graph.get_submodule(first)
+        if is_batch_norm(norm):
+            return  # refused: the owner still has it as it came
+        if rest:
+            put_behind(
+                norm, {path.removeprefix(f"{first}_"): self.graph.get_submodule(path) for path in rest}
+            )
+        setattr(self.owner, first, norm)
 
 
 @dataclasses.dataclass(slots=True)
@@ -97,10 +107,11 @@ def trace(
         in_place: trace `model` itself, whose parts become those of the result.
 
     Raises:
-        ConfigError: the inputs do not fit the forward, or `leaves` names nothing.
+        ConfigError: the inputs do not fit the forward, `leaves` names nothing, or there are global hooks.
         TraceError: no part of a model without BatchNorm can be traced.
         UnsupportedModelError: a lazy module is not initialised yet, or the model cannot be copied.
     """
+    refuse_global_hooks()
     _check_fit(model, inputs)
     model = model if in_place else copy_model(model)
     traced = Trace(model, leaves=resolve_leaves(model, leaves))
@@ -310,6 +321,7 @@ def _trace_children(owner: nn.Module, path: str, traced: Trace, *, apart: bool =
     With `apart` each BatchNorm becomes one of its own: nothing may be absorbed into weights that the code
     of `owner` rewrites.
     """
+    apart = apart or may_write_weights(owner)
     traced.opaque.append(path)
     if _reads_statistics(type(owner)):  # type: ignore[arg-type]  # classes are hashable
         return  # its code looks inside its BatchNorms: they are reported as not reached

@@ -55,6 +55,17 @@ def reads_shape(node: fx.Node) -> bool:
     return operator_name(node) in names or node.target is len
 
 
+def counts_batches(node: fx.Node) -> bool:
+    """Whether `node` adds a number to a num_batches_tracked, as a BatchNorm does in training."""
+    return (
+        operator_name(node) in ("add", "add_", "iadd", "__iadd__")
+        and isinstance(node.args[0], fx.Node)
+        and node.args[0].op == "get_attr"
+        and str(node.args[0].target).endswith("num_batches_tracked")
+        and len(node.all_input_nodes) == 1
+    )
+
+
 def operands(node: fx.Node, *names: str) -> dict[str, Any]:
     """The operands of `node` after its input, by name: those in `names` order, then keywords."""
     return dict(zip(names, node.args[1:], strict=False)) | dict(node.kwargs)

@@ -3,6 +3,7 @@
 Operators on proxies are recorded; everything else runs once, for real, and a graph keeps the result for ever.
 """
 
+import builtins
 import dis
 import functools
 import random
@@ -85,7 +86,8 @@ class PythonWatch:
         """`entered` gets the globals of each module of the user that has code called."""
         self._refuse, self._entered = refuse, entered
         self._internal: set[int] = set()  # identities of globals
-        self._user: dict[int, tuple[dict[str, Any], list[str]]] = {}  # and the names added to them
+        # globals, the names added to them, and the builtins that they had under names of their own
+        self._user: dict[int, tuple[dict[str, Any], list[str], dict[str, Any]]] = {}
         self._profiler: Any = None
 
     def __enter__(self) -> None:
@@ -95,9 +97,10 @@ class PythonWatch:
     def __exit__(self, *error: object) -> None:
         sys.setprofile(None)
         _resume(self._profiler)
-        for names, added in self._user.values():
+        for names, added, renamed in self._user.values():
             for name in added:
                 names.pop(name, None)
+            names.update(renamed)
 
     def _on_event(self, frame: FrameType, event: str, arg: Any) -> None:
         if event == "call":
@@ -118,8 +121,11 @@ class PythonWatch:
                 return
             wanted = shims_for(names)
             added = [name for name in wanted if name not in names]
-            self._user[id(names)] = names, added
+            known = {id(getattr(builtins, name)): SHIMS[name] for name in wanted}
+            renamed = {name: value for name, value in names.items() if id(value) in known}
+            self._user[id(names)] = names, added, renamed
             names.update((name, SHIMS[name]) for name in added)
+            names.update((name, known[id(value)]) for name, value in renamed.items())
             if not is_library_module(names):
                 self._entered(names)
         if (asks := _asks_unseen(frame.f_code)) is not None:

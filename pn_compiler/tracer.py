@@ -13,6 +13,12 @@ from torch import fx, nn
 from torch.utils import _pytree as pytree
 
 from pn_compiler.aliases import tensor_behind, writes
+from pn_compiler.autograd_functions import (
+    FunctionCall,
+    apply_original,
+    recorded_functions,
+    runs_given_code,
+)
 from pn_compiler.batch_norms import (
     closed_kind,
     holds_batch_norm,
@@ -20,10 +26,11 @@ from pn_compiler.batch_norms import (
     plain_base,
     wraps_batch_norm,
 )
-from pn_compiler.captured import attributes, reachable
+from pn_compiler.captured import attributes, functions_of, reachable
 from pn_compiler.diagnostics import Diagnostic
 from pn_compiler.errors import first_line
 from pn_compiler.execution_modes import ExecutionModes
+from pn_compiler.functional_norms import NAMES, reaches_batch_norm
 from pn_compiler.inputs import Inputs
 from pn_compiler.known_types import (
     SAMPLE,
@@ -36,6 +43,7 @@ from pn_compiler.known_types import (
 from pn_compiler.module_state import Containers, ModuleState, hidden, inside_checkpoint
 from pn_compiler.nn import ProxyNormAct, ReadTraining
 from pn_compiler.proxies import PROXIES, TracedProxy, Untraceable, is_parameter, module_proxy
+from pn_compiler.spelling import counts_batches, operator_name
 from pn_compiler.trace_watch import PythonWatch, RandomStates, TensorWatch
 from pn_compiler.training_flag import training_flags
 
@@ -90,6 +98,8 @@ class Tracer(fx.Tracer):
         self.state: ModuleState | None = None  # looked at wherever a module begins or ends, if given
         self.also_whole: set[str] = set()
         self.writers: dict[str, set[str]] = {}  # path of a module -> those whose forwards set its attributes
+        self.functions: dict[str, FunctionCall] = {}  # by name on the model; there while it is traced
+        self.counters: dict[str, str] = {}  # path of a number of batches -> of the module that counts
         self._samples: dict[fx.Node, Any] = {}
         self._assumed_input = SAMPLE if outermost else UNKNOWN
 
@@ -117,6 +127,7 @@ class Tracer(fx.Tracer):
                 self.random.note(value)
         with (
             _recorded_super_calls(self),
+            self._recorded_functions(),
             training_flags(model, self, branches),
             hidden(model, self.leaves),
             self.modes.watched(),
@@ -127,6 +138,7 @@ class Tracer(fx.Tracer):
             self.modes_at_entry = [self.modes.now()]
             graph = self.trace(model)
             self._check_quiet()
+        self._check_counters(graph)
         return graph
 
     def _check_quiet(self) -> None:
@@ -150,6 +162,37 @@ class Tracer(fx.Tracer):
         path = (self.submodule_paths or {}).get(module)
         if path is not None:
             self.writers.setdefault(path, set()).add(self.stack[-1])
+
+    @contextlib.contextmanager
+    def _recorded_functions(self) -> Iterator[None]:
+        try:
+            with recorded_functions(self.apply_function):
+                yield
+        finally:
+            for path in self.functions:
+                del vars(self.model)[path]
+
+    def apply_function(
+        self, function: type[torch.autograd.Function], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """Records the call of an autograd function, which has a backward of its own, as that of a layer."""
+        given = list(reachable([args, kwargs]))
+        proxies = [value for value in given if type(value) in PROXIES]
+        if runs_given_code(function) or not proxies:
+            return apply_original(function, args, kwargs)
+        if (why := _unrecordable(function, given)) is not None:
+            self.refuse(*why)
+        paths = [tensor_behind(self.root, proxy.node) for proxy in proxies]
+        writes_inputs = any("mark_dirty" in method.__code__.co_names for method in functions_of(function))
+        if writes_inputs and any(path is not None and is_parameter(self.root, path) for path in paths):
+            self.refuse("PN115", f"{function.__name__}, which the forward applies, writes into a parameter")
+        path = next((name for name, held in self.functions.items() if held.function is function), None)
+        if path is None:
+            path = self.get_fresh_qualname(f"{function.__name__}_call_".lower())
+            self.functions[path] = FunctionCall(function)
+            vars(self.root)[path] = self.functions[path]  # not as a child: the forward may iterate over those
+        self._check_modes()
+        return self.create_proxy("call_module", path, args, kwargs)
 
     def _check_modes(self) -> None:
         now, before = self.modes.now(), self.modes_at_entry[-1]
@@ -188,15 +231,42 @@ class Tracer(fx.Tracer):
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
         self.checkpointed = self.checkpointed or inside_checkpoint()
         node = super().create_node(*args, **kwargs)
+        if _differentiates(node):
+            self.refuse("PN123", "the forward computes gradients, or changes what has them")
         if node.op in ("placeholder", "get_attr"):
             return node
         for target in writes(self.root, node) if node.op != "call_module" else ():
-            path = tensor_behind(self.root, target)
-            if path is not None and is_parameter(self.root, path):
-                self.refuse("PN115", f"the forward rewrites {path}")
+            self._check_write(node, tensor_behind(self.root, target))
         if not is_python_value(self.known(node)):
             self._check_modes()
         return node
+
+    def _check_write(self, node: fx.Node, path: str | None) -> None:
+        """Refuses to let `node`, unless it is a batch_norm, write into the parameter or buffer at `path`."""
+        if path is None or operator_name(node) in NAMES:
+            return
+        if is_parameter(self.root, path):
+            self.refuse("PN115", f"the forward rewrites {path}")
+        if counts_batches(node):
+            self.counters.setdefault(path, self.stack[-1])
+        else:
+            self.refuse("PN118", f"the forward writes into the buffer {path}")
+
+    def sets_counter(self, module: nn.Module, name: str, value: Any) -> bool:
+        """Whether a forward adds 1 to how many batches a module has seen, which no graph needs to know."""
+        if name not in module._buffers or type(value) not in PROXIES or not counts_batches(value.node):
+            return False
+        if tensor_behind(self.root, value.node.args[0]) != str(value.node.args[0].target):
+            return False
+        self.counters.setdefault(str(value.node.args[0].target), self.stack[-1])
+        return True
+
+    def _check_counters(self, graph: fx.Graph) -> None:
+        """Nothing reads what is counted: graphs do not count."""
+        for path, owner in self.counters.items():
+            reads = [node for node in graph.find_nodes(op="get_attr") if str(node.target) == path]
+            if not all(counts_batches(user) and not user.users for node in reads for user in node.users):
+                self.failure = Failure(owner, "PN118", f"the forward counts in {path}, and reads that")
 
     def is_leaf_module(self, module: nn.Module, path: str) -> bool:
         return (
@@ -327,6 +397,8 @@ def _watched_attributes(tracer: Tracer) -> Iterator[None]:
 
     def set_attribute(module: nn.Module, name: str, value: Any) -> None:
         if not str(sys._getframe(1).f_globals.get("__name__")).startswith("torch.fx."):
+            if tracer.sets_counter(module, name, value):
+                return
             tracer.set_attribute(module, name, value)
         original(module, name, value)
 
@@ -359,6 +431,25 @@ def check_fixed(value: Any, expected: Any, name: str) -> None:
             f"argument {name} is {told}, but the model was converted with {name}={expected!r}; for another "
             "value, give transform example_inputs or example_kwargs that have it"
         )
+
+
+def _unrecordable(function: type[torch.autograd.Function], given: list[Any]) -> tuple[str, str] | None:
+    """Code and reason why a call of `function` on `given` is no operator of a graph, or None."""
+    name = function.__name__
+    if any(isinstance(v, nn.Module) or callable(v) for v in given if type(v) not in PROXIES):
+        return "PN122", f"the forward gives code to {name}.apply"
+    if reaches_batch_norm(function):
+        return "PN122", f"{name}, which the forward applies, calls batch_norm"
+    if may_return_none(function):
+        return "PN114", f"{name}, which the forward applies, may return None or not"
+    return None
+
+
+def _differentiates(node: fx.Node) -> bool:
+    """Whether `node` depends on how other values were computed, or changes that: passes do not see it."""
+    if node.op == "call_method":
+        return node.target in ("backward", "register_hook", "requires_grad_", "retain_grad")
+    return node.target in (torch.autograd.grad, torch.autograd.backward)
 
 
 def _reads_training(module: nn.Module) -> bool:

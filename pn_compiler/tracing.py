@@ -62,7 +62,10 @@ def trace_module(
     tracing = _Tracing(module, inputs, leaves, outermost)
     graph = tracing.run()
     read_flags_in_graph(module, graph)
+    vars(module).update(tracing.functions)  # where a graph finds what it calls
     gm = ConvertedModule(module, graph, type(module).__name__)
+    for path in tracing.functions:
+        del vars(module)[path]
     gm.training = module.training
     gm.adopt_hooks(module)
     for name, child in gm.named_modules():
@@ -108,6 +111,7 @@ class _Tracing:
         for path in called_around.reading - leaves:
             self._keep(Failure(path, "PN118", "it shares state with a hook"))
         self._watch_state = False
+        self.functions: dict[str, nn.Module] = {}  # those that the graph calls, by path
 
     def run(self) -> fx.Graph:
         """The graph, when the rest can be traced. Raises TraceError if it cannot."""
@@ -132,6 +136,7 @@ class _Tracing:
             for module in tracer.wrapping.values():
                 module.__class__ = plain_base(module)  # what else it does is in the graph
             self._take_notes(tracer, branches, stored)
+            self.functions = {**tracer.functions}
             graph._tracer_cls = None  # unpickling traces the generated code, with the tracer of torch.fx
             return graph
 

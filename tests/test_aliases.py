@@ -136,6 +136,38 @@ VIEWS: dict[str, Callable[[Any, Tensor], Tensor]] = {
 }
 
 
+def _items(m: Any, y: Tensor) -> Any:
+    y[:, 0] = 0
+    return m.conv(F.relu(y))
+
+
+def _items_of_the_activation(m: Any, y: Tensor) -> Any:
+    z = F.relu(y)
+    z[:, 1:3, 0] = y[:, 1:3, 0] * 5
+    return m.conv(z)
+
+
+def _items_of_a_view(m: Any, y: Tensor) -> Any:
+    y.flatten(2)[:, 2:, 1:] = 0.5
+    return m.conv(F.relu(y))
+
+
+def _masked(m: Any, y: Tensor) -> Any:
+    y[y > 0.5] = 0.25
+    return m.conv(F.relu(y))
+
+
+def _named_before(m: Any, y: Tensor) -> Any:
+    before, first = F.relu(y), y[:, :1]
+    y[..., None][:, 0] = y.mean()
+    return m.conv(F.relu(y)), m.conv(before), first
+
+
+def _items_plus(m: Any, y: Tensor) -> Any:
+    y[:, 1] += y[:, 2]
+    return m.conv(F.relu(y))
+
+
 def _written_by_a_module(m: Any, y: Tensor) -> Tensor:
     z = F.relu(y)
     return m.doubles(z).mean() + m.conv(z)
@@ -156,6 +188,12 @@ WRITES: dict[str, Callable[[Any, Tensor], Any]] = {
     "a module that writes": lambda m, y: (m.doubles(y), m.conv(F.relu(y)))[1],
     "a module that writes, unread": lambda m, y: (m.doubles(y), y)[1],
     "a module that writes into the activation": _written_by_a_module,
+    "items": _items,
+    "items of the activation": _items_of_the_activation,
+    "items of a view": _items_of_a_view,
+    "items where a mask is": _masked,
+    "items under a name of before": _named_before,
+    "items += 1": _items_plus,
     "written twice": lambda m, y: (F.relu_(y.view(2, -1)).add_(1), m.conv(y), y[:, 0])[1:],
     "read before and after": lambda m, y: (v := y.view(2, -1), m.other(F.relu(y)), v.neg_(), m.conv(y))[1:],
 } | {

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 import pn_compiler
+from pn_compiler.errors import ConfigError
 from pn_compiler.testing import assert_same_outputs, randomize_batch_norms
 
 IMAGES = torch.randn(2, 3, 6, 6, generator=torch.Generator().manual_seed(0))
@@ -445,7 +446,7 @@ class Odd(nn.Module):
     def __init__(self, how: str) -> None:
         super().__init__()
         self.body, self.how = body(), how
-        self.inner: nn.Module = {"skip": Skips, "none": Nothing}.get(how, nn.Identity)()
+        self.inner: nn.Module = INNER.get(how, nn.Identity)()
         self.feats: Any = []
         self.cache: dict[Any, Any] = {}
         self.grid: Any = None
@@ -487,6 +488,18 @@ class Odd(nn.Module):
         nothing = self.inner(x)
         return self.body(x) if nothing is None else self.body(x * 2)
 
+    def by_none_of_a_variable(self, x: Tensor) -> Tensor:
+        nothing = self.inner(x)
+        return self.body(x) if nothing is None else self.body(x * 2)
+
+    def by_none_in_a_tuple(self, x: Tensor) -> Tensor:
+        _, nothing, _ = self.inner(x)
+        return self.body(x) if nothing is None else self.body(x * 2)
+
+    def by_none_in_a_dict(self, x: Tensor) -> Tensor:
+        nothing = self.inner(x)["b"]
+        return self.body(x) if nothing is None else self.body(x * 2)
+
     def by_identity(self, x: Tensor) -> Tensor:
         y = F.dropout(x, 0.5, False)
         return self.body(x * 2 if y is x else x)
@@ -512,6 +525,34 @@ class Nothing(nn.Module):
     def forward(self, x: Tensor) -> None:
         if x.sum() > 1e9:
             raise ValueError("too large")
+
+
+class NoneInAVariable(nn.Module):
+    def forward(self, x: Tensor) -> Tensor | None:
+        result = None
+        if x.sum() > 1e9:
+            result = x
+        return result
+
+
+class NoneInATuple(nn.Module):
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
+        return (x, None, x * 2) if x.sum() < 1e9 else (x, x, x)
+
+
+class NoneInADict(nn.Module):
+    def forward(self, x: Tensor) -> dict[str, Tensor | None]:
+        extra = x if x.sum() > 1e9 else None
+        return {"a": x, "b": extra, "c": x}
+
+
+INNER: dict[str, type[nn.Module]] = {
+    "skip": Skips,
+    "none": Nothing,
+    "none_of_a_variable": NoneInAVariable,
+    "none_in_a_tuple": NoneInATuple,
+    "none_in_a_dict": NoneInADict,
+}
 
 
 class Child(nn.Module):
@@ -547,3 +588,36 @@ def test_odd_forwards_compute_the_same(how: str, nested: bool, ran: bool) -> Non
             expected.set_submodule(name, copy.deepcopy(module))
     for images in (IMAGES, OTHERS, IMAGES):
         assert_same_outputs(converted(images), expected(images))
+
+
+HOOKS: dict[str, Any] = {
+    "forward": lambda module, args, output: None,
+    "forward_pre": lambda module, args: None,
+    "full_backward": lambda module, inputs, outputs: None,
+    "full_backward_pre": lambda module, outputs: None,
+}
+
+
+@pytest.mark.parametrize("kind", HOOKS)
+def test_global_hooks_are_refused(kind: str) -> None:
+    handle = getattr(nn.modules.module, f"register_module_{kind}_hook")(HOOKS[kind])
+    try:
+        for function in (pn_compiler.transform, pn_compiler.fold):
+            with pytest.raises(ConfigError, match="global"):
+                function(body().eval())
+    finally:
+        handle.remove()
+    pn_compiler.transform(body().eval())
+
+
+class Indexes(nn.Module):
+    """Branches on values, and has None in an index only."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x[:, None].squeeze(1) if x.sum() < 1e9 else x
+
+
+def test_none_in_an_index_is_none_of_a_result() -> None:
+    net = randomize_batch_norms(nn.Sequential(Indexes(), body())).eval()
+    converted = pn_compiler.transform(net, IMAGES)
+    assert isinstance(converted, torch.fx.GraphModule)

@@ -83,6 +83,9 @@ def _(x: torch.Tensor) -> Tensor:
     return x * 2
 
 
+renamed_isinstance = isinstance
+renamed_type = type
+
 TYPE_TESTS: dict[str, Callable[[Net, Any], Any]] = {
     "isinstance": lambda net, x: x * 2 if isinstance(x, torch.Tensor) else x,
     "isinstance of several": lambda net, x: x if isinstance(x, (list, tuple)) else x * 2,
@@ -92,6 +95,8 @@ TYPE_TESTS: dict[str, Callable[[Net, Any], Any]] = {
     "isinstance of a shape": lambda net, x: x * 2 if isinstance(x.size(), tuple) else x,
     "isinstance of a result": lambda net, x: x * 2 if isinstance(F.relu(x + 1)[0], torch.Tensor) else x,
     "isinstance of pieces": lambda net, x: x * 2 if isinstance(x.chunk(3, 1), tuple) else x,
+    "isinstance renamed": lambda net, x: x * 2 if renamed_isinstance(x, torch.Tensor) else x,
+    "type renamed": lambda net, x: x * 2 if renamed_type(x) is torch.Tensor else x,
     "is_tensor": lambda net, x: x * 2 if torch.is_tensor(x) else x,
     "type is": lambda net, x: x * 2 if type(x) is torch.Tensor else x,
     "type ==": lambda net, x: x * 2 if type(x) == torch.Tensor else x,  # noqa: E721
@@ -447,3 +452,14 @@ def test_draws_that_a_graph_repeats_stay_in_it() -> None:
     assert isinstance(converted, fx.GraphModule)
     assert not codes(converted)
     assert not torch.equal(converted(IMAGES), converted(IMAGES))
+
+
+def test_globals_of_the_model_are_as_before() -> None:
+    before = dict(globals())
+    for given in (None, IMAGES):
+        pn_compiler.transform(make(TYPE_TESTS["isinstance renamed"], nested=True, train=False), given)
+        pn_compiler.transform(make(_caught, nested=True, train=False), given)
+    assert globals().keys() == before.keys()
+    assert all(globals()[name] is value for name, value in before.items())
+    assert renamed_isinstance is isinstance
+    assert "isinstance" not in globals()
