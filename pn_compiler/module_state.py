@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from pn_compiler.captured import CONTAINERS, attributes, functions_of, is_library, is_plain_object, reachable
 
 _WRITABLE = (torch.Tensor, int, float, str)
+_WARNED = "__warningregistry__"  # what `warnings` keeps among the globals of code that warns
 
 
 class ModuleState:
@@ -186,7 +187,8 @@ class Containers:
     def add_globals(self, names: dict[str, Any]) -> None:
         """Includes the globals of a module and the containers among them."""
         self._note(names, "")
-        self.add([value for value in names.values() if isinstance(value, CONTAINERS)], "")
+        found = (value for name, value in names.items() if name != _WARNED)
+        self.add([value for value in found if isinstance(value, CONTAINERS)], "")
 
     def add_classes(self, cls: type, owner: str) -> None:
         """Includes the attributes of the user's classes that `cls` derives from."""
@@ -216,6 +218,8 @@ def _contents(value: Any) -> Any:
             return [value.cell_contents]
         except ValueError:
             return []
+    if isinstance(value, dict) and _WARNED in value:
+        return {name: held for name, held in value.items() if name != _WARNED}
     return copy.copy(value) if isinstance(value, CONTAINERS) else dict(vars(value))
 
 

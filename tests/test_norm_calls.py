@@ -395,3 +395,22 @@ def test_instance_norm_is_none() -> None:
     assert pn_compiler.sites(pn_compiler.transform(Net(), strict=True)) == ()
     norm = nn.InstanceNorm2d(3, track_running_stats=True)
     assert pn_compiler.sites(pn_compiler.transform(nn.Sequential(norm).eval(), strict=True)) == ()
+
+
+class Unread(nn.Module):
+    def __init__(self, write: bool) -> None:
+        super().__init__()
+        self.norm, self.write = Norm(functional), write
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norm(x)
+        if self.write:
+            F.celu_(y)
+        return x * 2
+
+
+@pytest.mark.parametrize("write", [False, True])
+def test_calls_that_nothing_reads_are_reported(write: bool) -> None:
+    x = torch.randn(2, 8, 4, 4).double()
+    converted = pn_compiler.transform(Unread(write).double().eval(), x)
+    assert [(s.name, s.code) for s in pn_compiler.sites(converted)] == [("norm", "PN102")]
