@@ -80,7 +80,8 @@ def check_one(seed: int, *, onnx: bool) -> int:
 def report(tally: Tally) -> str:
     """The counts by outcome and cause, the codes of refusals, and the smallest networks."""
     total = max(tally.models, 1)
-    outcomes = ", ".join(f"{tally.outcomes[name]} {name}" for name in ("ok", "wrong", "crash", "refused"))
+    named = ("ok", "wrong", "crash", "refused", "unexportable")
+    outcomes = ", ".join(f"{tally.outcomes[name]} {name}" for name in named)
     parts = [f"{tally.models} networks: {outcomes} ({tally.outcomes['invalid']} more were unfit)"]
     found = sorted(tally.findings.items(), key=lambda item: -item[1].count)
     if found:
