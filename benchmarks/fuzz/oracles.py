@@ -167,9 +167,8 @@ class _Checker:
 
     def limits(self, by_hand: ByHand) -> list[float]:
         """The tolerance for each of the inputs. Raises _InvalidError if the network magnifies rounding."""
-        found = []
+        found, noise = [], _NOISE[self.dtype]
         for args in self.inputs:
-            noise = _NOISE[self.dtype]
             nearby = pytree.tree_map(lambda x: x * (1 + noise * torch.cos(1e3 * x)), args)
             expected, by_hand.noise = run(by_hand, args), noise
             magnified = difference(run(by_hand, nearby), expected)
