@@ -78,14 +78,14 @@ class ModuleState:
         return {buffer for buffer, (version, _) in self._values.items() if buffer._version != version}
 
     @torch.no_grad()
-    def restore(self) -> None:
-        """Undoes the changes."""
+    def restore(self, *, traced: bool = True) -> None:
+        """Undoes the changes. New attributes that hold no proxy stay if `traced`: constants of the graph."""
         for buffer in self._overwritten():
             assert buffer is not None
             buffer.copy_(self._values[buffer][1])
         for module, before, registered in self._held.values():
             for name in vars(module).keys() - before.keys():
-                if _holds_proxy(vars(module)[name]):  # others are constants of the graph
+                if not traced or _holds_proxy(vars(module)[name]):
                     object.__delattr__(module, name)
             vars(module).update(before)
             for now, old in zip(_registered(module, copied=False), registered, strict=True):

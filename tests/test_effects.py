@@ -206,3 +206,22 @@ def test_warnings_are_no_state() -> None:
             converted = pn_compiler.transform(net, IMAGES)
     assert isinstance(converted, fx.GraphModule)
     assert [site.kind for site in pn_compiler.sites(converted)] == ["pn"]
+
+
+def test_what_a_forward_stores_does_not_stay_on_the_callers_model() -> None:
+    """The model runs, to be compared with its graph; a second conversion finds it as the first did."""
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.bn, self.conv = nn.BatchNorm2d(3), nn.Conv2d(3, 3, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.kept = x
+            return self.conv(self.bn(self.kept).relu())
+
+    net = randomize_batch_norms(Net()).eval()
+    for _ in range(2):
+        converted = pn_compiler.transform(net, IMAGES, strict=True)
+        assert isinstance(converted, fx.GraphModule)
+        assert not hasattr(net, "kept")
