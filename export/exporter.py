@@ -37,7 +37,7 @@ def export_graph(
             lambda x: {0: batch} if isinstance(x, torch.Tensor) and x.dim() else None, inputs.by_name(model)
         )
     try:
-        with _quiet():
+        with _quiet(), torch.no_grad():  # with gradients, pieces of a split may not be written to
             program = torch.onnx.export(
                 model.eval(),
                 inputs.args,

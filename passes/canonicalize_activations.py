@@ -1,14 +1,16 @@
 """The pass that turns every spelling of an activation into a module without side effect."""
 
 import operator
+from collections.abc import Collection
 
 from torch import fx, nn
 
-from pn_compiler.activations import activation_of
+from pn_compiler.activations import activation_of, reading_input
 from pn_compiler.aliases import find_aliases, in_place_operator, name_options, returns_target, writes
 from pn_compiler.graph_utils import add_module, call_module_after, called_module, has_hooks
 from pn_compiler.pass_base import GraphPass, PassResult
 from pn_compiler.ranks import dtype
+from pn_compiler.spelling import operator_name
 
 
 class CanonicalizeActivations(GraphPass):
@@ -36,10 +38,11 @@ class CanonicalizeActivations(GraphPass):
             name_options(node)
             rewritten += _redirect_later_users(graph, node)
         pinned = find_aliases(graph).pinned
-        for node in list(graph.graph.nodes):
-            if node.op in ("call_function", "call_method") and pinned.isdisjoint(writes(graph, node)):
-                rewritten += _rewrite(graph, node) or _without_writing(node)
-        return PassResult(rewritten)
+        calls = [node for node in graph.graph.nodes if node.op in ("call_function", "call_method")]
+        free = [node for node in calls if pinned.isdisjoint(writes(graph, node))]
+        rewritten += sum(map(_without_writing, free))
+        overwritten = find_aliases(graph).overwritten
+        return PassResult(rewritten + sum(_rewrite(graph, node, overwritten) for node in free))
 
 
 def _redirect_later_users(graph: fx.GraphModule, node: fx.Node) -> int:
@@ -51,10 +54,12 @@ def _redirect_later_users(graph: fx.GraphModule, node: fx.Node) -> int:
     return len(later)
 
 
-def _rewrite(graph: fx.GraphModule, node: fx.Node) -> int:
+def _rewrite(graph: fx.GraphModule, node: fx.Node, overwritten: Collection[fx.Node]) -> int:
     module = activation_of(node)
     if module is None:
         return 0
+    if node in overwritten and "relu" not in operator_name(node):
+        module = reading_input(module)  # as clamp does; a relu cannot be trained there in any case
     path = add_module(graph, node.name, module.train(graph.training))
     call = call_module_after(graph, node, path, (node.all_input_nodes[0],))
     call.meta = dict(node.meta)

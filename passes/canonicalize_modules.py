@@ -6,6 +6,7 @@ import torch
 from torch import fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from pn_compiler.batch_norms import has_plain_forward
 from pn_compiler.graph_utils import (
     add_module,
     call_module_after,
@@ -26,6 +27,7 @@ class CanonicalizeModules(GraphPass):
 
     Given:   F.batch_norm(F.conv2d(x, c.weight), n.running_mean, ...)     Result:  n(c(x))
              timm's BatchNormAct2d(x)                                              act(drop(bn(x)))
+             p(x); p.act(x) of a BatchNorm p                                       p(x); p_act(x)
     Leaves alone: calls whose operands are not the parameters of one owner, or under other names for conv and
         linear (a batch_norm among them is reported by ReplaceBatchNorm as PN106).
     Outputs: preserved exactly.
@@ -34,7 +36,8 @@ class CanonicalizeModules(GraphPass):
     preserves_outputs = True
 
     def run(self, graph: fx.GraphModule) -> PassResult:
-        rewritten = 0
+        norms = [path for path, module in graph.named_modules() if has_plain_forward(module)]
+        rewritten = sum(_move_parts_out(graph, path) for path in norms)
         for path, calls in module_calls(graph).items():
             if is_fused_norm_act(graph.get_submodule(path)):
                 _split(graph, path, calls)
@@ -85,6 +88,20 @@ def _split(graph: fx.GraphModule, path: str, calls: list[fx.Node]) -> None:
             last = call_module_after(graph, last, part_path, (last,))
         for user in users:
             user.replace_input_with(call, last)
+
+
+def _move_parts_out(graph: fx.GraphModule, path: str) -> int:
+    """Gives what the BatchNorm at `path` holds, and the graph calls itself, a place beside it."""
+    norm = graph.get_submodule(path)
+    parts = list(norm.named_children())
+    for name, part in parts:
+        old, new = f"{path}.{name}", add_module(graph, f"{path}_{name}", part)
+        for node in graph.graph.nodes:
+            target = str(node.target)
+            if node.op in ("call_module", "get_attr") and (target == old or target.startswith(f"{old}.")):
+                node.target = new + target.removeprefix(old)
+        delattr(norm, name)
+    return len(parts)
 
 
 def _modularize(graph: fx.GraphModule, node: fx.Node) -> int:

@@ -1,11 +1,11 @@
 """The pass that finds activations which a model writes out by hand."""
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 import torch
 from torch import fx, nn
 
-from pn_compiler.activations import is_activation
+from pn_compiler.activations import is_activation, reading_input
 from pn_compiler.aliases import find_aliases
 from pn_compiler.batch_norms import is_batch_norm
 from pn_compiler.graph_utils import add_module, call_module_after, called_module, has_hooks
@@ -16,6 +16,7 @@ from pn_compiler.passes.elementwise import Value, constant_of, value_of
 from pn_compiler.piecewise import Piecewise, identity
 from pn_compiler.spelling import moves_values, reads_shape
 
+_KEEPING_OUTPUT = (nn.Sigmoid, nn.Tanh)  # for the gradient, and nothing like them does otherwise
 _LONGEST = 16  # operators; the tanh form of GELU takes 8
 
 
@@ -36,17 +37,17 @@ class RecognizeActivations(GraphPass):
     def run(self, graph: fx.GraphModule) -> PassResult:
         rewritten = 0
         behind: set[fx.Node] = set()
-        pinned = find_aliases(graph).pinned
+        aliases = find_aliases(graph)
         for node in list(graph.graph.nodes):
             module = called_module(graph, node)
             moved = moves_values(node, module) and node.all_input_nodes[0] in behind
             if moved or (module is not None and is_batch_norm(module)):
                 behind.add(node)
-                rewritten += 0 if node in pinned else _rewrite(graph, node)
+                rewritten += 0 if node in aliases.pinned else _rewrite(graph, node, aliases.overwritten)
         return PassResult(rewritten)
 
 
-def _rewrite(graph: fx.GraphModule, source: fx.Node) -> int:
+def _rewrite(graph: fx.GraphModule, source: fx.Node, overwritten: Collection[fx.Node]) -> int:
     """Replaces what is computed of `source` alone, if it is an activation."""
     readers = [user for user in source.users if not reads_shape(user)]
     if len(readers) == 1:
@@ -63,6 +64,10 @@ def _rewrite(graph: fx.GraphModule, source: fx.Node) -> int:
         return 0
     inside, activation = known[-1]
     result = inside[-1]
+    if result in overwritten:
+        if isinstance(activation, _KEEPING_OUTPUT):
+            return 0
+        activation = reading_input(activation)
     path = add_module(graph, result.name, activation.train(graph.training))
     call = call_module_after(graph, result, path, (source,))
     call.meta = dict(source.meta)

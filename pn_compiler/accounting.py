@@ -59,6 +59,8 @@ def _lost_call(name: str, model: nn.Module, traced: Trace) -> Diagnostic:
     kind = closed_kind(model.get_submodule(name))
     if kind:
         return closed_diagnostic(name, kind)
+    if name in traced.unread_norm_calls:
+        return Diagnostic("PN102", name, "nothing reads the result of its batch_norm")
     if name in traced.entered:
         return Diagnostic(
             "PN121",

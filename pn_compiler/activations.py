@@ -160,6 +160,14 @@ def is_homogeneous(activation: nn.Module) -> bool:
     return isinstance(activation, _HOMOGENEOUS)
 
 
+def reading_input(activation: nn.Module) -> nn.Module:
+    """The same activation with a gradient that needs no output, for where that is overwritten later.
+
+    Of the activations that a graph may spell in other words, ReLU alone keeps its output for the gradient.
+    """
+    return nn.Hardtanh(0.0, math.inf) if type(activation) is nn.ReLU else activation
+
+
 def clip_bounds(activation: nn.Module) -> tuple[float, float] | None:
     """(lower, upper) if the activation is clip(u, lower, upper), else None."""
     if type(activation) is nn.ReLU:

@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import inspect
 import operator
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import torch
@@ -143,6 +143,14 @@ def shares(gm: nn.Module, node: fx.Node) -> list[fx.Node]:
     if not known or _is_foreign(node) or name in _UNDECLARED_VIEWS:
         return node.all_input_nodes
     return list(dict.fromkeys([value for value, (_, share) in _declared(node) if share] + writes(gm, node)))
+
+
+def has_effect(gm: nn.Module, node: fx.Node, pinned: Collection[fx.Node]) -> bool:
+    """Whether `node` overwrites, or may overwrite, what others see: `pinned`, or anything by foreign code."""
+    targets = writes(gm, node)
+    if node.op == "call_module" or _is_foreign(node):
+        return bool(targets)
+    return any(target in pinned for target in targets)
 
 
 def tensor_behind(gm: nn.Module, node: fx.Node) -> str | None:

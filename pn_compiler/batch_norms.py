@@ -58,12 +58,22 @@ def has_plain_forward(module: nn.Module) -> bool:
 
 
 def wraps_batch_norm(module: nn.Module) -> bool:
-    """Whether `module` is a BatchNorm with a forward of its own and no state beyond a BatchNorm's."""
+    """Whether `module` is a BatchNorm with a forward of its own around that of its base.
+
+    It may hold modules, such as the activation behind it, but no tensors beyond those of a BatchNorm.
+    """
     return (
         isinstance(module, _BatchNorm)
         and not has_plain_forward(module)
         and "forward" not in vars(module)
-        and not (closed_kind(module) or has_hooks(module) or list(module.children()))
+        and not (closed_kind(module) or has_hooks(module))
+        and (_calls_super(module) or not list(module.children()))
+        and not any(map(holds_batch_norm, module.children()))
         and set(module._parameters) <= {"weight", "bias"}
         and set(module._buffers) <= {"running_mean", "running_var", "num_batches_tracked"}
     )
+
+
+def _calls_super(module: nn.Module) -> bool:
+    code = getattr(type(module).forward, "__code__", None)
+    return code is not None and "super" in code.co_names

@@ -141,7 +141,7 @@ def untouched(
                 module.training = training if own_modes else norm_in_train_mode
             yield
         finally:
-            state.restore()
+            state.restore(traced=False)
             written.restore()
             randomness.restore()
             for buffer, value in running:  # batch_norm overwrites them behind the back of their version

@@ -21,6 +21,7 @@ from pn_compiler.captured import CONTAINERS, attributes, functions_of, is_librar
 SWAPPED = {id(isinstance), id(callable), id(type)}
 
 _WRITABLE = (torch.Tensor, int, float, str)
+_WARNED = "__warningregistry__"  # what `warnings` keeps among the globals of code that warns
 
 
 class ModuleState:
@@ -80,14 +81,14 @@ class ModuleState:
         return {buffer for buffer, (version, _) in self._values.items() if buffer._version != version}
 
     @torch.no_grad()
-    def restore(self) -> None:
-        """Undoes the changes."""
+    def restore(self, *, traced: bool = True) -> None:
+        """Undoes the changes. New attributes that hold no proxy stay if `traced`: constants of the graph."""
         for buffer in self._overwritten():
             assert buffer is not None
             buffer.copy_(self._values[buffer][1])
         for module, before, registered in self._held.values():
             for name in vars(module).keys() - before.keys():
-                if _holds_proxy(vars(module)[name]):  # others are constants of the graph
+                if not traced or _holds_proxy(vars(module)[name]):
                     object.__delattr__(module, name)
             vars(module).update(before)
             for now, old in zip(_registered(module, copied=False), registered, strict=True):
@@ -191,7 +192,8 @@ class Containers:
         if id(names) in self._held:
             return
         self._note(names, "")
-        self.add([value for value in names.values() if isinstance(value, CONTAINERS)], "")
+        found = (value for name, value in names.items() if name != _WARNED)
+        self.add([value for value in found if isinstance(value, CONTAINERS)], "")
 
     def add_classes(self, cls: type, owner: str) -> None:
         """Includes the attributes of the user's classes that `cls` derives from."""
@@ -221,8 +223,8 @@ def _contents(value: Any) -> Any:
             return [value.cell_contents]
         except ValueError:
             return []
-    if isinstance(value, dict) and "__builtins__" in value:  # the globals of a module
-        return {name: held for name, held in value.items() if id(held) not in SWAPPED}
+    if isinstance(value, dict) and ("__builtins__" in value or _WARNED in value):  # the globals of a module
+        return {name: held for name, held in value.items() if name != _WARNED and id(held) not in SWAPPED}
     return copy.copy(value) if isinstance(value, CONTAINERS) else dict(vars(value))
 
 

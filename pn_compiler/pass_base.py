@@ -9,7 +9,7 @@ from typing import ClassVar, final
 
 from torch import fx
 
-from pn_compiler.aliases import writes
+from pn_compiler.aliases import find_aliases, has_effect
 from pn_compiler.diagnostics import Diagnostic
 from pn_compiler.errors import PassError, PnCompilerError
 
@@ -65,17 +65,28 @@ class GraphPass(abc.ABC):
         self.requires(graph)
         result = self.run(graph)
         if result.rewritten:
-            graph.graph.eliminate_dead_code(lambda node: node.is_impure() or _writes(graph, node))
+            live = live_nodes(graph)
+            graph.graph.eliminate_dead_code(lambda node: node in live)
             graph.graph.lint()
             graph.recompile()
         self.ensures(graph)
         return result
 
 
-def _writes(graph: fx.GraphModule, node: fx.Node) -> bool:
-    """Whether `node` matters though nothing reads it: it may overwrite a tensor, or asserts something."""
-    asserts = getattr(node.target, "__name__", "") == "_assert_is_none"  # of an argument left out
-    return asserts or bool(writes(graph, node))
+def live_nodes(graph: fx.GraphModule) -> set[fx.Node]:
+    """The nodes of `graph` that its outputs depend on, or that do something else which can be noticed."""
+    live: set[fx.Node] = set()
+    pinned = find_aliases(graph).pinned
+    for node in reversed(graph.graph.nodes):
+        matters = node.is_impure() or _asserts(node) or has_effect(graph, node, pinned)
+        if matters or not live.isdisjoint(node.users):
+            live.add(node)
+    return live
+
+
+def _asserts(node: fx.Node) -> bool:
+    """Whether `node` checks that an argument was left out."""
+    return getattr(node.target, "__name__", "") == "_assert_is_none"
 
 
 Progress = Callable[[str], None]

@@ -12,6 +12,7 @@ import functools
 import inspect
 import logging
 import textwrap
+import types
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -29,6 +30,7 @@ from pn_compiler.graph_utils import module_calls
 from pn_compiler.hooked import HookedModules, refuse_global_hooks, sharing_tensors
 from pn_compiler.inputs import Inputs
 from pn_compiler.nn import put_behind
+from pn_compiler.pass_base import live_nodes
 from pn_compiler.tracing import refuse_uninitialised, resolve_leaves, trace_module
 from pn_compiler.training_flag import branches_note
 from pn_compiler.weight_writes import may_write_weights
@@ -79,6 +81,7 @@ class Trace:
         paths: id of each module and parameter -> every path that leads to it, or to its owner.
         entered: paths of the modules whose forward is part of a graph.
         norm_calls: those among them that call batch_norm as a function there.
+        unread_norm_calls: those among them whose results nothing reads.
     """
 
     root: nn.Module
@@ -89,6 +92,7 @@ class Trace:
     paths: dict[int, list[str]] = dataclasses.field(default_factory=dict)
     entered: set[str] = dataclasses.field(default_factory=set)
     norm_calls: set[str] = dataclasses.field(default_factory=set)
+    unread_norm_calls: set[str] = dataclasses.field(default_factory=set)
 
 
 def trace(
@@ -279,13 +283,15 @@ def _trace_into(module: nn.Module, path: str, inputs: Inputs | None, traced: Tra
 def _note_entered(graph: ConvertedModule, path: str, traced: Trace) -> None:
     """Notes which modules became part of `graph`, the trace of the module at `path`."""
     traced.entered.add(path)
+    read = live_nodes(graph)
     for node in graph.graph.nodes:
         inner = [f"{path}.{name}" if path else name for name in node.meta.get("nn_module_stack", ()) if name]
         if node.op == "call_module":
             inner = inner[:-1]  # the last one is what it calls whole
         traced.entered.update(inner)
         if node.op == "call_function" and reaches_batch_norm(node.target):
-            traced.norm_calls.add(inner[-1] if inner else path)
+            found = traced.norm_calls if node in read else traced.unread_norm_calls
+            found.add(inner[-1] if inner else path)
 
 
 def _is_inside(path: str, others: frozenset[str]) -> bool:
@@ -323,11 +329,12 @@ def _trace_children(owner: nn.Module, path: str, traced: Trace, *, apart: bool =
     """
     apart = apart or may_write_weights(owner)
     traced.opaque.append(path)
-    if _reads_statistics(type(owner)):  # type: ignore[arg-type]  # classes are hashable
-        return  # its code looks inside its BatchNorms: they are reported as not reached
+    looked_into = _looked_into(type(owner))  # type: ignore[arg-type]  # classes are hashable
+    if looked_into is None:
+        return  # its code may look inside any BatchNorm: they are reported as not reached
     for name, child in list(owner.named_children()):
         inside = f"{path}.{name}" if path else name
-        if closed_kind(child) or not holds_batch_norm(child):
+        if name in looked_into or closed_kind(child) or not holds_batch_norm(child):
             continue
         shared = _is_shared(child, inside, traced)
         if is_batch_norm(child):
@@ -435,9 +442,40 @@ def _tests(tree: ast.AST) -> Iterator[ast.expr]:
             yield from node.targets
 
 
+_STATISTICS = frozenset(["running_mean", "running_var"])  # only a BatchNorm has them
+
+
 @functools.cache
-def _reads_statistics(cls: type) -> bool:
-    """Whether a method of `cls` reads running statistics, which only a BatchNorm has."""
-    names = {"running_mean", "running_var"}
-    codes = (getattr(value, "__code__", None) for base in cls.__mro__ for value in vars(base).values())
-    return any(code is not None and names & set(code.co_names) for code in codes)
+def _looked_into(cls: type) -> frozenset[str] | None:
+    """Attributes of self in which methods of `cls` read running statistics; None if not known of all."""
+    found: set[str] = set()
+    for base in cls.__mro__:
+        if base is nn.Module:
+            break
+        codes = [getattr(value, "__code__", None) for value in vars(base).values()]
+        if not any(code is not None and _STATISTICS & set(_names(code)) for code in codes):
+            continue
+        reads = [read for tree in _methods(base) for read in _reads_of_statistics(tree)]
+        if not reads or None in reads:
+            return None
+        found.update(name for name in reads if name)
+    return frozenset(found)
+
+
+def _names(code: types.CodeType) -> Iterator[str]:
+    """What `code`, and the functions inside it, call by name."""
+    yield from code.co_names
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):
+            yield from _names(constant)
+
+
+def _reads_of_statistics(tree: ast.FunctionDef) -> Iterator[str | None]:
+    """For each read in a method: "a" of ``self.a.b.running_mean``, "" of self's own, None of any other."""
+    owners = {"self", *(argument.arg for argument in tree.args.args[:1])}
+    for read in ast.walk(tree):
+        if isinstance(read, ast.Attribute) and read.attr in _STATISTICS:
+            node, first = read.value, ""
+            while isinstance(node, ast.Attribute):
+                first, node = node.attr, node.value
+            yield first if isinstance(node, ast.Name) and node.id in owners else None

@@ -341,3 +341,53 @@ def test_what_operators_do_is_read_from_their_schemas() -> None:
     assert table["getattr_1"] == ([], [x])
     assert table["_foreach_add_"][0] == [x, y]
     assert {x, y} <= find_aliases(gm).pinned
+
+
+def _clamped(m: Any, y: Tensor) -> Tensor:
+    h = y.clamp(0)
+    return m.conv(h.mul_(h.sigmoid()))
+
+
+def _zeroed(activation: Callable[[Tensor], Tensor]) -> Callable[[Any, Tensor], Tensor]:
+    def tail(m: Any, y: Tensor) -> Tensor:
+        h = activation(y)
+        h[:, 0] = 0.0
+        return m.conv(h)
+
+    return tail
+
+
+TRAINABLE: dict[str, Callable[[Any, Tensor], Any]] = {
+    "a clamp, overwritten as a whole": _clamped,
+    "a clamp": _zeroed(lambda y: y.clamp_min(0)),
+    "where": _zeroed(lambda y: torch.where(y > 0, y, 0.0)),
+    "a sigmoid written out": _zeroed(lambda y: 1 - 1 / (1 + torch.exp(y)) - 0),
+    "a tanh written out": _zeroed(lambda y: 2 * torch.sigmoid(2 * y) - 1),
+}
+
+
+@pytest.mark.parametrize("warm_start", ["auto", "none"])
+@pytest.mark.parametrize("name", TRAINABLE)
+def test_what_is_overwritten_is_not_needed_for_gradients(name: str, warm_start: str) -> None:
+    """ReLU keeps its output for the gradient, a clamp its input."""
+    net = randomize_batch_norms(Net(TRAINABLE[name])).double()
+    net(X).sum().backward()
+    converted = pn_compiler.transform(net, X, warm_start=warm_start)
+    by_hand = copy.deepcopy(net)
+    by_hand.bn = pn_compiler.transform(net, X, warm_start=warm_start, proxy=False).get_submodule("bn")
+    plain = pn_compiler.transform(net, X, warm_start=warm_start, proxy=False)
+    for model in (converted, plain, by_hand):
+        model.zero_grad()
+        model(X).square().sum().backward()
+    assert_same_outputs(plain(X), by_hand(X), tolerance=1e-9)
+    assert_same_outputs(plain.get_parameter("conv.weight").grad, by_hand.conv.weight.grad, tolerance=1e-9)
+
+
+def test_a_write_that_nothing_sees_is_dead_code() -> None:
+    def tail(m: Any, y: Tensor) -> Tensor:
+        F.celu_(m.other(y))
+        return m.conv(y)
+
+    net = randomize_batch_norms(Net(tail)).double().eval()
+    converted = pn_compiler.transform(net)
+    assert "other" not in {node.target for node in converted.graph.nodes}

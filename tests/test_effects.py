@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import warnings
 from collections.abc import Callable
 
 import pytest
@@ -182,3 +183,45 @@ def test_hooks_stay_where_they_are() -> None:
     by_hand[0] = converted.get_submodule("0")
     for model in (converted, copy.deepcopy(converted), pn_compiler.fold(converted)):
         assert_same_outputs(model(IMAGES), by_hand(IMAGES))
+
+
+def test_warnings_are_no_state() -> None:
+    """`warnings` notes among the globals of the code what it has said."""
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.bn, self.conv = nn.BatchNorm2d(3), nn.Conv2d(3, 3, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            warnings.warn("this is old", FutureWarning, stacklevel=1)
+            return F.upsample(self.conv(torch.relu(self.bn(x))), scale_factor=2)
+
+    net = randomize_batch_norms(Net()).eval()
+    globals().pop("__warningregistry__", None)
+    vars(F).pop("__warningregistry__", None)
+    with warnings.catch_warnings():
+        warnings.simplefilter("default")
+        with pytest.warns(UserWarning, match="upsample"):
+            converted = pn_compiler.transform(net, IMAGES)
+    assert isinstance(converted, fx.GraphModule)
+    assert [site.kind for site in pn_compiler.sites(converted)] == ["pn"]
+
+
+def test_what_a_forward_stores_does_not_stay_on_the_callers_model() -> None:
+    """The model runs, to be compared with its graph; a second conversion finds it as the first did."""
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.bn, self.conv = nn.BatchNorm2d(3), nn.Conv2d(3, 3, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.kept = x
+            return self.conv(self.bn(self.kept).relu())
+
+    net = randomize_batch_norms(Net()).eval()
+    for _ in range(2):
+        converted = pn_compiler.transform(net, IMAGES, strict=True)
+        assert isinstance(converted, fx.GraphModule)
+        assert not hasattr(net, "kept")

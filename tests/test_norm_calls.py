@@ -487,3 +487,22 @@ def test_a_comparison_in_train_mode_leaves_statistics_alone(dtype: torch.dtype) 
     converted = pn_compiler.transform(net, X.to(dtype))
     assert "PN110" in {note.code for note in pn_compiler.notes(converted)}
     assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
+
+
+class Unread(nn.Module):
+    def __init__(self, write: bool) -> None:
+        super().__init__()
+        self.norm, self.write = Norm(functional), write
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norm(x)
+        if self.write:
+            F.celu_(y)
+        return x * 2
+
+
+@pytest.mark.parametrize("write", [False, True])
+def test_calls_that_nothing_reads_are_reported(write: bool) -> None:
+    x = torch.randn(2, 8, 4, 4).double()
+    converted = pn_compiler.transform(Unread(write).double().eval(), x)
+    assert [(s.name, s.code) for s in pn_compiler.sites(converted)] == [("norm", "PN102")]

@@ -63,6 +63,29 @@ class Reads(nn.Module):
         return x
 
 
+class ReadsOne(nn.Module):
+    """Branches on values, and looks into one of its BatchNorms."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bn, self.other, self.body = nn.BatchNorm2d(4), nn.BatchNorm2d(4), block()
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.sum() > -1e9:
+            x = F.batch_norm(x, self.bn.running_mean, self.bn.running_var, self.bn.weight, self.bn.bias)
+        return self.body(self.other(x))
+
+
+class ReadsAny(ReadsOne):
+    """Looks into whichever it holds."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.sum() > -1e9:
+            for norm in (self.bn, self.other):
+                x = x - norm.running_mean.view(-1, 1, 1)
+        return self.body(x)
+
+
 class Up(nn.Module):
     """Has an optional argument and an attribute that its caller may ask for."""
 
@@ -136,6 +159,8 @@ CASES: list[tuple[Callable[[], nn.Module], list[tuple[str, str, str | None]]]] =
     (Shares, [("body.1", "norm_only", "PN201")]),
     (Helps, [("bn", "skipped", "PN101")]),
     (Reads, [("bn", "skipped", "PN101")]),
+    (ReadsOne, [("bn", "skipped", "PN101"), ("other", "norm_only", "PN201"), ("body.1", "pn", None)]),
+    (ReadsAny, [(name, "skipped", "PN101") for name in ("bn", "other", "body.1")]),
 ]
 
 

@@ -80,7 +80,8 @@ def check_one(seed: int, *, onnx: bool) -> int:
 def report(tally: Tally) -> str:
     """The counts by outcome and cause, the codes of refusals, and the smallest networks."""
     total = max(tally.models, 1)
-    outcomes = ", ".join(f"{tally.outcomes[name]} {name}" for name in ("ok", "wrong", "crash", "refused"))
+    named = ("ok", "wrong", "crash", "refused", "unexportable")
+    outcomes = ", ".join(f"{tally.outcomes[name]} {name}" for name in named)
     parts = [f"{tally.models} networks: {outcomes} ({tally.outcomes['invalid']} more were unfit)"]
     found = sorted(tally.findings.items(), key=lambda item: -item[1].count)
     if found:
@@ -107,9 +108,18 @@ def describe(key: str, finding: Finding) -> str:
     return f"# {key}\n# seed {finding.seed}, {last}\n{runnable(finding.program)}"
 
 
+class _Code(str):
+    """Source, which stands without quotes in the repr of what holds it."""
+
+    __slots__ = ()
+
+    def __repr__(self) -> str:
+        return str(self)
+
+
 def runnable(program: Program) -> str:
     """Source that converts the network as the oracles do."""
-    example = ", ".join(f"torch.randn{shape}" for _, shape in program.inputs)
+    drawn = tuple(_Code(f"torch.randn{shape}") for _, shape in program.inputs)
     options = ", ".join(f"{k}={v!r}" for k, v in program.options.for_transform().items() if v is not None)
     mode = "" if not program.options.training else ".train()"
     lines = [
@@ -119,7 +129,7 @@ def runnable(program: Program) -> str:
         f"torch.manual_seed({program.seed})",
         f"torch.set_default_dtype(torch.{program.options.dtype})",
         f"model = initialise(Net(), {program.seed}, {program.options.gain}){mode}",
-        f"inputs = ({example},)",
+        f"inputs = {program.arguments(drawn)}",
         f"converted = pn_compiler.transform(model, {'inputs, ' if program.options.example else ''}{options})",
     ]
     return "\n".join(lines) + "\n"

@@ -61,4 +61,5 @@ def inputs_of(program: Program, scale: float = 1.0, shift: float = 0.0, batch: i
     """Arguments of a call, always the same for a program."""
     generator = torch.Generator().manual_seed(program.seed)
     drawn = [torch.randn(shape, generator=generator, dtype=torch.float64) for _, shape in program.inputs]
-    return tuple((x[:batch] * scale + shift).to(dtype_of(program)) for x in drawn)
+    tensors = tuple((x[:batch] * scale + shift).to(dtype_of(program)) for x in drawn)
+    return program.arguments(tensors)

@@ -16,7 +16,7 @@ import torch
 
 from benchmarks.fuzz.generate import generate
 from benchmarks.fuzz.oracles import COMPARISONS, Verdict, check
-from benchmarks.fuzz.program import Program
+from benchmarks.fuzz.program import CONTEXTS, Program, block_kind
 from benchmarks.fuzz.shrink import shrink
 
 FAILURES = ("wrong", "crash")
@@ -77,8 +77,8 @@ def features(program: Program) -> frozenset[str]:
         form = "" if statement.template == "$o = self.$m($a)" else statement.template
         text = " ".join([statement.kind, *sorted(classes), form])
         found.add(re.sub(r"\d+(\.\d+)?", "N", text).replace("\n", " | ").strip())
-        if statement.block.startswith("no_grad"):
-            found.add("no_grad")
+        if block_kind(statement.block) in CONTEXTS:
+            found.add(block_kind(statement.block))
     return frozenset(found)
 
 

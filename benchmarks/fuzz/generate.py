@@ -13,14 +13,14 @@ from torch import Tensor, nn
 
 from benchmarks.fuzz import layers, library
 from benchmarks.fuzz.forms import Family, fill, read_forms
-from benchmarks.fuzz.program import Options, Program, Statement
+from benchmarks.fuzz.program import CONTEXTS, SIGNATURES, Options, Program, Statement
 from pn_compiler.testing import randomize_batch_norms
 
 BATCH = 3
 MOST_VALUES = 6000  # in one tensor
 LARGEST = 1e3
 _FORMS = read_forms()
-_HAS_NORM = re.compile("Norm|ABN|ShuffleUnit")
+_HAS_NORM = re.compile("Norm|ABN|ShuffleUnit|Tied")
 _WRITES = re.compile(r"_\(|place|True\)|[-+*/]=|\] = |out=|\.data|resize_|^self\.")  # perhaps in place
 NAMESPACE = {"torch": torch, "nn": nn, "F": F} | {name: getattr(library, name) for name in library.__all__}
 
@@ -78,7 +78,15 @@ class _Session:
             self._draw_options(),
             tuple((name, tuple(value.shape)) for name, value in self.values.items()),
         )
-        return dataclasses.replace(program, statements=self._draw_blocks(program.statements))
+        return self._draw_signature(
+            dataclasses.replace(program, statements=self._draw_blocks(program.statements))
+        )
+
+    def _draw_signature(self, program: Program) -> Program:
+        if self.rng.random() < 0.75:
+            return program
+        options = dataclasses.replace(program.options, example=True)  # what *args are cannot be told without
+        return dataclasses.replace(program, signature=self.rng.choice(list(SIGNATURES)), options=options)
 
     # What there is
 
@@ -283,7 +291,8 @@ class _Session:
         while position < len(placed):
             length = self.rng.randint(1, 4)
             if self.rng.random() < 0.3:
-                kind = self.rng.choices(("part", "method", "no_grad"), (0.7, 0.25, 0.05))[0]
+                kinds = ("part", "method", "parthooked", self.rng.choice(list(CONTEXTS)))
+                kind = self.rng.choices(kinds, (0.6, 0.24, 0.06, 0.1))[0]
                 for i in range(position, min(position + length, len(placed))):
                     placed[i] = dataclasses.replace(placed[i], block=f"{kind}{position}")
             position += length

@@ -68,6 +68,8 @@ def norm(rng: random.Random, channels: int, rank: int) -> Drawn:
         own = "self.$m.running_mean, self.$m.running_var, self.$m.weight, self.$m.bias"
         function = rng.choice(("F.batch_norm", "nn.functional.batch_norm"))
         call = f"$o = {function}($a, {own}, False, 0.1, self.$m.eps)"
+        if rng.random() < 0.2:
+            call += f"\n$o = {function}(F.relu($o), {own}, False, 0.1, self.$m.eps)"
         options = options[:1]
     elif draw < 0.1:
         return "norm", f"self.$m = ABN({channels})", call

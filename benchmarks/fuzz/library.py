@@ -10,12 +10,14 @@ __all__ = [
     "ConvNormAct",
     "FusedNormAct",
     "GatedUnit",
+    "Guarded",
     "OwnNorm",
     "RenormConv",
     "Scale",
     "ShuffleUnit",
     "SqueezeExcite",
     "Swish",
+    "Tied",
     "swish",
 ]
 
@@ -80,6 +82,17 @@ class GatedUnit(nn.Module):
         return x * torch.sigmoid(self.gate(x))
 
 
+class Guarded(nn.Module):
+    """Branches on values, so that it cannot be traced."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x) if x.sum() < 1e30 else x
+
+
 class OwnNorm(nn.BatchNorm2d):
     """A subclass that calls super().forward and an activation."""
 
@@ -131,6 +144,18 @@ class SqueezeExcite(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         gate = x.mean((2, 3), keepdim=True)
         return x * torch.sigmoid(self.fc2(F.relu(self.fc1(gate))))
+
+
+class Tied(nn.Module):
+    """Two layers of one weight, each with a BatchNorm of its own."""
+
+    def __init__(self, first: nn.Module, second: nn.Module, norm: nn.Module, other: nn.Module) -> None:
+        super().__init__()
+        self.first, self.second, self.norm, self.other = first, second, norm, other
+        self.second.weight = self.first.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.other(self.second(F.relu(self.norm(self.first(x)))))
 
 
 class _SwishFunction(torch.autograd.Function):

@@ -24,9 +24,13 @@ from benchmarks.fuzz.build import build, dtype_of, inputs_of
 from benchmarks.fuzz.compare import difference, first, gradients, identical, run, snapshot
 from benchmarks.fuzz.program import Program
 from benchmarks.fuzz.reference import ByHand
-from pn_compiler.errors import PnCompilerError
+from pn_compiler.errors import ExportError, PnCompilerError
+from pn_compiler.export.exporter import export_graph
+from pn_compiler.export.options import ExportOptions
+from pn_compiler.inputs import Inputs
 
-Outcome = Literal["ok", "wrong", "crash", "refused", "invalid"]
+#: "unexportable": torch.onnx refuses the network as it came, too
+Outcome = Literal["ok", "wrong", "crash", "refused", "unexportable", "invalid"]
 
 #: largest error, relative to the largest magnitude of an output, that is always admitted
 _TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-3}
@@ -93,7 +97,9 @@ def check(program: Program, *, onnx: bool = False) -> Verdict:
         except _WrongError as error:
             return Verdict("wrong", error.oracle, error.detail, checker.codes)
         except PnCompilerError as error:
-            return Verdict("refused", _refusal(error), str(error), checker.codes)
+            alike = isinstance(error, ExportError) and not checker.exports_unconverted()
+            outcome: Outcome = "unexportable" if alike else "refused"
+            return Verdict(outcome, _refusal(error), str(error), checker.codes)
         except Exception as error:
             return Verdict("crash", _crash(error), traceback.format_exc(), checker.codes)
     return Verdict("ok", codes=checker.codes)
@@ -150,24 +156,28 @@ class _Checker:
 
     def transform(self, *, proxy: bool, training: bool) -> nn.Module:
         example = inputs_of(self.program) if self.options.example else ()
-        kept = [x.clone() for x in example]
+        given = pytree.tree_leaves(example)
+        kept = [x.clone() for x in given]
         options = self.options.for_transform() | {"proxy": proxy}
         converted = pn_compiler.transform(self.model.train(training), example or None, **options)
         self.model.eval()
-        if not all(map(torch.equal, example, kept)):
+        if not all(map(torch.equal, given, kept)):
             self.late.append(_WrongError("caller's inputs changed", ""))
         return converted
 
     def limits(self, by_hand: ByHand) -> list[float]:
         """The tolerance for each of the inputs. Raises _InvalidError if the network magnifies rounding."""
-        found = []
+        found, noise = [], _NOISE[self.dtype]
         for args in self.inputs:
-            noise = _NOISE[self.dtype]
-            nearby = tuple(x * (1 + noise * torch.cos(1e3 * x)) for x in args)
+            nearby = pytree.tree_map(lambda x: x * (1 + noise * torch.cos(1e3 * x)), args)
             expected, by_hand.noise = run(by_hand, args), noise
             magnified = difference(run(by_hand, nearby), expected)
             by_hand.noise = 0.0
-            self.check_fit(run(by_hand, first(args)), expected)
+            try:
+                alone = run(by_hand, first(args))
+            except ValueError as error:  # of a single pixel, which only example inputs show
+                raise _InvalidError(f"one value per group: {error}") from error
+            self.check_fit(alone, expected)
             if not magnified < _CHAOTIC:
                 raise _InvalidError(f"noise of {noise:.0e} becomes {magnified:.0e}")
             found.append(max(_TOLERANCE[self.dtype], _MAGNIFIED * magnified))
@@ -181,7 +191,8 @@ class _Checker:
     def check_records(self, converted: nn.Module) -> None:
         sites = {site.name: site for site in pn_compiler.sites(converted)}
         for name, module in self.model.named_modules():
-            if isinstance(getattr(module, "running_mean", None), Tensor) and name not in sites:
+            named = sites.keys() & {name, f"{name}.norm"}  # the latter of a functional batch_norm
+            if isinstance(getattr(module, "running_mean", None), Tensor) and not named:
                 self.late.append(_WrongError("no record", name))
         for name, module in converted.named_modules():
             if isinstance(module, _BatchNorm) and (name not in sites or sites[name].kind != "skipped"):
@@ -197,6 +208,7 @@ class _Checker:
         for name, parameter in by_hand.model.named_parameters(remove_duplicate=False):
             aliases.setdefault(id(parameter), []).append(name)
         converted = {site.name for site in pn_compiler.sites(plain) if site.kind != "skipped"}
+        converted |= {name.removesuffix(".norm") for name in converted}
         actual = gradients(plain, self.inputs[0])
         pairs: list[tuple[Tensor, Tensor]] = []
         for names in aliases.values():
@@ -238,7 +250,7 @@ class _Checker:
     def check_training(self, converted: nn.Module, by_hand: nn.Module) -> None:
         try:
             gradients(copy.deepcopy(by_hand).train(), self.inputs[0])
-        except RuntimeError:
+        except (RuntimeError, ValueError):  # the latter of one value per channel
             return
         gradients(copy.deepcopy(converted).train(), self.inputs[0])
 
@@ -246,8 +258,8 @@ class _Checker:
         """The file of the converted network in onnxruntime against the conversion by hand, batch 1 and 3."""
         import onnxruntime
 
-        narrow = tuple(x.float() for x in self.inputs[0])
-        if not self.is_warm(plain):
+        narrow = pytree.tree_map(lambda x: x.float(), self.inputs[0])
+        if not self.is_warm(plain) or not self.runs_narrow(narrow) or self.kills_torch_export():
             return
         converted = copy.deepcopy(self.convert(proxy=True)).float()
         with tempfile.TemporaryDirectory() as folder:
@@ -258,11 +270,34 @@ class _Checker:
         wide = copy.deepcopy(by_hand).float().double()
         rough = copy.deepcopy(by_hand).float()
         for args in (narrow, first(narrow)):
-            feed = {name: x.numpy() for name, x in zip(names, args, strict=True)}
+            feed = dict(zip(names, (x.numpy() for x in pytree.tree_leaves(args)), strict=True))
             actual = [torch.from_numpy(y) for y in session.run(None, feed)]
-            expected = pytree.tree_leaves(run(wide, tuple(x.double() for x in args)))
+            expected = pytree.tree_leaves(run(wide, pytree.tree_map(lambda x: x.double(), args)))
             limit = max(1e-3, 50 * difference(run(rough, args), expected))
             compare("onnxruntime against by hand", actual, expected, limit)
+
+    def kills_torch_export(self) -> bool:
+        """Whether the forward sets `.data`: torch.export ends the process then, converted or not."""
+        written = [statement.template for statement in self.program.statements]
+        declared = [text for _, text in self.program.declarations]
+        return any(".data" in text or "RenormConv" in text for text in (*written, *declared))
+
+    def runs_narrow(self, narrow: Any) -> bool:
+        """Whether the network as it came runs in float32: not if it casts to float64."""
+        try:
+            run(copy.deepcopy(self.model).float(), narrow)
+        except RuntimeError:
+            return False
+        return True
+
+    def exports_unconverted(self) -> bool:
+        """Whether torch.onnx can export the network as it came."""
+        narrow = pytree.tree_map(lambda x: x.float(), self.inputs[0])
+        try:
+            export_graph(copy.deepcopy(self.model).float().eval(), Inputs(narrow), ExportOptions(), None)
+        except ExportError:
+            return False
+        return True
 
     @staticmethod
     def is_warm(model: nn.Module) -> bool:

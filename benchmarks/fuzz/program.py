@@ -36,6 +36,33 @@ class Options:
         return {name: getattr(self, name) for name in names}
 
 
+#: kind of block -> the line that its statements stand under; X is a tensor that they read
+CONTEXTS = {
+    "no_grad": "with torch.no_grad():",
+    "enable_grad": "with torch.enable_grad():",
+    "autocast": "with torch.autocast('cpu', enabled=False):",
+    "value": "if X.sum() < 1e30:",
+    "random": "if torch.rand(()) < 2:",
+    "tensor": "if isinstance(X, torch.Tensor):",
+    "exact": "if type(X) is torch.Tensor:",
+    "mode": "if self.training or True:",
+}
+
+#: how the inputs reach the forward -> its parameters and the first line of its body, with {names} for them
+SIGNATURES = {
+    "plain": ("{names}", ""),
+    "star": ("*args", "{names}, = args"),
+    "optional": (
+        "{names}, mask=None, scale=1.5",
+        "{first} = {first} * scale if mask is None else {first} * mask",
+    ),
+    "keyword": ("{names}, *, scale=0.5, **others", "{first} = {first} * others.get('scale', scale)"),
+    "list": ("xs", "{names}, = xs"),
+    "dict": ("batch", "{names}, = (batch[name] for name in {strings})"),
+    "nested": ("batch", "{names}, = batch['images'][0]"),
+}
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
 class Statement:
     """Lines of a forward, with $a, $b for what it reads, $o, $p for its results, $m for a module.
@@ -74,6 +101,22 @@ class Program:
     result: str = "$a"
     options: Options = Options()
     shapes: tuple[tuple[str, tuple[int, ...]], ...] = ()
+    signature: str = "plain"
+
+    def arguments(self, tensors: tuple[Any, ...]) -> tuple[Any, ...]:
+        """What to call the network with, to give it `tensors`."""
+        if self.signature == "list":
+            return (list(tensors),)
+        if self.signature == "dict":
+            return ({name: x for (name, _), x in zip(self.inputs, tensors, strict=True)},)
+        if self.signature == "nested":
+            return ({"images": (list(tensors),)},)
+        return tensors
+
+
+def block_kind(label: str) -> str:
+    """The kind of the block `label`: its name without its number."""
+    return label.rstrip("0123456789")
 
 
 def source(program: Program) -> str:
@@ -106,14 +149,18 @@ class _Writer:
                 reads, writes = self._interface(index)
                 self.methods.append(_function(f"_{label}", reads, body, ", ".join(writes)))
                 self.forward.append(_call(f"self._{label}", reads, writes))
-            elif label.startswith("no_grad"):
-                self.forward.append("with torch.no_grad():\n" + textwrap.indent(body, "    "))
+            elif (kind := block_kind(label)) in CONTEXTS:
+                header = CONTEXTS[kind].replace("X", self._interface(index)[0][0])
+                self.forward.append(f"{header}\n{textwrap.indent(body, '    ')}")
             else:
                 self.forward.append(body)
         names = dict(zip("abcd", self.program.returned, strict=False))
         result = string.Template(self.program.result).substitute(names)
-        inputs = [name for name, _ in self.program.inputs]
-        forward = _function("forward", inputs, "\n".join(self.forward), result)
+        names = [name for name, _ in self.program.inputs]
+        words = {"names": ", ".join(names), "first": names[0], "strings": names}
+        parameters, unpacked = (part.format(**words) for part in SIGNATURES[self.program.signature])
+        body = [unpacked] * bool(unpacked) + self.forward
+        forward = _function("forward", [parameters], "\n".join(body), result)
         net = _class("Net", (), self.init, [*self.methods, forward])
         return "\n\n".join([IMPORTS, *self.classes, net]) + "\n"
 
@@ -138,6 +185,8 @@ class _Writer:
         forward = _function("forward", reads, body, ", ".join(writes))
         self.classes.append(_class(label.title(), shared, init, [forward]))
         self.init.append(f"self.{label} = {label.title()}({', '.join(f'self.{m}' for m in shared)})")
+        if block_kind(label) == "parthooked":
+            self.init.append(f"self.{label}.register_forward_hook(lambda m, i, o: None)")
         self.forward.append(_call(f"self.{label}", reads, writes))
 
     def _interface(self, index: int) -> tuple[list[str], list[str]]:

@@ -38,6 +38,8 @@ def _candidates(program: Program) -> Iterator[Program]:
         for name, _ in program.inputs:
             if name not in used:
                 yield dataclasses.replace(program, inputs=tuple(i for i in program.inputs if i[0] != name))
+    if program.signature != "plain":
+        yield dataclasses.replace(program, signature="plain")
     for label in {s.block for s in program.statements} - {""}:
         moved = (dataclasses.replace(s, block="") if s.block == label else s for s in program.statements)
         yield dataclasses.replace(program, statements=tuple(moved))

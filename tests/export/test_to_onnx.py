@@ -286,3 +286,22 @@ def test_an_interrupted_run_leaves_nothing(tmp_path: Path, number: signal.Signal
     assert process.returncode == 130
     assert errors == "pn-compile: error: interrupted; nothing was written\n"
     assert [p.name for p in tmp_path.iterdir()] == ["model.pt"]
+
+
+def test_pieces_of_a_split_may_be_overwritten(tmp_path: Path) -> None:
+    """Which torch allows without gradients, only."""
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.bn = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.bn(self.conv(x))
+            y.chunk(2, 1)[0].mul_(0.5)
+            return y
+
+    net = randomize_batch_norms(Net()).eval()
+    with torch.no_grad():
+        converted = pn_compiler.transform(net, IMAGES)
+        pn_compiler.export_onnx(converted, tmp_path / "net.onnx", IMAGES)  # verified

@@ -94,6 +94,36 @@ def test_fused_norm_and_activation_of_timm() -> None:
     ]
 
 
+class NormAct(nn.BatchNorm2d):
+    """A BatchNorm of the user's own that holds what follows it."""
+
+    def __init__(self, channels: int, act: nn.Module) -> None:
+        super().__init__(channels)
+        self.drop, self.act = nn.Dropout(0.1), act
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.act(self.drop(super().forward(x)))
+
+
+@pytest.mark.parametrize("activation", [nn.LeakyReLU(), nn.ReLU(), nn.PReLU(4)])
+def test_a_norm_that_holds_its_activation(activation: nn.Module) -> None:
+    net = nn.Sequential(
+        nn.Conv2d(3, 4, 1), NormAct(4, activation), nn.Conv2d(4, 4, 1), NormAct(4, activation)
+    )
+    net = randomize_batch_norms(net).double().eval()
+    converted = pn_compiler.transform(net, IMAGES.double(), strict=True)
+    assert [(s.name, s.kind, s.activation is None) for s in pn_compiler.sites(converted)] == [
+        ("1", "pn", False),
+        ("3", "norm_only", False),
+    ]
+    by_hand = copy.deepcopy(net)
+    plain = pn_compiler.transform(net, IMAGES.double(), proxy=False)
+    for name in ("1", "3"):
+        by_hand[int(name)] = nn.Sequential(plain.get_submodule(name), net[int(name)].drop, activation)
+    assert_same_outputs(converted(IMAGES.double()), by_hand(IMAGES.double()), tolerance=1e-9)
+    assert_same_outputs(pn_compiler.fold(converted)(IMAGES.double()), converted(IMAGES.double()))
+
+
 def test_identities_go_and_in_place_results_are_seen() -> None:
     class Net(nn.Module):
         def __init__(self) -> None:
