@@ -3,6 +3,7 @@
 import contextlib
 import dis
 import functools
+import inspect
 import math
 from collections.abc import Iterator
 from types import CodeType
@@ -213,7 +214,7 @@ def likely_cause(module: nn.Module) -> str:
     """What in the forward of `module` a trace probably loses, in words."""
     if has_hooks(module) or any(has_hooks(child) for child in module.children()):
         return "a hook changes or keeps values"
-    code = getattr(type(module).forward, "__code__", None)
+    code = getattr(inspect.getattr_static(module, "forward", None), "__code__", None)
     names = _names(code) if isinstance(code, CodeType) else set()
     for suspects, reason in _SUSPECTS:
         if suspects & names:

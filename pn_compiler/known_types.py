@@ -58,8 +58,10 @@ def has_attribute(value: Any, name: str) -> bool:
 @functools.cache
 def may_return_none(cls: type) -> bool:
     """Whether the forward of a user's module has None in what it returns: a branch on that would be lost."""
+    if cls.__module__.startswith(("torch.", "pn_compiler.")):
+        return False  # a traced TorchScript module has no forward to ask its class for
     code = getattr(cls.forward, "__code__", None)  # type: ignore[attr-defined]
-    if code is None or cls.__module__.startswith(("torch.", "pn_compiler.")):
+    if code is None:
         return False
     before: dis.Instruction | None = None
     for instruction in dis.get_instructions(code):
