@@ -24,6 +24,7 @@ from pn_compiler.losses import named_outputs
 #: only activations that are written out by hand are replaced, to 1e-7, which deep networks amplify.
 _LIMIT = 1e-5
 _NARROW_LIMIT = 1e-2  # where a forward has its dtype written in, and float64 cannot be had
+_ROUNDING, _NARROW_ROUNDING = 1e-8, 1e-6  # by which inputs are moved to see whether a network is chaotic
 _LARGE = 300.0  # magnitude of the scaled copies: bounds and thresholds inside activations come into play
 _SHIFT = 100.0
 
@@ -61,6 +62,11 @@ def check_equivalent(model: nn.Module, graph: nn.Module, inputs: Inputs, *, own_
         if difference > runner.limit:
             if largest_difference(runner(model, values), expected) > runner.limit:
                 raise VaryingOutputsError(f"outputs of {type(model).__name__} vary from call to call")
+            nudged = values.map(functools.partial(_nudge, by=runner.rounding))
+            if largest_difference(runner(model, nudged), expected) >= difference:
+                raise VaryingOutputsError(
+                    f"outputs of {type(model).__name__} depend on the last digits of inputs"
+                )
             where = _where(model, graph, values, runner)
             scaled = " on scaled copies of the example inputs" if number else ""
             raise TraceError(
@@ -70,7 +76,10 @@ def check_equivalent(model: nn.Module, graph: nn.Module, inputs: Inputs, *, own_
 
 
 class VaryingOutputsError(ConfigError):
-    """A model gives other outputs for the same inputs and random numbers: it reads a clock, for example."""
+    """A model gives other outputs for the same inputs and random numbers, or for all but the same inputs.
+
+    It reads a clock, for example, or is chaotic: what rounds differently cannot be compared with it.
+    """
 
 
 class _Runner:
@@ -79,6 +88,7 @@ class _Runner:
     def __init__(self, own_modes: bool, dtype: torch.dtype | None) -> None:
         self.own_modes, self.dtype = own_modes, dtype
         self.limit = _NARROW_LIMIT if dtype is None else _LIMIT
+        self.rounding = _NARROW_ROUNDING if dtype is None else _ROUNDING
 
     def __call__(self, model: nn.Module, inputs: Inputs) -> Any:
         wide = contextlib.nullcontext() if self.dtype is None else Float64(model)
@@ -114,6 +124,10 @@ def _variants(inputs: Inputs) -> Iterator[Inputs]:
         yield inputs.map(functools.partial(_affine, scale=scale, shift=shift))
 
 
+def _nudge(x: Tensor, by: float) -> Tensor:
+    return x * (1 + by) if x.is_floating_point() else x
+
+
 def _affine(x: Tensor, scale: float, shift: float) -> Tensor:
     return (x * scale + shift).to(x.dtype) if x.is_floating_point() else x
 
@@ -139,6 +153,11 @@ def _difference(actual: Tensor, expected: Tensor) -> float:
         return math.inf
     if not expected.numel():
         return 0.0
+    if expected.is_complex() and actual.is_complex():
+        actual, expected = (
+            torch.view_as_real(actual.resolve_conj()),
+            torch.view_as_real(expected.resolve_conj()),
+        )
     if not expected.is_floating_point():
         return 0.0 if torch.equal(actual, expected.to(actual.device)) else math.inf
     actual, expected = actual.detach().double(), expected.detach().double()

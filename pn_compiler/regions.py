@@ -157,8 +157,10 @@ def unwrap(model: nn.Module) -> nn.Module:
 
     Raises:
         ConfigError: `model` is no module.
+        UnsupportedModelError: it has uninitialised lazy modules.
     """
     check_module(model)
+    refuse_uninitialised(model)
     wrappers = (nn.DataParallel, nn.parallel.DistributedDataParallel)
     while True:
         inner = getattr(model, "_orig_mod", model.module if isinstance(model, wrappers) else None)
