@@ -19,7 +19,7 @@ from pn_compiler.conversion import (
     prepare,
 )
 from pn_compiler.distillation import distill
-from pn_compiler.errors import ConfigError
+from pn_compiler.errors import ConfigError, ExportError
 from pn_compiler.evaluation import batches_of, check_dense, to_eval_mode
 from pn_compiler.graph_module import is_converted, notes, record, sites
 from pn_compiler.graph_utils import count_operators, count_parameters
@@ -102,7 +102,9 @@ def export_onnx(
     _check_destinations(path, repository, target)
     inputs = Inputs.of(example_inputs, example_kwargs) or Inputs()
     if not inputs.tensors():
-        raise ConfigError("example_inputs holds no tensor: give what forward is called with")
+        raise ExportError(
+            "example_inputs: expected a tensor or a tuple with tensors, what forward is called with"
+        )
     check_dense(inputs, "example_inputs")
     model = unwrap(model)
     report = Report(parameters_before=count_parameters(model))

@@ -225,7 +225,7 @@ _SUSPECTS: tuple[tuple[frozenset[str], str], ...] = (
     (frozenset({"isinstance", "type", "hasattr", "is_tensor", "AttributeError"}), "it tests a value's type"),
     (frozenset({"random", "randint", "randn", "rand", "rand_like", "randperm"}), "it draws random numbers"),
     (frozenset({"data", "set_", "copy_"}), "it rewrites its weights"),
-    (frozenset({"str", "repr", "format", "vars"}), "it makes text of a value"),
+    (frozenset({"vars"}), "it looks at the attributes of a value"),
 )  # fmt: skip
 
 

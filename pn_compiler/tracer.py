@@ -121,7 +121,7 @@ class Tracer(fx.Tracer):
             hidden(model, self.leaves),
             self.modes.watched(),
             _watched_attributes(self),
-            TensorWatch(self.refuse),
+            TensorWatch(self.refuse, model),
             PythonWatch(self.refuse, entered),
         ):
             self.modes_at_entry = [self.modes.now()]
@@ -204,7 +204,7 @@ class Tracer(fx.Tracer):
             or closed_kind(module) is not None
             or (is_batch_norm(module) and not hasattr(type(module), _RECORDS))
             or type(module).__module__ in _LAYERS
-            or super().is_leaf_module(module, path)
+            or (super().is_leaf_module(module, path) and not _wraps_whole(module))
             or (not holds_batch_norm(module) and _reads_training(module))
         )
 
@@ -359,6 +359,11 @@ def check_fixed(value: Any, expected: Any, name: str) -> None:
             f"argument {name} is {told}, but the model was converted with {name}={expected!r}; for another "
             "value, give transform example_inputs or example_kwargs that have it"
         )
+
+
+def _wraps_whole(module: nn.Module) -> bool:
+    """Whether a container of torch, such as DataParallel, calls modules with BatchNorms: it is entered."""
+    return not is_batch_norm(module) and holds_batch_norm(module)
 
 
 def _reads_training(module: nn.Module) -> bool:
