@@ -24,7 +24,7 @@ from pn_compiler.losses import named_outputs
 #: only activations that are written out by hand are replaced, to 1e-7, which deep networks amplify.
 _LIMIT = 1e-5
 _NARROW_LIMIT = 1e-2  # where a forward has its dtype written in, and float64 cannot be had
-_ROUNDING, _NARROW_ROUNDING = 1e-8, 1e-6  # by which inputs are moved to see whether a network is chaotic
+_ROUNDING = 1e-8  # by which inputs are moved to see whether a network is chaotic
 _LARGE = 300.0  # magnitude of the scaled copies: bounds and thresholds inside activations come into play
 _SHIFT = 100.0
 
@@ -62,8 +62,8 @@ def check_equivalent(model: nn.Module, graph: nn.Module, inputs: Inputs, *, own_
         if difference > runner.limit:
             if largest_difference(runner(model, values), expected) > runner.limit:
                 raise VaryingOutputsError(f"outputs of {type(model).__name__} vary from call to call")
-            nudged = values.map(functools.partial(_nudge, by=runner.rounding))
-            if largest_difference(runner(model, nudged), expected) >= difference:
+            nudged = runner.cast(values).map(_nudge)
+            if largest_difference(runner(model, nudged), expected) >= difference / 10:
                 raise VaryingOutputsError(
                     f"outputs of {type(model).__name__} depend on the last digits of inputs"
                 )
@@ -88,16 +88,15 @@ class _Runner:
     def __init__(self, own_modes: bool, dtype: torch.dtype | None) -> None:
         self.own_modes, self.dtype = own_modes, dtype
         self.limit = _NARROW_LIMIT if dtype is None else _LIMIT
-        self.rounding = _NARROW_ROUNDING if dtype is None else _ROUNDING
 
     def __call__(self, model: nn.Module, inputs: Inputs) -> Any:
         wide = contextlib.nullcontext() if self.dtype is None else Float64(model)
         with untouched(model, own_modes=self.own_modes, keep_state=True):
             seed_everything()
             with wide:
-                return run(model, self._cast(inputs), "the example inputs")
+                return run(model, self.cast(inputs), "the example inputs")
 
-    def _cast(self, inputs: Inputs) -> Inputs:
+    def cast(self, inputs: Inputs) -> Inputs:
         dtype = self.dtype
         return inputs if dtype is None else inputs.map(lambda x: x.to(dtype) if x.is_floating_point() else x)
 
@@ -124,8 +123,8 @@ def _variants(inputs: Inputs) -> Iterator[Inputs]:
         yield inputs.map(functools.partial(_affine, scale=scale, shift=shift))
 
 
-def _nudge(x: Tensor, by: float) -> Tensor:
-    return x * (1 + by) if x.is_floating_point() else x
+def _nudge(x: Tensor) -> Tensor:
+    return x * (1 + max(_ROUNDING, 2 * torch.finfo(x.dtype).eps)) if x.is_floating_point() else x
 
 
 def _affine(x: Tensor, scale: float, shift: float) -> Tensor:

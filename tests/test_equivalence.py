@@ -242,7 +242,7 @@ def test_likely_causes() -> None:
     assert "rewrites" in likely_cause(Renorm(3, 3, 1))
     assert "hook" in likely_cause(hooked)
     assert "in place" in likely_cause(InPlace())
-    assert "text" in likely_cause(Text())
+    assert "attributes" in likely_cause(Text())
 
 
 NAN = float("nan")
