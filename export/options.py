@@ -44,6 +44,11 @@ class ExportOptions:
             ConfigError: an option that does not exist, or two that exclude each other.
             ExportError: there is no such opset.
         """
+        for key, value in {"input_names": input_names, "output_names": output_names}.items():
+            if isinstance(value, str) or not all(isinstance(name, str) for name in value):
+                raise ConfigError(f"{key}={value!r}: expected a list of names")
+        if not isinstance(target_ort, str | None):
+            raise ConfigError(f"target_ort={target_ort!r}: expected a version such as '1.18'")
         group_norm = target in TARGETS and TARGETS[target].norms == "group"
         opset_version = choose_opset(
             opset_version, target_ort, GROUP_NORM_OPSET if group_norm else DEFAULT_OPSET

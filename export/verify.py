@@ -222,12 +222,15 @@ def imitate(example: Inputs, batch: int | None) -> Inputs:
     def like(tensor: Tensor) -> Tensor:
         tensor = tensor.detach().cpu()
         shape = tensor.shape if batch is None or not tensor.dim() else (batch, *tensor.shape[1:])
+        if not tensor.is_floating_point() and not tensor.numel():
+            return tensor.new_zeros(shape)
         if not tensor.is_floating_point():
             return tensor.flatten()[torch.randint(tensor.numel(), shape, generator=generator)]
         wide = tensor.double()
         deviation = float(wide.std()) if tensor.numel() > 1 else 0.0
         noise = torch.randn(shape, generator=generator)
-        return (noise * (deviation or 1.0) + float(wide.mean())).to(tensor.dtype)
+        mean = float(wide.mean()) if tensor.numel() else 0.0
+        return (noise * (deviation or 1.0) + mean).to(tensor.dtype)
 
     return example.map(like)
 

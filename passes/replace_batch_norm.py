@@ -26,9 +26,9 @@ class ReplaceBatchNorm(GraphPass):
     """Replaces each BatchNorm by a GroupNorm that starts from its running statistics.
 
     Given:   bn(C)                    Result:  gn(G, C) at the same path; G = 1 is LayerNorm over [C, *]
-    Leaves alone: PN103 frozen, PN104 no running statistics, PN105 unknown subclass, PN106 functional
-        with operands of mixed owners, PN107 one value per group, PN108 hooks, PN109 not finite,
-        PN111 TorchScript or quantized.
+    Leaves alone: PN103 frozen, PN104 no running statistics, PN105 unknown subclass, or read by
+        other code, PN106 functional with operands of mixed owners, PN107 one value per group, PN108
+        hooks, PN109 not finite, PN111 TorchScript or quantized.
     Outputs: changed on purpose; kept where instance statistics equal the running statistics.
     Source: docs/method.md, "Warm start".
     """
@@ -42,11 +42,12 @@ class ReplaceBatchNorm(GraphPass):
     def run(self, graph: fx.GraphModule) -> PassResult:
         notes: list[Diagnostic] = []
         rewritten = 0
+        read = _read_outside(graph)
         for path, calls in module_calls(graph).items():
             norm = graph.get_submodule(path)
             if not is_batch_norm(norm):
                 continue
-            refusal = self._refusal(path, norm, calls)
+            refusal = self._refusal(path, norm, calls) or _read_refusal(path, id(norm) in read)
             if refusal is not None:
                 notes.append(refusal)
                 put_site(graph, skipped(refusal))
@@ -163,6 +164,28 @@ class ReplaceBatchNorm(GraphPass):
         kind = norm_name(num_groups, norm.num_features)
         residual = None if fitted is None else fitted.residual
         return Site(path, "norm_only", kind, num_groups, warm_start=warm, residual=residual)
+
+
+def _read_outside(graph: fx.GraphModule) -> set[int]:
+    """Identities of the modules whose parameters or buffers the graph reads beside calling them."""
+    owners = (str(node.target).rpartition(".")[0] for node in graph.graph.nodes if _is_read(node))
+    return {id(graph.get_submodule(owner)) for owner in owners}
+
+
+def _is_read(node: fx.Node) -> bool:
+    return node.op == "get_attr" and bool(node.users)
+
+
+def _read_refusal(path: str, read: bool) -> Diagnostic | None:
+    """Why a BatchNorm stays whose parameters or statistics other code reads: a normalizer has others."""
+    if not read:
+        return None
+    return Diagnostic(
+        "PN105",
+        path,
+        "the forward also reads its parameters or statistics, which a normalizer does not have",
+        "let nothing but the BatchNorm read them",
+    )
 
 
 def _nearby(graph: fx.GraphModule, path: str) -> torch.Tensor:

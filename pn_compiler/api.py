@@ -15,7 +15,7 @@ from pn_compiler.conversion import (
     prepare,
 )
 from pn_compiler.errors import ConfigError
-from pn_compiler.evaluation import batches_of
+from pn_compiler.evaluation import batches_of, to_eval_mode
 from pn_compiler.graph_module import is_converted, notes, record, sites
 from pn_compiler.inputs import Inputs
 from pn_compiler.pass_base import Progress, run_pipeline
@@ -135,7 +135,7 @@ def fold(model: nn.Module, *, progress: Progress | None = None) -> nn.Module:
 def fold_in_place(model: nn.Module, *, progress: Progress | None = None) -> nn.Module:
     """`fold` without a copy: `model` cannot be used afterwards."""
     with fake_mode(model):
-        traced = trace(model.eval(), in_place=True)
+        traced = trace(to_eval_mode(model), in_place=True)
         went: dict[str, list[str]] = {}
         for region in traced.regions:
             infer_ranks(region.graph)

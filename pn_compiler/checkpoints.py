@@ -42,6 +42,10 @@ def convert_state_dict(state_dict: Mapping[str, Any], model: nn.Module) -> dict[
     Raises:
         ConfigError: entries are missing or do not fit, or `model` was converted to train from scratch.
     """
+    if not isinstance(state_dict, Mapping):
+        raise ConfigError(
+            f"expected a state_dict, got a value of type {type(state_dict).__name__}: give model.state_dict()"
+        )
     table = [site for site in sites(model) if site.kind != "skipped"]
     _refuse_cold(table)
     model = copy.deepcopy(model)

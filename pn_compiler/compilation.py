@@ -19,8 +19,8 @@ from pn_compiler.conversion import (
     prepare,
 )
 from pn_compiler.distillation import distill
-from pn_compiler.errors import ConfigError
-from pn_compiler.evaluation import batches_of
+from pn_compiler.errors import ConfigError, ExportError
+from pn_compiler.evaluation import batches_of, check_dense, to_eval_mode
 from pn_compiler.graph_module import is_converted, notes, record, sites
 from pn_compiler.graph_utils import count_operators, count_parameters
 from pn_compiler.input_shape import choose_inputs
@@ -101,6 +101,11 @@ def export_onnx(
     )  # fmt: skip
     _check_destinations(path, repository, target)
     inputs = Inputs.of(example_inputs, example_kwargs) or Inputs()
+    if not inputs.tensors():
+        raise ExportError(
+            "example_inputs: expected a tensor or a tuple with tensors, what forward is called with"
+        )
+    check_dense(inputs, "example_inputs")
     model = unwrap(model)
     report = Report(parameters_before=count_parameters(model))
     copied = _on_cpu(model, share=not _has_sites(model))
@@ -188,6 +193,7 @@ def compile(  # noqa: A001  # the name that users of torch.compile look for
     report = Report(parameters_before=count_parameters(model))
     say = progress or (lambda stage: None)
     given = Inputs.of(example_inputs, example_kwargs)
+    check_dense(given or Inputs(), "example_inputs")
     if calibration is not None:
         calibration = batches_of(calibration, again=True)
         given = given if given or input_shape else first_sample(calibration)
@@ -232,8 +238,12 @@ def _check_destinations(
     if path is None and repository is None:
         raise ConfigError("nothing would be written: give a path or a repository")
     if path is not None:
+        if not isinstance(path, str | os.PathLike):
+            raise ConfigError(f"path={path!r}: expected the name of a file")
         check_writable(Path(path))
     if repository is not None:
+        if not isinstance(repository, ModelRepository):
+            raise ConfigError(f"repository={repository!r:.80}: expected a pn_compiler.ModelRepository")
         if target in ("ort-cpu", "auto"):
             raise ConfigError(
                 f"target {target} may give a file for this kind of CPU only, and servers load a model "
@@ -249,7 +259,7 @@ def _on_cpu(model: nn.Module, *, share: bool) -> nn.Module:
         model: left untouched.
         share: whether nothing will write to its parameters, so that they need no copy if they are there.
     """
-    return copy_model(model, share_parameters=share and _is_on_cpu(model)).cpu().eval()
+    return to_eval_mode(copy_model(model, share_parameters=share and _is_on_cpu(model)).cpu())
 
 
 def _witness(original: nn.Module, copied: nn.Module) -> nn.Module:
@@ -273,6 +283,8 @@ def _check_calibration(
     static_statistics: StaticStatistics | None,
 ) -> None:
     """Raises ConfigError if samples, or options of their uses, are missing or given for nothing."""
+    if type(distill_steps) is not int or distill_steps < 0:
+        raise ConfigError(f"distill_steps={distill_steps!r}: expected a number of steps, 0 or more")
     one_of("distill_logits", distill_logits, get_args(Logits))
     if distill_logits != "auto" and not distill_steps:
         raise ConfigError(f"distill_logits={distill_logits!r} has no effect without distill_steps")

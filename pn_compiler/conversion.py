@@ -14,7 +14,7 @@ from pn_compiler.config import TransformConfig
 from pn_compiler.diagnostics import Diagnostic, Site
 from pn_compiler.equivalence import VaryingOutputsError, check_equivalent
 from pn_compiler.errors import ConfigError, RefusedError
-from pn_compiler.evaluation import inputs_of
+from pn_compiler.evaluation import check_dense, inputs_of
 from pn_compiler.fidelity import Fidelity, measure
 from pn_compiler.graph_module import notes, record, sites
 from pn_compiler.graph_utils import has_values
@@ -34,7 +34,9 @@ def first_sample(batches: Iterable[Any]) -> Inputs:
     first = next(iter(batches), None)
     if first is None:
         raise ConfigError("there is no batch for the calibration: batches is empty")
-    return inputs_of(first).map(lambda x: x[:1] if x.dim() else x)
+    inputs = inputs_of(first)
+    check_dense(inputs, "the first batch for the calibration")
+    return inputs.map(lambda x: x[:1] if x.dim() else x)
 
 
 def prepare(traced: Trace, model: nn.Module, inputs: Inputs | None, progress: Progress | None = None) -> None:

@@ -14,7 +14,7 @@ CODES: dict[str, tuple[Severity, str]] = {
     "PN102": ("warning", "never called in the traced forward"),
     "PN103": ("warning", "frozen BatchNorm: a constant affine, nothing depends on the batch"),
     "PN104": ("warning", "no running statistics, so no warm start is possible"),
-    "PN105": ("warning", "subclass of BatchNorm with a forward of its own"),
+    "PN105": ("warning", "subclass of BatchNorm with a forward of its own, or read by other code"),
     "PN106": ("warning", "functional batch_norm whose operands are not plain parameters and buffers"),
     "PN107": ("warning", "one value per group: normalizing would erase the data"),
     "PN108": ("warning", "hooks on the BatchNorm would be lost"),

@@ -52,6 +52,12 @@ class SmokeError(PnCompilerError):
 def first_line(error: BaseException) -> str:
     """The first line of an exception's message that is not blank, or its type if there is none.
 
-    A bare ``assert`` and a bare ``raise`` have no message.
+    A bare ``assert`` and a bare ``raise`` have no message, and that of a KeyError is nothing but the key.
     """
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    name = type(error).__name__
+    try:
+        text = str(error)
+    except Exception:  # of an exception class that cannot print itself
+        return name
+    found = next((line.strip() for line in text.splitlines() if line.strip()), name)
+    return f"{name}: {found}" if isinstance(error, KeyError | SystemExit) and found != name else found

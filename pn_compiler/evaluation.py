@@ -20,6 +20,7 @@ from pn_compiler.module_state import ModuleState, WrittenParameters
 from pn_compiler.trace_watch import RandomStates
 
 T = TypeVar("T")
+M = TypeVar("M", bound=nn.Module)
 
 
 class Shards(abc.ABC):
@@ -56,17 +57,19 @@ def batches_of(batches: Any, *, again: bool = False) -> Iterable[Any]:
         again: whether it is gone through more than once.
 
     Raises:
-        ConfigError: `again`, and it is a generator or another iterator that is used up by the first time.
+        ConfigError: it holds no batches; or `again`, and it is a generator or another iterator that is
+            used up by the first time.
     """
     if isinstance(batches, Tensor | Mapping | Inputs):
         return [batches]
+    if not hasattr(type(batches), "__iter__") and not hasattr(type(batches), "__getitem__"):
+        raise ConfigError(f"expected batches of inputs, such as a list or a DataLoader, got {batches!r:.80}")
     if again and iter(batches) is batches:
         raise ConfigError(
             f"the batches are a {type(batches).__name__}, which can be read once, and they are read several "
             "times: give a list, a DataLoader, or an object whose __iter__ starts again"
         )
-    found: Iterable[Any] = batches
-    return found
+    return batches  # type: ignore[no-any-return]
 
 
 def each_batch(model: nn.Module, batches: Iterable[Any], title: str) -> Iterator[tuple[str, Inputs]]:
@@ -79,11 +82,21 @@ def each_batch(model: nn.Module, batches: Iterable[Any], title: str) -> Iterator
     name = ""
     for number, batch in enumerate(tqdm(batches, desc=title, disable=None, leave=False), start=1):
         name, inputs = f"batch {number}", inputs_of(batch)
+        check_dense(inputs, name)
         if not all(bool(x.isfinite().all()) for x in inputs.tensors()):
             raise ConfigError(f"{name} holds values that are nan or infinite")
         yield name, inputs if first is None else inputs.map(lambda x: x.to(first.device))
     if not name:
         raise ConfigError(f"there is no batch for the {title}: batches is empty")
+
+
+def check_dense(inputs: Inputs, name: str) -> None:
+    """Raises ConfigError if a tensor has no values, or not one for each place: meta, sparse, quantized."""
+    for x in inputs.tensors():
+        kind = "quantized" if x.is_quantized else str(x.layout).removeprefix("torch.")
+        kind = kind if has_values(x) else "without values"
+        if kind != "strided":
+            raise ConfigError(f"{name} holds a tensor that is {kind}: give a dense one")
 
 
 def run(model: nn.Module, inputs: Inputs, name: str) -> Any:
@@ -92,9 +105,26 @@ def run(model: nn.Module, inputs: Inputs, name: str) -> Any:
         return inputs.call(model)
     except PnCompilerError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         given = ", ".join(f"{list(x.shape)} {x.dtype}".replace("torch.", "") for x in inputs.tensors())
         raise ConfigError(f"the model does not run on {name} ({given}): {first_line(error)}") from error
+
+
+def to_eval_mode(model: M) -> M:
+    """`model`, in eval mode in all its parts, whatever its own ``eval`` does beside that, or returns.
+
+    Raises:
+        ConfigError: it raises an exception.
+    """
+    if any(module.training for module in model.modules()):
+        try:
+            model.eval()
+        except Exception as error:  # of a model that overrides eval or train
+            raise ConfigError(f"{type(model).__name__}.eval() fails: {first_line(error)}") from error
+        for module in model.modules():
+            if module.training:
+                module.training = False
+    return model
 
 
 @contextlib.contextmanager

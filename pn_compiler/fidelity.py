@@ -100,12 +100,13 @@ def measure(
     with untouched(original, keep_state=True), untouched(converted, keep_state=True):
         seed_everything()
         samples = _read(original, batches, representative)
+        name = "the samples" if representative else "the example inputs"
         with errors.watching():
             for inputs in _batches(samples):
                 seed_everything()
-                expected = _detached(run(original, inputs, "the samples"))
+                expected = _detached(run(original, inputs, name))
                 seed_everything()
-                actual = _detached(run(converted, inputs, "the samples"))
+                actual = _detached(run(converted, inputs, name))
                 _add(totals, actual, expected)
                 kl, same = divergence(actual, expected, logits), agreement(actual, expected, logits)
                 if kl is not None and same is not None:

@@ -34,12 +34,19 @@ def choose_inputs(
     if given is not None:
         inputs, source = given, "given"
     else:
-        shape, source = (input_shape, "given") if input_shape else guess_shape(model, traced)
-        if not shape or any(type(size) is not int or size < 1 for size in shape):
+        shape, source = (input_shape, "given") if input_shape is not None else guess_shape(model, traced)
+        if (
+            not isinstance(shape, Sequence)
+            or not shape
+            or any(type(size) is not int or size < 1 for size in shape)
+        ):
             raise ConfigError(f"input shape {shape} ({source}): expected positive sizes")
         if source != "given" and math.prod(shape) > _MOST_GUESSED:
             raise ConfigError(f"input shape {shape} ({source}) is too large to be right: {_ASK}")
-        inputs = random_inputs(model, [shape])
+        try:
+            inputs = random_inputs(model, [shape])
+        except RuntimeError as error:
+            raise ConfigError(f"input shape {shape} ({source}): {first_line(error)}") from error
     refuse_giant_tensors(model, inputs)
     try:
         with untouched(model, keep_state=True):

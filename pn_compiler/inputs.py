@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
+from pn_compiler.errors import ConfigError
+
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Inputs:
@@ -25,6 +27,8 @@ class Inputs:
     @classmethod
     def of(cls, example_inputs: Any, example_kwargs: Mapping[str, Any] | None = None) -> "Inputs | None":
         """What a user gave: a tuple or list of arguments, or a single one; None if nothing."""
+        if example_kwargs is not None and not isinstance(example_kwargs, Mapping):
+            raise ConfigError(f"example_kwargs={example_kwargs!r:.80}: expected a dict of arguments by name")
         kwargs = dict(example_kwargs or {})
         if example_inputs is None:
             return cls((), kwargs) if kwargs else None

@@ -91,7 +91,7 @@ def _logit_pairs(student: Any, teacher: Any, logits: Logits) -> list[tuple[Tenso
     """The outputs that hold logits, where both have them in one shape."""
     got, wanted = _floating(student), _floating(teacher)
     both = [name for name, tensor in wanted.items() if name in got and got[name].shape == tensor.shape]
-    return [(got[name], wanted[name]) for name in both if is_logits(wanted[name], logits)]
+    return [(got[n], wanted[n]) for n in both if is_logits(wanted[n], logits) and wanted[n].numel()]
 
 
 def _mean(values: list[float]) -> float | None:
@@ -144,6 +144,13 @@ def _wide(tensor: Tensor) -> Tensor:
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
+def _dense(tensor: Tensor) -> Tensor:
+    """`tensor`, of any layout, with one number for each of its places."""
+    if tensor.is_quantized:
+        return tensor.dequantize()
+    return tensor if tensor.layout in (torch.strided, torch.jagged) else tensor.to_dense()
+
+
 def named_outputs(outputs: Any, name: str = "output") -> dict[str, Tensor]:
     """Place, such as ``output['boxes'][0]`` -> each tensor of an output."""
     found: dict[str, Tensor] = {}
@@ -153,5 +160,5 @@ def named_outputs(outputs: Any, name: str = "output") -> dict[str, Tensor]:
             for field in dataclasses.fields(leaf):
                 found |= named_outputs(getattr(leaf, field.name), f"{place}.{field.name}")
         elif isinstance(leaf, Tensor):
-            found[place] = leaf
+            found[place] = _dense(leaf)
     return found

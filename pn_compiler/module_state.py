@@ -141,6 +141,8 @@ class _Parameter:
 class WrittenParameters(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Keeps the values of the parameters of a model that an operator overwrites meanwhile, to undo that."""
 
+    supports_higher_order_operators = True  # torch.cond and its like, whose parts come here one by one
+
     def __init__(self, model: nn.Module) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._parameters: dict[int, list[torch.Tensor]] = {}
@@ -150,7 +152,7 @@ class WrittenParameters(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func._schema.is_mutable:
+        if isinstance(func, torch._ops.OpOverload) and func._schema.is_mutable:
             for leaf in pytree.tree_leaves((args, kwargs)):
                 if isinstance(leaf, torch.Tensor) and (key := storage_of(leaf)) in self._parameters:
                     self._kept.setdefault(key, [old.clone() for old in self._parameters[key]])

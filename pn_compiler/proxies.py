@@ -1,9 +1,11 @@
 """Proxies that never answer a question of Python's with what is true of the proxy and not of the value."""
 
+import dis
 import operator
 import sys
 from collections.abc import Callable
 from dis import opname
+from types import FrameType
 from typing import Any
 
 import torch
@@ -118,6 +120,23 @@ class TracedProxy(InPlaceProxy):
     def __contains__(self, item: Any) -> bool:
         raise self.refuse(None, f"the forward asks whether something is in {self!r}")
 
+    def __repr__(self) -> str:
+        self._check_text(sys._getframe(1))
+        return super().__repr__()
+
+    def __str__(self) -> str:
+        self._check_text(sys._getframe(1))
+        return super().__repr__()
+
+    def __format__(self, specification: str) -> str:
+        self._check_text(sys._getframe(1))
+        return format(super().__repr__(), specification)
+
+    def _check_text(self, frame: FrameType) -> None:
+        """The text of a proxy is not that of its value. In messages it does no harm."""
+        if not is_library_module(frame.f_globals) and not _is_message(frame):
+            raise self.refuse("PN114", "the forward makes text of a value")
+
     def __copy__(self) -> Any:
         raise self.refuse("PN114", f"the forward copies {self!r}")
 
@@ -136,7 +155,10 @@ class TracedAttribute(TracedProxy, fx_proxy.Attribute):
         return attribute_of(self.root.known(), self.attr)
 
     def __repr__(self) -> str:
+        self._check_text(sys._getframe(1))
         return f"{self.root!r}.{self.attr}"
+
+    __str__ = __repr__
 
 
 class TensorProxy(TracedProxy, fx_proxy.ParameterProxy):
@@ -153,6 +175,19 @@ class TensorProxy(TracedProxy, fx_proxy.ParameterProxy):
     def __len__(self) -> int:
         return len(self.param)
 
+
+def _is_message(frame: FrameType) -> bool:
+    """Whether the statement that runs keeps nothing: a call for its effect, or what raises an exception."""
+    for instruction in dis.get_instructions(frame.f_code):
+        if instruction.offset > frame.f_lasti:
+            if instruction.opname in ("POP_TOP", "RAISE_VARARGS"):
+                return True
+            if instruction.opname.startswith(_KEEPS):
+                return False
+    return False
+
+
+_KEEPS = ("STORE_", "RETURN_", "YIELD_", "POP_JUMP_", "JUMP_")
 
 PROXIES: frozenset[type] = frozenset([TracedProxy, TracedAttribute, TensorProxy])
 

@@ -8,6 +8,7 @@ import ast
 import contextlib
 import copy
 import dataclasses
+import dis
 import functools
 import inspect
 import logging
@@ -21,7 +22,7 @@ from torch import fx, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from pn_compiler.batch_norms import closed_kind, holds_batch_norm, is_batch_norm
-from pn_compiler.captured import copy_with_functions
+from pn_compiler.captured import copy_with_functions, functions_of
 from pn_compiler.diagnostics import Diagnostic
 from pn_compiler.errors import ConfigError, TraceError, UnsupportedModelError, first_line
 from pn_compiler.functional_norms import reaches_batch_norm
@@ -170,8 +171,10 @@ def unwrap(model: nn.Module) -> nn.Module:
 
     Raises:
         ConfigError: `model` is no module.
+        UnsupportedModelError: it has uninitialised lazy modules.
     """
     check_module(model)
+    refuse_uninitialised(model)
     wrappers = (nn.DataParallel, nn.parallel.DistributedDataParallel)
     while True:
         inner = getattr(model, "_orig_mod", model.module if isinstance(model, wrappers) else None)
@@ -338,7 +341,7 @@ def _trace_children(owner: nn.Module, path: str, traced: Trace, *, apart: bool =
             continue
         shared = _is_shared(child, inside, traced)
         if is_batch_norm(child):
-            if not shared:
+            if not shared and name not in _read_norms(type(owner)):  # type: ignore[arg-type]  # hashable
                 traced.regions.append(_lone_region(owner, name, path))
         elif apart or shared or not _is_called_whole(owner, name, child):
             _trace_children(child, inside, traced, apart=apart)  # no region may change a shared weight
@@ -408,6 +411,28 @@ def _uses(cls: type) -> tuple[frozenset[str], frozenset[str]]:
                 elif id(node) not in tests:
                     otherwise.add(node.attr)
     return frozenset(called), frozenset(otherwise)
+
+
+@functools.cache
+def _read_norms(cls: type) -> frozenset[str]:
+    """Attributes whose parameters or statistics, as a BatchNorm has them, the forward of `cls` reads."""
+    methods = {function.__name__: function for function in reversed([*functions_of(cls)])}
+    found: set[str] = set()
+    forward = inspect.getattr_static(cls, "forward", None)
+    remaining = [forward] if isinstance(forward, types.FunctionType) else []
+    while remaining:
+        before = None
+        for instruction in dis.get_instructions(remaining.pop()):
+            name = instruction.argval
+            if name in _NORM_STATE and before is not None and before.opname == "LOAD_ATTR":
+                found.add(str(before.argval))
+            if name in methods:
+                remaining.append(methods.pop(name))  # each once
+            before = instruction
+    return frozenset(found)
+
+
+_NORM_STATE = frozenset(["weight", "bias", "running_mean", "running_var", "num_batches_tracked"])
 
 
 def _callee(node: ast.AST) -> ast.expr | None:

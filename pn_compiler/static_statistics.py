@@ -96,8 +96,8 @@ def freeze_statistics(
 
 
 def _check_options(budget: float | None, held_out: float, max_samples: int) -> None:
-    if budget is not None and not 0 <= budget < math.inf:
-        raise ConfigError(f"budget={budget}: expected an error of 0 or more, such as 0.01, or None")
+    if budget is not None and not (isinstance(budget, int | float) and 0 <= budget < math.inf):
+        raise ConfigError(f"budget={budget!r}: expected an error of 0 or more, such as 0.01, or None")
     if not 0 < held_out < 1:
         raise ConfigError(f"held_out={held_out}: expected a share above 0 and below 1")
     if max_samples < 2:

@@ -13,6 +13,7 @@ from types import CodeType, FrameType
 from typing import Any
 
 import torch
+from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from pn_compiler.module_state import storage_of
@@ -21,6 +22,7 @@ from pn_compiler.proxies import SHIMS, is_internal, is_library_module, shims_for
 Refuse = Callable[[str, str], Any]
 
 _MATCHES_SHAPE = frozenset(["MATCH_SEQUENCE", "MATCH_MAPPING", "MATCH_KEYS"])
+_CATCHES = frozenset(["CHECK_EXC_MATCH", "JUMP_IF_NOT_EXC_MATCH"])
 _LOCALS = frozenset(["LOAD_FAST", "LOAD_FAST_BORROW", "LOAD_DEREF"])
 _DRAWS = frozenset(["random", "getrandbits", "randbytes", "seed", "setstate"])
 _CLOCKS = {
@@ -29,15 +31,22 @@ _CLOCKS = {
     "nt": ("urandom",),
     "type": ("now", "utcnow", "today"),
 }
-_SUSPECTS = _DRAWS.union(*_CLOCKS.values())
+_MODES = frozenset(["is_grad_enabled", "is_inference_mode_enabled"])
+_ERRORS = frozenset(
+    ["RuntimeError", "ValueError", "IndexError", "AssertionError", "Exception", "BaseException"]
+)
+_SUSPECTS = _DRAWS.union(*_CLOCKS.values(), _MODES)
 
 
 class TensorWatch(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Refuses to draw random numbers, and to write into tensors that are older than the trace."""
+    """Refuses to draw random numbers, to write into tensors that are older than the trace, and to compute
+    with parameters that do not come as attributes: a graph would hold the result for ever.
+    """
 
-    def __init__(self, refuse: Refuse) -> None:
+    def __init__(self, refuse: Refuse, model: nn.Module) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._refuse = refuse
+        self._parameters = {storage_of(parameter) for parameter in model.parameters()}
         self._made: dict[int, torch.Tensor] = {}  # storage -> a tensor that keeps it alive
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -48,6 +57,8 @@ class TensorWatch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if func._schema.is_mutable:
             self._check_write(func, name, args, kwargs)
         result = func(*args, **kwargs)
+        if not self._parameters.isdisjoint(map(storage_of, _tensors((args, kwargs)))):
+            self._refuse("PN115", f"the forward computes with parameters behind torch.fx's back ({name})")
         before = set() if name == "lift_fresh" else {storage_of(t) for t in _tensors((args, kwargs))}
         for tensor in _tensors(result):
             if (storage := storage_of(tensor)) not in before:
@@ -107,6 +118,8 @@ class PythonWatch:
             if id(frame.f_globals) not in self._internal and frame.f_code.co_name != "<module>":
                 self._on_call(frame)
         elif event == "c_call" and arg.__name__ in _SUSPECTS:
+            if arg.__name__ in _MODES and not is_internal(frame.f_globals):
+                self._refuse("PN116", f"the forward asks for a mode of torch ({arg.__name__})")
             why = _unrepeatable(frame, arg)
             if why is not None and not _imports():
                 self._refuse("PN117", why)
@@ -146,12 +159,16 @@ def _asks_unseen(code: CodeType) -> str | None:
 
     Two tensors are the same object or not: an operator may return its input, and always returns a new proxy.
     """
-    before = ""
+    before, caught = "", ""
     for instruction in dis.get_instructions(code):
         if instruction.opname in _MATCHES_SHAPE:
             return "has a match statement over the shape of a value"
         if instruction.opname == "IS_OP" and before in _LOCALS:
             return "asks whether two variables are the same object"
+        if instruction.opname in _CATCHES and caught in _ERRORS:
+            return f"goes on after a {caught}, which a graph would raise"
+        if instruction.opname.startswith("LOAD_"):
+            caught = str(instruction.argval)
         before = instruction.opname
     return None
 

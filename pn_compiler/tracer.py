@@ -132,7 +132,7 @@ class Tracer(fx.Tracer):
             hidden(model, self.leaves),
             self.modes.watched(),
             _watched_attributes(self),
-            TensorWatch(self.refuse),
+            TensorWatch(self.refuse, model),
             PythonWatch(self.refuse, entered),
         ):
             self.modes_at_entry = [self.modes.now()]
@@ -274,7 +274,7 @@ class Tracer(fx.Tracer):
             or closed_kind(module) is not None
             or (is_batch_norm(module) and not hasattr(type(module), _RECORDS))
             or type(module).__module__ in _LAYERS
-            or super().is_leaf_module(module, path)
+            or (super().is_leaf_module(module, path) and not _wraps_whole(module))
             or (not holds_batch_norm(module) and _reads_training(module))
         )
 
@@ -450,6 +450,11 @@ def _differentiates(node: fx.Node) -> bool:
     if node.op == "call_method":
         return node.target in ("backward", "register_hook", "requires_grad_", "retain_grad")
     return node.target in (torch.autograd.grad, torch.autograd.backward)
+
+
+def _wraps_whole(module: nn.Module) -> bool:
+    """Whether a container of torch, such as DataParallel, calls modules with BatchNorms: it is entered."""
+    return not is_batch_norm(module) and holds_batch_norm(module)
 
 
 def _reads_training(module: nn.Module) -> bool:

@@ -222,7 +222,7 @@ def resolve_leaves(model: nn.Module, leaves: Sequence[str | type[nn.Module]]) ->
         ConfigError: an entry names nothing in `model`.
     """
     paths: set[str] = set()
-    for leaf in leaves:
+    for leaf in (leaves,) if isinstance(leaves, str | type) else leaves or ():
         found = {
             name
             for name, module in model.named_modules(remove_duplicate=False)

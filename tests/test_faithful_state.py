@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 import pn_compiler
+from pn_compiler.config import WarmStart
 from pn_compiler.errors import ConfigError
 from pn_compiler.testing import assert_same_outputs, randomize_batch_norms
 
@@ -621,3 +622,38 @@ def test_none_in_an_index_is_none_of_a_result() -> None:
     net = randomize_batch_norms(nn.Sequential(Indexes(), body())).eval()
     converted = pn_compiler.transform(net, IMAGES)
     assert isinstance(converted, torch.fx.GraphModule)
+
+
+# --- parameters and statistics of a BatchNorm that other code reads ----------------------------------------
+
+
+class Penalized(nn.Module):
+    """Gives what `read` takes from its first BatchNorm beside its output."""
+
+    def __init__(self, *, traced: bool) -> None:
+        super().__init__()
+        self.conv, self.bn = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)
+        self.out, self.traced = nn.Conv2d(4, 2, 1), traced
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        y = self.out(F.relu(self.bn(self.conv(x))))
+        if not self.traced and float(y.detach().sum()) > 1e9:
+            y = y * 2
+        return y, self.bn.weight.abs().sum(), self.bn.bias * 2
+
+
+class Statistics(Penalized):
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        return *super().forward(x), self.bn.running_mean + 0, self.bn.num_batches_tracked + 0
+
+
+@pytest.mark.parametrize("cls", [Penalized, Statistics])
+@pytest.mark.parametrize("traced", [True, False])
+@pytest.mark.parametrize("warm_start", ["auto", "none"])
+def test_a_batch_norm_that_is_read_stays(cls: type[Penalized], traced: bool, warm_start: WarmStart) -> None:
+    x = torch.randn(2, 3, 6, 6)
+    net = randomize_batch_norms(cls(traced=traced)).eval()
+    converted = pn_compiler.transform(net, x, warm_start=warm_start)
+    (site,) = pn_compiler.sites(converted)
+    assert (site.kind, site.code) == ("skipped", "PN105" if traced else "PN101")
+    assert_same_outputs(converted(x), net(x))

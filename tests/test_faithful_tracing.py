@@ -463,3 +463,89 @@ def test_globals_of_the_model_are_as_before() -> None:
     assert all(globals()[name] is value for name, value in before.items())
     assert renamed_isinstance is isinstance
     assert "isinstance" not in globals()
+
+
+# --- what no proxy was asked: text, errors, parameters() --------------------------------------------------
+
+
+def _text(net: Net, x: Any) -> Tensor:
+    return x * {"torch.Size([2, 3, 6, 6])": 3.0}.get(str(x.shape), 1.0)
+
+
+def _formatted(net: Net, x: Any) -> Tensor:
+    return x * {"6x6": 3.0}.get(f"{x.size(2)}x{x.size(3)}", 1.0)
+
+
+def _representation(net: Net, x: Any) -> Tensor:
+    return x * len(repr(x.shape))
+
+
+def _other_after_error(net: Net, x: Any) -> Tensor:
+    try:
+        return x.view(2, 3, 5) * 2
+    except RuntimeError:
+        return x * 3
+
+
+def _grad_enabled(net: Net, x: Any) -> Tensor:
+    return x * 2 if torch.is_grad_enabled() else x
+
+
+def _penalty(net: Net, x: Any) -> Tensor:
+    return x * sum(p.square().sum() for p in net.out.parameters())
+
+
+@pytest.mark.parametrize("example", [True, False])
+@pytest.mark.parametrize("train", [True, False])
+@pytest.mark.parametrize("nested", [True, False])
+@pytest.mark.parametrize(
+    ("before", "code"),
+    [
+        (_text, "PN114"), (_formatted, "PN114"), (_representation, "PN114"), (_other_after_error, "PN114"),
+        (_grad_enabled, "PN116"), (_penalty, "PN115"),
+    ],
+)  # fmt: skip
+def test_what_no_proxy_is_asked(
+    before: Callable[[Net, Any], Any], code: str | None, nested: bool, train: bool, example: bool
+) -> None:
+    net = make(before, nested=nested, train=train)
+    converted = pn_compiler.transform(net, IMAGES if example else None)
+    assert codes(converted) == ([code] if code else [])
+    assert [site.kind for site in pn_compiler.sites(converted)] == ["norm_only"]
+    with torch.no_grad():
+        assert_same_outputs(converted(IMAGES), by_hand(net, converted)(IMAGES))
+        for parameter in converted.parameters():
+            parameter.mul_(1.1)
+        assert_same_outputs(converted(IMAGES), _with_parameters_of(converted, net)(IMAGES))
+
+
+def _with_parameters_of(converted: nn.Module, net: nn.Module) -> nn.Module:
+    changed = by_hand(net, converted)
+    changed.load_state_dict(converted.state_dict())
+    return changed
+
+
+def test_text_in_a_message_does_no_harm() -> None:
+    def before(net: Net, x: Any) -> Tensor:
+        torch._assert(x.shape[1] == 3, f"{x.shape} has {x.size(1)} channels")
+        return x
+
+    converted = pn_compiler.transform(make(before, nested=True, train=False), IMAGES)
+    assert codes(converted) == []
+    assert pn_compiler.sites(converted)[0].kind == "pn"
+
+
+def test_parts_of_higher_order_operators_are_no_obstacle() -> None:
+    def before(net: Net, x: Any) -> Tensor:
+        return torch.cond(x.sum() > 0, lambda v: v * 2.0, lambda v: v * 1.0, (x,))
+
+    net = make(before, nested=False, train=False)
+    converted = pn_compiler.transform(net, IMAGES)
+    assert_same_outputs(converted(IMAGES), by_hand(net, converted)(IMAGES))
+
+
+def test_data_parallel_inside_a_model_is_entered() -> None:
+    net = nn.Sequential(nn.DataParallel(make(lambda net, x: x, nested=False, train=False)))
+    (site,) = pn_compiler.sites(pn_compiler.transform(net))
+    assert site.name == "0.module.bn"
+    assert site.kind != "skipped"

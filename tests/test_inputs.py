@@ -110,3 +110,46 @@ def test_arguments_that_do_not_fit_are_refused(tmp_path: Path) -> None:
         pn_compiler.compile(Named(), tmp_path / "m.onnx", X, example_kwargs={"scale": GAIN})
     with pytest.raises(ExportError, match="expected a tensor or a tuple with tensors"):
         pn_compiler.export_onnx(Named(), tmp_path / "m.onnx", ())
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"example_kwargs": "x"}, {"calibration": 3}, {"input_shape": 5}, {"input_shape": ()},
+        {"input_shape": (1, 3, 10**9, 10**9)}, {"target_ort": 1.18}, {"input_names": [1]},
+        {"input_names": "x"}, {"distill_steps": "3"}, {"distill_steps": -1}, {"repository": 3}, {"path": 3},
+        {"example_inputs": X.to_sparse()}, {"example_inputs": X.to("meta")},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_arguments_of_the_wrong_kind_are_refused(options: dict[str, Any], tmp_path: Path) -> None:
+    with pytest.raises(ConfigError):
+        pn_compiler.compile(Named(), **{"path": tmp_path / "m.onnx", **options})
+
+
+def test_an_eval_of_the_model_that_returns_nothing_or_raises(tmp_path: Path) -> None:
+    class Silent(nn.Sequential):
+        def train(self, mode: bool = True) -> None:  # type: ignore[override]
+            super().train(mode)
+
+    class Raising(nn.Sequential):
+        def eval(self) -> Any:
+            raise ValueError("no eval mode")
+
+    parts = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 2, 1)
+    images = torch.randn(2, 3, 6, 6)
+    pn_compiler.compile(Silent(*parts), tmp_path / "m.onnx", images)
+    with pytest.raises(ConfigError, match="no eval mode"):
+        pn_compiler.compile(Raising(*parts), tmp_path / "m.onnx", images)
+
+
+def test_a_batch_of_no_samples_and_sparse_outputs() -> None:
+    class Sparse(nn.Sequential):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            found: torch.Tensor = super().forward(x).relu().to_sparse()
+            return found
+
+    parts = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 2, 1)
+    for images in (torch.randn(0, 3, 6, 6), torch.randn(2, 3, 6, 6)):
+        converted = pn_compiler.transform(Sparse(*parts).eval(), images)
+        assert "PN212" in {note.code for note in pn_compiler.notes(converted)}
