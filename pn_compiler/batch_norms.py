@@ -54,7 +54,10 @@ def plain_base(module: nn.Module) -> type[nn.Module]:
 
 def has_plain_forward(module: nn.Module) -> bool:
     """Whether the class of `module` computes what a BatchNorm of torch.nn computes."""
-    return type(module).forward in (_BatchNorm.forward, nn.SyncBatchNorm.forward)
+    return isinstance(module, _BatchNorm) and type(module).forward in (
+        _BatchNorm.forward,
+        nn.SyncBatchNorm.forward,
+    )
 
 
 def wraps_batch_norm(module: nn.Module) -> bool:

@@ -6,6 +6,7 @@ Operators on proxies are recorded; everything else runs once, for real, and a gr
 import builtins
 import dis
 import functools
+import gc
 import random
 import sys
 from collections.abc import Callable
@@ -100,14 +101,19 @@ class PythonWatch:
         # globals, the names added to them, and the builtins that they had under names of their own
         self._user: dict[int, tuple[dict[str, Any], list[str], dict[str, Any]]] = {}
         self._profiler: Any = None
+        self._collects = False
 
     def __enter__(self) -> None:
+        self._collects = gc.isenabled()
+        gc.disable()  # callbacks of the collector are no code of the forward
         self._profiler = sys.getprofile()
         sys.setprofile(self._on_event)
 
     def __exit__(self, *error: object) -> None:
         sys.setprofile(None)
         _resume(self._profiler)
+        if self._collects:
+            gc.enable()
         for names, added, renamed in self._user.values():
             for name in added:
                 names.pop(name, None)
