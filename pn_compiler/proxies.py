@@ -100,9 +100,9 @@ class TracedProxy(InPlaceProxy):
         return self.tracer.create_proxy("call_function", operator.eq, (self, other), {})
 
     def __hash__(self) -> int:
-        """A tensor is found in a dict by its identity, as its proxy is; numbers and the like are not."""
-        if not isinstance(self.known(), torch.Tensor):
-            raise self.refuse("PN114", f"the forward looks {self!r} up in a dict or set")
+        """Of the proxy itself, for torch.fx; a forward that looks a value up may find another call's."""
+        if not is_internal(sys._getframe(1).f_globals):
+            raise self.refuse("PN114", f"the forward looks {self!r} up in a dict, set or cache")
         return object.__hash__(self)
 
     def __len__(self) -> int:

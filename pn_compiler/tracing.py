@@ -4,12 +4,12 @@ What cannot be traced stays whole, and the rest is tried again.
 """
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from torch import fx, nn
 from torch.nn.parameter import is_lazy
 
-from pn_compiler.batch_norms import plain_base
+from pn_compiler.batch_norms import holds_batch_norm, plain_base
 from pn_compiler.diagnostics import Diagnostic
 from pn_compiler.errors import ConfigError, TraceError, UnsupportedModelError, first_line
 from pn_compiler.graph_module import ConvertedModule
@@ -158,12 +158,21 @@ class _Tracing:
         Raises:
             NotTracedError: one of them is the model itself, or all are leaves, so the fault is elsewhere.
         """
-        paths = {failure.path, *others}
+        paths = {failure.path, *others, *self._alike(failure)}
         if "" in paths or paths <= self.leaves:
             raise NotTracedError(self.model, dataclasses.replace(failure, path=""))
         for path in paths - self.leaves:
             self.notes |= dataclasses.replace(failure, path=path).notes()
         self.leaves |= paths
+
+    def _alike(self, failure: Failure) -> Iterator[str]:
+        """Modules of the class at fault, if nothing in them is to be converted: that saves traces."""
+        kind = type(self.model.get_submodule(failure.path))
+        if failure.code is None or not failure.path or kind.__module__.startswith("torch."):
+            return
+        for path, module in self.model.named_modules():
+            if path and type(module) is kind and not holds_batch_norm(module):
+                yield path
 
     def _settle(self, tracer: Tracer, graph: fx.Graph, changed: set[str], shared: bool) -> bool:
         """Whether the trace can stay as it is; if not, there are more leaves, or the state is watched."""
