@@ -14,6 +14,7 @@ from pn_compiler.conversion import (
     measure_conversion,
     prepare,
 )
+from pn_compiler.copying import copy_model, fake_mode, unwrap
 from pn_compiler.errors import ConfigError
 from pn_compiler.evaluation import batches_of, to_eval_mode
 from pn_compiler.graph_module import is_converted, notes, record, sites
@@ -21,7 +22,7 @@ from pn_compiler.inputs import Inputs
 from pn_compiler.pass_base import Progress, run_pipeline
 from pn_compiler.passes import fold_pipeline
 from pn_compiler.ranks import infer_ranks
-from pn_compiler.regions import copy_model, fake_mode, trace, unwrap
+from pn_compiler.regions import trace
 
 
 def transform(

@@ -18,6 +18,7 @@ from pn_compiler.conversion import (
     measure_conversion,
     prepare,
 )
+from pn_compiler.copying import copy_model, unwrap
 from pn_compiler.distillation import distill
 from pn_compiler.errors import ConfigError, ExportError
 from pn_compiler.evaluation import batches_of, check_dense, to_eval_mode
@@ -28,7 +29,7 @@ from pn_compiler.inputs import Inputs
 from pn_compiler.losses import Logits
 from pn_compiler.nn import ProxyNormAct
 from pn_compiler.pass_base import Progress
-from pn_compiler.regions import copy_model, trace, unwrap
+from pn_compiler.regions import trace
 from pn_compiler.repository import add_to_repository
 from pn_compiler.static_statistics import freeze_statistics
 

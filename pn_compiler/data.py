@@ -11,12 +11,13 @@ import torch
 from torch import Tensor, fx, nn
 
 from pn_compiler.array_files import read_arrays
+from pn_compiler.copying import fake_mode, unwrap
 from pn_compiler.errors import ConfigError, LoadError, PnCompilerError, first_line
 from pn_compiler.evaluation import inputs_of
 from pn_compiler.input_shape import guess_shape
 from pn_compiler.inputs import Inputs
 from pn_compiler.loading.admission import import_from_here, resolve
-from pn_compiler.regions import fake_mode, trace, unwrap
+from pn_compiler.regions import trace
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from pn_compiler.config import one_of
+from pn_compiler.copying import copy_model, unwrap
 from pn_compiler.errors import ConfigError
 from pn_compiler.evaluation import untouched
 from pn_compiler.lesson import Checkpoint, Lesson, Loss
 from pn_compiler.losses import Logits, output_loss, readings
-from pn_compiler.regions import copy_model, unwrap
 from pn_compiler.samples import Outputs, Samples, digest
 
 _BOUNDS = {

@@ -7,9 +7,9 @@ from typing import Any
 
 from torch import nn
 
+from pn_compiler.copying import unwrap
 from pn_compiler.errors import ConfigError
 from pn_compiler.nn import ProxyNormAct
-from pn_compiler.regions import unwrap
 
 _PROXY = {"proxy_weight", "proxy_bias"}
 _NORMALIZERS = (nn.LayerNorm, nn.RMSNorm)  # those whose weight may have more than one axis

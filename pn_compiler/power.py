@@ -11,12 +11,12 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 
+from pn_compiler.copying import unwrap
 from pn_compiler.diagnosis import Diagnosis, SitePower
 from pn_compiler.errors import ConfigError
 from pn_compiler.evaluation import batches_of, each_batch, run, untouched
 from pn_compiler.graph_module import is_converted, sites
 from pn_compiler.nn import ProxyNormAct
-from pn_compiler.regions import unwrap
 from pn_compiler.tracing import refuse_uninitialised
 from pn_compiler.warm_start import is_trained
 

@@ -4,35 +4,25 @@ A submodule whose forward cannot be traced stays as it is, but what it calls is 
 part is a region, a graph that takes the place of the module that it was traced from.
 """
 
-import ast
-import contextlib
-import copy
 import dataclasses
-import dis
-import functools
-import inspect
 import logging
-import textwrap
-import types
 from collections.abc import Iterator, Sequence
-from typing import Any
 
-import torch
 from torch import fx, nn
-from torch._subclasses.fake_tensor import FakeTensor
 
 from pn_compiler.batch_norms import closed_kind, holds_batch_norm, is_batch_norm
-from pn_compiler.captured import copy_with_functions, functions_of
+from pn_compiler.child_uses import children_looked_into, is_called_whole, read_norms
+from pn_compiler.copying import copy_model
 from pn_compiler.diagnostics import Diagnostic
-from pn_compiler.errors import ConfigError, TraceError, UnsupportedModelError, first_line
+from pn_compiler.errors import ConfigError, TraceError
 from pn_compiler.functional_norms import reaches_batch_norm
-from pn_compiler.graph_module import ConvertedModule, check_module, is_converted
+from pn_compiler.graph_module import ConvertedModule, is_converted
 from pn_compiler.graph_utils import module_calls
 from pn_compiler.hooked import HookedModules, refuse_global_hooks, sharing_tensors
 from pn_compiler.inputs import Inputs
 from pn_compiler.nn import put_behind
 from pn_compiler.pass_base import live_nodes
-from pn_compiler.tracing import refuse_uninitialised, resolve_leaves, trace_module
+from pn_compiler.tracing import resolve_leaves, trace_module
 from pn_compiler.training_flag import branches_note
 from pn_compiler.weight_writes import may_write_weights
 
@@ -166,88 +156,6 @@ def _check_fit(model: nn.Module, inputs: Inputs | None) -> None:
             raise ConfigError(f"the inputs do not fit {type(model).__name__}.forward: {error}") from error
 
 
-def unwrap(model: nn.Module) -> nn.Module:
-    """The network inside torch.compile, DataParallel and DistributedDataParallel.
-
-    Raises:
-        ConfigError: `model` is no module.
-        UnsupportedModelError: it has uninitialised lazy modules.
-    """
-    check_module(model)
-    refuse_uninitialised(model)
-    wrappers = (nn.DataParallel, nn.parallel.DistributedDataParallel)
-    while True:
-        inner = getattr(model, "_orig_mod", model.module if isinstance(model, wrappers) else None)
-        if not isinstance(inner, nn.Module):
-            return model
-        model = inner
-
-
-def copy_model(model: nn.Module, *, share_parameters: bool = False) -> nn.Module:
-    """A deep copy of `model`.
-
-    Args:
-        model: left untouched.
-        share_parameters: let the copy hold the same parameters, for use where nothing writes to them.
-
-    Raises:
-        UnsupportedModelError: it has uninitialised lazy modules, or cannot be copied.
-    """
-    refuse_uninitialised(model)
-    if is_batch_norm(model):
-        raise UnsupportedModelError("the model is a BatchNorm itself: wrap it, as in nn.Sequential(model)")
-    if isinstance(model, torch.jit.ScriptModule):
-        raise UnsupportedModelError("TorchScript has no modules to convert: use the original nn.Module")
-    memo: dict[int, Any] = {id(p): p for p in model.parameters()} if share_parameters else {}
-    for module in model.modules():
-        for value in vars(module).values():  # by hooks that compute them anew before each call: weight_norm,
-            if isinstance(value, torch.Tensor) and not value.is_leaf:  # spectral_norm, pruning
-                memo[id(value)] = value.detach().clone()
-        if isinstance(module, torch.jit.ScriptModule):
-            memo[id(module)] = _copy_script(module)
-    for tensor in (*model.parameters(), *model.buffers()):
-        if isinstance(tensor, FakeTensor) and id(tensor) not in memo:  # their own deepcopy fails
-            memo[id(tensor)] = _copy_fake(tensor)
-    try:
-        return _in_modes_of(model, copy_with_functions(model, memo))
-    except Exception as error:
-        raise UnsupportedModelError(f"the model cannot be copied: {first_line(error)}") from error
-
-
-def _in_modes_of(model: nn.Module, copied: nn.Module) -> nn.Module:
-    """`copied` in the train/eval modes of `model`: torchvision's feature extractors lose theirs."""
-    modes = {name: module.training for name, module in model.named_modules()}
-    modules = dict(copied.named_modules())
-    for name, module in modules.items():
-        if isinstance(module, fx.GraphModule) and module.training != modes.get(name, module.training):
-            module.train(modes[name])  # those have a graph for each mode
-    for name, module in modules.items():
-        if not isinstance(module, torch.jit.ScriptModule):
-            module.training = modes.get(name, module.training)
-    return copied
-
-
-def _copy_script(module: torch.jit.ScriptModule) -> torch.jit.ScriptModule:
-    """A deep copy whose parameters are leaves of autograd, as those of the original are."""
-    with torch.no_grad():
-        copied = copy.deepcopy(module)
-    for new, old in zip(copied.parameters(), module.parameters(), strict=True):
-        new.requires_grad_(old.requires_grad)
-    return copied
-
-
-def _copy_fake(tensor: torch.Tensor) -> torch.Tensor:
-    copied = tensor.detach().clone()
-    return nn.Parameter(copied, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else copied
-
-
-def fake_mode(model: nn.Module) -> contextlib.AbstractContextManager[Any]:
-    """The mode in which fake tensors of `model` live, so that new ones are fake, too; else nothing."""
-    fakes = (t for t in (*model.parameters(), *model.buffers()) if isinstance(t, FakeTensor))
-    first = next(fakes, None)
-    return contextlib.nullcontext() if first is None else first.fake_mode
-
-
 def named_graphs(model: nn.Module) -> Iterator[tuple[str, ConvertedModule]]:
     """Path and graph of each of `converted_graphs`."""
     return ((name, m) for name, m in model.named_modules() if isinstance(m, ConvertedModule))
@@ -332,7 +240,7 @@ def _trace_children(owner: nn.Module, path: str, traced: Trace, *, apart: bool =
     """
     apart = apart or may_write_weights(owner)
     traced.opaque.append(path)
-    looked_into = _looked_into(type(owner))  # type: ignore[arg-type]  # classes are hashable
+    looked_into = children_looked_into(type(owner))  # type: ignore[arg-type]  # classes are hashable
     if looked_into is None:
         return  # its code may look inside any BatchNorm: they are reported as not reached
     for name, child in list(owner.named_children()):
@@ -341,9 +249,9 @@ def _trace_children(owner: nn.Module, path: str, traced: Trace, *, apart: bool =
             continue
         shared = _is_shared(child, inside, traced)
         if is_batch_norm(child):
-            if not shared and name not in _read_norms(type(owner)):  # type: ignore[arg-type]  # hashable
+            if not shared and name not in read_norms(type(owner)):  # type: ignore[arg-type]  # hashable
                 traced.regions.append(_lone_region(owner, name, path))
-        elif apart or shared or not _is_called_whole(owner, name, child):
+        elif apart or shared or not is_called_whole(owner, name, child):
             _trace_children(child, inside, traced, apart=apart)  # no region may change a shared weight
         else:
             setattr(owner, name, _trace_or_enter(child, inside, traced, apart=False))
@@ -368,139 +276,3 @@ def _lone_region(owner: nn.Module, name: str, path: str) -> Region:
     graph = fx.Graph()
     graph.output(graph.call_module(name, (graph.placeholder("x"),)))
     return Region(f"{path}." if path else "", ConvertedModule(owner, graph), owner)
-
-
-def _is_called_whole(owner: nn.Module, name: str, child: nn.Module) -> bool:
-    """Whether the code of `owner` calls ``self.name(...)`` and does nothing else with it.
-
-    What is iterated, indexed or looked into must keep its own class, and so must what has optional
-    arguments: which of them the call gives cannot be told.
-    """
-    parameters = inspect.signature(child.forward).parameters.values()
-    plain = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    if any(p.kind not in plain or p.default is not p.empty for p in parameters):
-        return False
-    called, otherwise = _uses(type(owner))  # type: ignore[arg-type]  # classes are hashable
-    return name in called and name not in otherwise
-
-
-@functools.cache
-def _uses(cls: type) -> tuple[frozenset[str], frozenset[str]]:
-    """Attributes of self that the methods of `cls` call, and those that they use in any other way.
-
-    Assigning to one and comparing it with None is no use.
-    """
-    called: set[str] = set()
-    otherwise: set[str] = set()
-    for base in cls.__mro__:
-        if base is nn.Module:
-            break
-        for tree in _methods(base):
-            calls = {id(callee) for node in ast.walk(tree) if (callee := _callee(node)) is not None}
-            tests = {id(node) for node in _tests(tree)}
-            owners = {"self", *(argument.arg for argument in tree.args.args[:1])}
-            for node in ast.walk(tree):
-                if not (
-                    isinstance(node, ast.Attribute)
-                    and isinstance(node.value, ast.Name)
-                    and node.value.id in owners
-                ):
-                    continue
-                if id(node) in calls:
-                    called.add(node.attr)
-                elif id(node) not in tests:
-                    otherwise.add(node.attr)
-    return frozenset(called), frozenset(otherwise)
-
-
-@functools.cache
-def _read_norms(cls: type) -> frozenset[str]:
-    """Attributes whose parameters or statistics, as a BatchNorm has them, the forward of `cls` reads."""
-    methods = {function.__name__: function for function in reversed([*functions_of(cls)])}
-    found: set[str] = set()
-    forward = inspect.getattr_static(cls, "forward", None)
-    remaining = [forward] if isinstance(forward, types.FunctionType) else []
-    while remaining:
-        before = None
-        for instruction in dis.get_instructions(remaining.pop()):
-            name = instruction.argval
-            if name in _NORM_STATE and before is not None and before.opname == "LOAD_ATTR":
-                found.add(str(before.argval))
-            if name in methods:
-                remaining.append(methods.pop(name))  # each once
-            before = instruction
-    return frozenset(found)
-
-
-_NORM_STATE = frozenset(["weight", "bias", "running_mean", "running_var", "num_batches_tracked"])
-
-
-def _callee(node: ast.AST) -> ast.expr | None:
-    """What `node` calls, directly or through torch.utils.checkpoint."""
-    if not isinstance(node, ast.Call):
-        return None
-    through = getattr(node.func, "attr", getattr(node.func, "id", "")) == "checkpoint"
-    return node.args[0] if through and node.args else node.func
-
-
-def _methods(cls: type) -> Iterator[ast.FunctionDef]:
-    """Syntax trees of the methods that `cls` itself defines, less its constructor."""
-    try:
-        tree = ast.parse(textwrap.dedent(inspect.getsource(cls)))
-    except (OSError, TypeError, SyntaxError):
-        return
-    for node in ast.walk(tree):
-        if isinstance(node, ast.FunctionDef) and node.name != "__init__":
-            yield node
-
-
-def _tests(tree: ast.AST) -> Iterator[ast.expr]:
-    """Expressions that are compared with None, tested, or assigned to."""
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Compare) and any(
-            isinstance(c, ast.Constant) and c.value is None for c in node.comparators
-        ):
-            yield node.left
-        elif isinstance(node, ast.If | ast.IfExp):
-            yield node.test
-        elif isinstance(node, ast.Assign):
-            yield from node.targets
-
-
-_STATISTICS = frozenset(["running_mean", "running_var"])  # only a BatchNorm has them
-
-
-@functools.cache
-def _looked_into(cls: type) -> frozenset[str] | None:
-    """Attributes of self in which methods of `cls` read running statistics; None if not known of all."""
-    found: set[str] = set()
-    for base in cls.__mro__:
-        if base is nn.Module:
-            break
-        codes = [getattr(value, "__code__", None) for value in vars(base).values()]
-        if not any(code is not None and _STATISTICS & set(_names(code)) for code in codes):
-            continue
-        reads = [read for tree in _methods(base) for read in _reads_of_statistics(tree)]
-        if not reads or None in reads:
-            return None
-        found.update(name for name in reads if name)
-    return frozenset(found)
-
-
-def _names(code: types.CodeType) -> Iterator[str]:
-    """What `code`, and the functions inside it, call by name."""
-    yield from code.co_names
-    for constant in code.co_consts:
-        if isinstance(constant, types.CodeType):
-            yield from _names(constant)
-
-
-def _reads_of_statistics(tree: ast.FunctionDef) -> Iterator[str | None]:
-    """For each read in a method: "a" of ``self.a.b.running_mean``, "" of self's own, None of any other."""
-    owners = {"self", *(argument.arg for argument in tree.args.args[:1])}
-    for read in ast.walk(tree):
-        if isinstance(read, ast.Attribute) and read.attr in _STATISTICS:
-            node, first = read.value, ""
-            while isinstance(node, ast.Attribute):
-                first, node = node.attr, node.value
-            yield first if isinstance(node, ast.Name) and node.id in owners else None
