@@ -31,7 +31,7 @@ class Net(nn.Module):
         return self.tail(x)
 
 
-class Text(Net):
+class AsksProxy(Net):
     """Looks at the attributes of the proxy while it is traced: what no tracer notices."""
 
     def forward(self, x: Tensor) -> Tensor:
@@ -46,7 +46,7 @@ def ready(net: nn.Module) -> nn.Module:
 class Inner(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.body = Text()
+        self.body = AsksProxy()
         self.head = nn.Conv2d(3, 2, 1)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -58,7 +58,7 @@ def test_transform_refuses_without_strict_and_names_the_first_module() -> None:
         TraceError, match=r"output that differs is that of body\.out .*inputs differ"
     ) as error:
         pn_compiler.transform(ready(Inner()), X)
-    assert "Look at body (Text): it looks at the attributes of a value" in str(error.value)
+    assert "Look at body (AsksProxy): it looks at the attributes of a value" in str(error.value)
 
 
 def test_keeping_the_named_module_whole_mends_it() -> None:
@@ -242,7 +242,7 @@ def test_likely_causes() -> None:
     assert "rewrites" in likely_cause(Renorm(3, 3, 1))
     assert "hook" in likely_cause(hooked)
     assert "in place" in likely_cause(InPlace())
-    assert "attributes" in likely_cause(Text())
+    assert "attributes" in likely_cause(AsksProxy())
 
 
 NAN = float("nan")
