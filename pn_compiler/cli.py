@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pn_compiler.arguments import DATA_OPTIONS, REPOSITORY_OPTIONS, make_parser
-from pn_compiler.errors import ConfigError, PnCompilerError, RefusedError, first_line
+from pn_compiler.errors import ConfigError, PnCompilerError, RefusedError, named_line
 from pn_compiler.interruption import STATUS as INTERRUPTED
 from pn_compiler.interruption import Interruption, interruptible
 
@@ -65,8 +65,7 @@ def _main(argv: Sequence[str] | None, interruption: Interruption) -> int:
 def _unexpected(error: Exception) -> str:
     if isinstance(error, MemoryError) or "can't allocate memory" in str(error):
         return "there is not enough memory for this model and input shape"
-    name = type(error).__name__
-    return f"internal error, please report it with the output of -v: {name}: {first_line(error)}"
+    return f"internal error, please report it with the output of -v: {named_line(error)}"
 
 
 def _fail(message: str, status: int, error: Exception | None = None) -> int:

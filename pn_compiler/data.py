@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 
 from pn_compiler.array_files import read_arrays
 from pn_compiler.copying import fake_mode, unwrap
-from pn_compiler.errors import ConfigError, LoadError, PnCompilerError, first_line
+from pn_compiler.errors import ConfigError, LoadError, PnCompilerError, named_line
 from pn_compiler.evaluation import inputs_of
 from pn_compiler.input_shape import guess_shape
 from pn_compiler.inputs import Inputs
@@ -114,7 +114,7 @@ class FunctionBatches:
         except PnCompilerError:
             raise
         except Exception as error:
-            raise ConfigError(f"{self.name} failed: {type(error).__name__}: {first_line(error)}") from error
+            raise ConfigError(f"{self.name} failed: {named_line(error)}") from error
 
 
 def load_batches(

@@ -61,3 +61,9 @@ def first_line(error: BaseException) -> str:
         return name
     found = next((line.strip() for line in text.splitlines() if line.strip()), name)
     return f"{name}: {found}" if isinstance(error, KeyError | SystemExit) and found != name else found
+
+
+def named_line(error: BaseException) -> str:
+    """`first_line` behind the type of the exception, for one whose type is part of what it says."""
+    name, line = type(error).__name__, first_line(error)
+    return line if line.startswith(name) else f"{name}: {line}"

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from tqdm import tqdm
 
@@ -150,6 +150,8 @@ def untouched(
     if not all(map(has_values, tensors)):
         raise ConfigError("the model has no values: its tensors are on the meta device, or fake")
     modes = [(module, module.training) for module in model.modules()]
+    # torchvision's feature extractors have a graph for each mode, which train() and eval() exchange
+    switched = [m for m, training in modes if isinstance(m, fx.GraphModule) and training and not own_modes]
     randomness = RandomStates()
     for module, _ in modes:
         for value in reachable(attributes(module)):
@@ -166,11 +168,15 @@ def untouched(
         written if keep_state else contextlib.nullcontext(),
     ):
         try:
+            for graph in switched:
+                graph.eval()
             for module, training in modes:  # not model.eval(), which some models override to do more
                 norm_in_train_mode = batch_statistics and isinstance(module, _BatchNorm)
                 module.training = training if own_modes else norm_in_train_mode
             yield
         finally:
+            for graph in switched:
+                graph.train()
             state.restore(traced=False)
             written.restore()
             randomness.restore()

@@ -227,6 +227,8 @@ def _contents(value: Any) -> Any:
             return []
     if isinstance(value, dict) and ("__builtins__" in value or _WARNED in value):  # the globals of a module
         return {name: held for name, held in value.items() if name != _WARNED and id(held) not in SWAPPED}
+    if isinstance(value, dict):
+        return dict(dict.items(value))  # whatever a subclass does when it is read
     return copy.copy(value) if isinstance(value, CONTAINERS) else dict(vars(value))
 
 
