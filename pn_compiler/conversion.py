@@ -64,7 +64,7 @@ def prepare(traced: Trace, model: nn.Module, inputs: Inputs | None, progress: Pr
 def _compare(traced: Trace, model: nn.Module, inputs: Inputs) -> tuple[str, str] | None:
     """Raises TraceError if `traced` differs from `model`; returns as `_why_not_compared` if nothing tells."""
     branches = any(note.code == "PN110" for note in traced.notes)
-    own_modes = branches and any(module.training for module in traced.root.modules())
+    own_modes = branches and traced.root.training
     try:
         check_equivalent(model, traced.root, inputs, own_modes=own_modes)
     except VaryingOutputsError as error:
