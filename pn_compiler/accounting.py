@@ -85,7 +85,11 @@ def _lost(name: str, model: nn.Module, traced: Trace) -> Diagnostic:
     kinds = [kind for module in around if (kind := closed_kind(module))]
     if kinds:
         return closed_diagnostic(name, kinds[0])
-    whole = [path for path in traced.opaque if not path or name.startswith(f"{path}.")]
+    norm = model.get_submodule(name)
+    names = [path for path, other in model.named_modules(remove_duplicate=False) if other is norm]
+    whole = [
+        path for path in traced.opaque if not path or any(other.startswith(f"{path}.") for other in names)
+    ]
     if not whole:
         return Diagnostic("PN102", name, "the traced forward never calls it")
     inside = whole[-1] or "the model"

@@ -527,3 +527,25 @@ def test_tabnet_shares_its_linear_layers(depends: bool, inputs: bool) -> None:
     assert_same_outputs(converted(x), by_hand(x))
     for index in range(5):  # the pieces of a batch no longer matter
         assert_same_outputs(converted(x)[index : index + 1], converted(x[index : index + 1]))
+
+
+def test_a_batch_norm_with_two_names_in_untraceable_code_is_not_said_to_be_unused() -> None:
+    class Part(nn.Module):
+        def __init__(self, bn: nn.Module) -> None:
+            super().__init__()
+            self.bn = bn
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.bn(x) if x.mean() < 1e9 else x
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.bn = nn.BatchNorm2d(4)
+            self.part = Part(self.bn)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.part(x)
+
+    (site,) = pn_compiler.sites(pn_compiler.transform(randomize_batch_norms(Net()).eval(), IMAGES))
+    assert (site.name, site.kind, site.code) == ("bn", "skipped", "PN101")
