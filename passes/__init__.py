@@ -44,11 +44,15 @@ def transform_pipeline(config: TransformConfig) -> tuple[GraphPass, ...]:
 
 
 def conversion_pipeline(
-    config: TransformConfig, calibrated: Mapping[str, Calibrated] | None = None
+    config: TransformConfig,
+    calibrated: Mapping[str, Calibrated] | None = None,
+    left_alone: frozenset[str] = frozenset(),
 ) -> tuple[GraphPass, ...]:
     """The passes that change what a prepared graph computes, in order."""
     return (
-        ReplaceBatchNorm(config, calibrated),  # changes outputs on purpose; the warm start is computed here
+        ReplaceBatchNorm(
+            config, calibrated, left_alone
+        ),  # changes outputs on purpose; the warm start is computed here
         InsertProxyNorm(config),  # reads the new normalizers' affine; consumers undo it in a warm start
         *(
             (RouteAffine(through_padding=True),)  # the padding then stands before the shift

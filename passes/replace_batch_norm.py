@@ -35,9 +35,16 @@ class ReplaceBatchNorm(GraphPass):
 
     runs_after = (CanonicalizeModules,)
 
-    def __init__(self, config: TransformConfig, calibrated: Mapping[str, Calibrated] | None = None) -> None:
+    def __init__(
+        self,
+        config: TransformConfig,
+        calibrated: Mapping[str, Calibrated] | None = None,
+        left_alone: frozenset[str] = frozenset(),
+    ) -> None:
+        """`left_alone` are the paths of BatchNorms that code which is not traced calls, too."""
         self.config = config
         self.calibrated = calibrated or {}
+        self.left_alone = left_alone
 
     def run(self, graph: fx.GraphModule) -> PassResult:
         notes: list[Diagnostic] = []
@@ -77,6 +84,9 @@ class ReplaceBatchNorm(GraphPass):
         kind = closed_kind(norm)
         if kind is not None:
             return closed_diagnostic(path, kind)
+        if path in self.left_alone:
+            reason = "code that cannot be traced calls it, too, under another name"
+            return Diagnostic("PN101", path, reason, "give each call a BatchNorm of its own")
         if not isinstance(norm, _BatchNorm):
             return Diagnostic("PN103", path, f"{type(norm).__name__} is a constant affine")
         if not has_plain_forward(norm):

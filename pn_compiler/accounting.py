@@ -31,6 +31,24 @@ def account(
     return tuple(dataclasses.replace(site, name=site.name or "the model") for site in sites)
 
 
+def shared_with_whole(model: nn.Module, traced: Trace) -> set[str]:
+    """Paths of the BatchNorms that stand under several names, one of them in a module that stays whole.
+
+    To convert them under one name only would make two layers of one.
+    """
+    names: dict[int, list[str]] = {}
+    for path, module in model.named_modules(remove_duplicate=False):
+        if is_batch_norm(module):
+            names.setdefault(id(module), []).append(path)
+    return {
+        path
+        for paths in names.values()
+        if len(paths) > 1
+        and any(p.startswith(f"{whole}.") for p in paths for whole in traced.opaque if whole)
+        for path in paths
+    }
+
+
 def _lost_calls(model: nn.Module, traced: Trace, looked_into: set[str]) -> list[Diagnostic]:
     """A remark on each module whose code calls batch_norm as a function, and no graph has that call.
 

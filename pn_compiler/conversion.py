@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from pn_compiler.accounting import account
+from pn_compiler.accounting import account, shared_with_whole
 from pn_compiler.calibration import Calibrated, calibrate
 from pn_compiler.config import TransformConfig
 from pn_compiler.diagnostics import Diagnostic, Site
@@ -114,6 +114,7 @@ def convert(
 ) -> None:
     """Converts `traced`, a prepared trace of `model`, in place; see `pn_compiler.transform`."""
     table: dict[str, Site] = {}
+    left_alone = shared_with_whole(model, traced)
     all_notes = [*traced.notes]
     for region in traced.regions:
         own = {
@@ -121,7 +122,8 @@ def convert(
             for name, found in (calibrated or {}).items()
             if name.startswith(region.prefix)
         }
-        result = run_pipeline(conversion_pipeline(config, own), region.graph, progress)
+        left = frozenset(name.removeprefix(region.prefix) for name in left_alone)
+        result = run_pipeline(conversion_pipeline(config, own, left), region.graph, progress)
         region.finish()
         for name, site in take_sites(region.graph).items():
             alone = region.owner is not None and site.code == "PN201"

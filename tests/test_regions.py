@@ -549,3 +549,28 @@ def test_a_batch_norm_with_two_names_in_untraceable_code_is_not_said_to_be_unuse
 
     (site,) = pn_compiler.sites(pn_compiler.transform(randomize_batch_norms(Net()).eval(), IMAGES))
     assert (site.name, site.kind, site.code) == ("bn", "skipped", "PN101")
+
+
+def test_a_batch_norm_that_untraceable_code_calls_too_stays_under_both_names() -> None:
+    class Part(nn.Module):
+        def __init__(self, bn: nn.Module) -> None:
+            super().__init__()
+            self.bn = bn
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.bn(x) if x.mean() < 1e9 else x
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.bn = nn.BatchNorm2d(4)
+            self.part = Part(self.bn)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.part(torch.relu(self.bn(x)))
+
+    converted = pn_compiler.transform(randomize_batch_norms(Net()).eval(), IMAGES)
+    (site,) = pn_compiler.sites(converted)
+    assert (site.name, site.kind, site.code) == ("bn", "skipped", "PN101")
+    kinds = {type(m) for n, m in converted.named_modules(remove_duplicate=False) if n.endswith("bn")}
+    assert kinds == {nn.BatchNorm2d}
