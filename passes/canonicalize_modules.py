@@ -43,9 +43,7 @@ class CanonicalizeModules(GraphPass):
                 _split(graph, path, calls)
                 rewritten += len(calls)
         for node in list(graph.graph.nodes):
-            if (
-                counts_batches(node) and not node.users
-            ):  # num_batches_tracked += 1, of a BatchNorm to be replaced
+            if counts_batches(node) and not node.users:  # of a BatchNorm to be replaced
                 graph.graph.erase_node(node)
                 rewritten += 1
             elif node.op == "call_function":

@@ -529,7 +529,9 @@ def test_tabnet_shares_its_linear_layers(depends: bool, inputs: bool) -> None:
         assert_same_outputs(converted(x)[index : index + 1], converted(x[index : index + 1]))
 
 
-def test_a_batch_norm_with_two_names_in_untraceable_code_is_not_said_to_be_unused() -> None:
+class TwoNames(nn.Module):
+    """Calls its BatchNorm in a part that cannot be traced, and before that if `also_before`."""
+
     class Part(nn.Module):
         def __init__(self, bn: nn.Module) -> None:
             super().__init__()
@@ -538,38 +540,18 @@ def test_a_batch_norm_with_two_names_in_untraceable_code_is_not_said_to_be_unuse
         def forward(self, x: Tensor) -> Tensor:
             return self.bn(x) if x.mean() < 1e9 else x
 
-    class Net(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.bn = nn.BatchNorm2d(4)
-            self.part = Part(self.bn)
+    def __init__(self, also_before: bool) -> None:
+        super().__init__()
+        self.bn, self.also_before = nn.BatchNorm2d(4), also_before
+        self.part = self.Part(self.bn)
 
-        def forward(self, x: Tensor) -> Tensor:
-            return self.part(x)
-
-    (site,) = pn_compiler.sites(pn_compiler.transform(randomize_batch_norms(Net()).eval(), IMAGES))
-    assert (site.name, site.kind, site.code) == ("bn", "skipped", "PN101")
+    def forward(self, x: Tensor) -> Tensor:
+        return self.part(torch.relu(self.bn(x)) if self.also_before else x)
 
 
-def test_a_batch_norm_that_untraceable_code_calls_too_stays_under_both_names() -> None:
-    class Part(nn.Module):
-        def __init__(self, bn: nn.Module) -> None:
-            super().__init__()
-            self.bn = bn
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.bn(x) if x.mean() < 1e9 else x
-
-    class Net(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.bn = nn.BatchNorm2d(4)
-            self.part = Part(self.bn)
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.part(torch.relu(self.bn(x)))
-
-    converted = pn_compiler.transform(randomize_batch_norms(Net()).eval(), IMAGES)
+@pytest.mark.parametrize("also_before", [False, True])
+def test_a_batch_norm_that_untraceable_code_calls_too_stays_under_both_names(also_before: bool) -> None:
+    converted = pn_compiler.transform(randomize_batch_norms(TwoNames(also_before)).eval(), IMAGES)
     (site,) = pn_compiler.sites(converted)
     assert (site.name, site.kind, site.code) == ("bn", "skipped", "PN101")
     kinds = {type(m) for n, m in converted.named_modules(remove_duplicate=False) if n.endswith("bn")}
