@@ -5,12 +5,13 @@ import copy
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from pn_compiler.batch_norms import is_batch_norm
 from pn_compiler.captured import copy_with_functions
 from pn_compiler.errors import UnsupportedModelError, first_line
+from pn_compiler.evaluation import has_graph_for_each_mode
 from pn_compiler.graph_module import check_module
 from pn_compiler.tracing import refuse_uninitialised
 
@@ -68,8 +69,8 @@ def _in_modes_of(model: nn.Module, copied: nn.Module) -> nn.Module:
     modes = {name: module.training for name, module in model.named_modules()}
     modules = dict(copied.named_modules())
     for name, module in modules.items():
-        if isinstance(module, fx.GraphModule) and module.training != modes.get(name, module.training):
-            module.train(modes[name])  # those have a graph for each mode
+        if has_graph_for_each_mode(module) and module.training != modes.get(name, module.training):
+            module.train(modes[name])
     for name, module in modules.items():
         if not isinstance(module, torch.jit.ScriptModule):
             module.training = modes.get(name, module.training)

@@ -127,6 +127,12 @@ def to_eval_mode(model: M) -> M:
     return model
 
 
+def has_graph_for_each_mode(module: nn.Module) -> bool:
+    """Whether train() and eval() of `module` exchange its graph, as those of torchvision's extractors do."""
+    overridden = type(module).train is not nn.Module.train
+    return isinstance(module, fx.GraphModule) and overridden and "train" not in vars(module)  # torch.export's
+
+
 @contextlib.contextmanager
 def untouched(
     model: nn.Module,
@@ -150,8 +156,7 @@ def untouched(
     if not all(map(has_values, tensors)):
         raise ConfigError("the model has no values: its tensors are on the meta device, or fake")
     modes = [(module, module.training) for module in model.modules()]
-    # torchvision's feature extractors have a graph for each mode, which train() and eval() exchange
-    switched = [m for m, training in modes if isinstance(m, fx.GraphModule) and training and not own_modes]
+    switched = [m for m, training in modes if training and not own_modes and has_graph_for_each_mode(m)]
     randomness = RandomStates()
     for module, _ in modes:
         for value in reachable(attributes(module)):
