@@ -1,5 +1,6 @@
 # Two commands: `make demo` and `make test`. Each makes .venv and installs what it needs, once.
-# `make test-serving` runs the tests on all servers, each in an environment of its own.
+# `make test-all` runs the slow tests, too. `make test-serving` runs the tests on all servers, each in an environment
+# of its own.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -10,16 +11,22 @@ MLSERVER := .venv-mlserver
 KSERVE := .venv-kserve
 RAY := .venv-ray
 
-.PHONY: demo test test-serving test-ray lint triton mlserver kserve clean
+# Two processes, which hand each other the tests that are left at the end.
+PYTEST := $(BIN)/python -m pytest --numprocesses 2 --dist worksteal
+
+.PHONY: demo test test-all test-serving test-ray lint triton mlserver kserve clean
 
 demo: $(INSTALLED)
 	$(BIN)/python examples/digits.py
 
-test: lint triton
-	$(BIN)/python -m pytest -m "not servers"
+test: lint
+	$(PYTEST)
+
+test-all: lint
+	$(PYTEST) -m "not servers"
 
 test-serving: $(INSTALLED) triton mlserver kserve test-ray
-	$(BIN)/python -m pytest tests/serving
+	$(BIN)/python -m pytest -m "servers or not servers" tests/serving
 
 # Ray Serve and Ray Data, on a cluster of two nodes on this machine. Ray warns of itself: -W default.
 test-ray: $(RAY)/.installed

@@ -76,6 +76,7 @@ def _make(library: str, name: str) -> nn.Module:
     if hasattr(detector, "rpn"):  # and many proposals memory
         detector.rpn._post_nms_top_n = {"training": 32, "testing": 32}
         detector.roi_heads.fg_bg_sampler.batch_size_per_image = 16
+        detector.roi_heads.detections_per_img = 8
     return detector
 
 

@@ -1,7 +1,7 @@
 import math
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pn_compiler.config import TransformConfig, norm_name
@@ -20,6 +20,7 @@ def test_groups_without_a_number_leave_eight_channels(channels: int, groups: int
     assert TransformConfig(norm="group").groups_for(channels) == groups
 
 
+@settings(deadline=None)
 @given(channels=st.integers(1, 4096), asked=st.integers(1, 256))
 def test_groups_always_divide(channels: int, asked: int) -> None:
     assert TransformConfig(num_groups=asked).groups_for(channels) == math.gcd(channels, asked)

@@ -1,5 +1,6 @@
 """The latency benchmark on a small network: what it compares, in which runtimes, and how it takes turns."""
 
+import functools
 import importlib.util
 import json
 import re
@@ -21,9 +22,16 @@ from pn_compiler.testing import randomize_batch_norms
 needs_openvino = pytest.mark.skipif(not importlib.util.find_spec("openvino"), reason="OpenVINO is optional")
 
 
+#: the variants, each of which makes a file once
+MODES = {
+    mode: {name: functools.cache(make) for name, make in made.items()} for mode, made in latency.MODES.items()
+}
+
+
 @pytest.fixture
 def tiny_network(monkeypatch) -> None:
     monkeypatch.setattr(variants, "build", tiny)
+    monkeypatch.setattr(latency, "MODES", MODES)
 
 
 def tiny(name: str) -> nn.Module:

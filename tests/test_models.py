@@ -130,7 +130,7 @@ def test_feature_extractors_are_converted(training: bool, inputs: Tensor | None,
         )
     whole(IMAGES)
     assert_same_outputs(pn_compiler.fold(converted)(IMAGES), values)
-    if training:
+    if training and inputs is None:
         report = pn_compiler.compile(extracted, tmp_path / "m.onnx", IMAGES)
         assert len(report.outputs) == 2
 

@@ -1,5 +1,6 @@
 """proxy_moments against integrals computed another way."""
 
+import functools
 import itertools
 import math
 
@@ -59,6 +60,12 @@ STDS = [0.01, 0.3, 1.0, 4.0, 30.0]
 BREAKS = [-3.0, -2.0, -1.0, -0.5, -0.2, -0.05, 0.0, 0.05, 0.3, 0.6, 1.0, 2.0, 3.0, 6.0]
 
 
+def density(t: float) -> float:
+    """Of the standard normal; 200 times as fast as scipy's, which is for arrays."""
+    return math.exp(-t * t / 2) / math.sqrt(2 * math.pi)
+
+
+@functools.cache
 def adaptive(activation: nn.Module, mean: float, std: float) -> tuple[float, float]:
     """Moments by scipy's adaptive quadrature, split where the activation may bend."""
 
@@ -74,8 +81,8 @@ def adaptive(activation: nn.Module, mean: float, std: float) -> tuple[float, flo
         return math.fsum(parts)
 
     center = f(0.0)
-    first = integral(lambda t: (f(t) - center) * stats.norm.pdf(t))
-    second = integral(lambda t: (f(t) - center) ** 2 * stats.norm.pdf(t))
+    first = integral(lambda t: (f(t) - center) * density(t))
+    second = integral(lambda t: (f(t) - center) ** 2 * density(t))
     return center + first, second - first**2
 
 

@@ -20,14 +20,20 @@ PROXY_SITES = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", PROXY_SITES)
-def test_compiles_to_float32_rounding(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+QUICK = ("resnet18", "resnet50", "mobilenet_v2", "efficientnet_b0", "shufflenet_v2_x1_0")
+WHOLE = [pytest.param(name, 224, marks=pytest.mark.slow) for name in PROXY_SITES]
+
+
+@pytest.mark.parametrize(("name", "pixels"), [*((name, 64) for name in QUICK), *WHOLE])
+def test_compiles_to_float32_rounding(
+    name: str, pixels: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     torch.manual_seed(0)
     model = randomize_batch_norms(getattr(zoo.torchvision().models, name)(weights=None, num_classes=1000))
     torch.save(model, tmp_path / "model.pt")
-    status = cli.main(
-        [str(tmp_path / "model.pt"), "-o", str(tmp_path / "m.onnx"), "--report", str(tmp_path / "r.json")]
-    )
+    model_file, onnx_file, report_file = (str(tmp_path / name) for name in ("model.pt", "m.onnx", "r.json"))
+    shape = f"1,3,{pixels},{pixels}"
+    status = cli.main([model_file, "-o", onnx_file, "--report", report_file, "--input-shape", shape])
     assert status == cli.DONE, capsys.readouterr().err
     report = json.loads((tmp_path / "r.json").read_text())
     assert report["reference"] == "float64"
@@ -36,16 +42,16 @@ def test_compiles_to_float32_rounding(name: str, tmp_path: Path, capsys: pytest.
     assert Counter(s["kind"] for s in report["sites"])["pn"] == PROXY_SITES[name]
     assert not any(s["kind"] == "skipped" for s in report["sites"])
     if name == "resnet50":
-        assert_no_more_elementwise_operators_than_group_norm(tmp_path)
+        assert_no_more_elementwise_operators_than_group_norm(tmp_path, pixels)
 
 
 ELEMENTWISE = ("Add", "Mul", "Sub", "Div", "Max", "Min", "Relu", "Clip")
 
 
-def assert_no_more_elementwise_operators_than_group_norm(tmp_path: Path) -> None:
+def assert_no_more_elementwise_operators_than_group_norm(tmp_path: Path, pixels: int) -> None:
     """Against the plain export of the same network with GroupNorm in the place of BatchNorm."""
     model = zoo.torchvision().models.resnet50(norm_layer=lambda channels: nn.GroupNorm(1, channels)).eval()
-    program = torch.onnx.export(model, (torch.randn(2, 3, 224, 224),), opset_version=20, verbose=False)
+    program = torch.onnx.export(model, (torch.randn(2, 3, pixels, pixels),), opset_version=20, verbose=False)
     assert program is not None
     plain = Counter(node.op_type for node in program.model_proto.graph.node)
     ours = Counter(node.op_type for node in onnx.load(tmp_path / "m.onnx").graph.node)

@@ -176,6 +176,7 @@ def test_the_command_goes_on_where_it_was_stopped(tmp_path, monkeypatch, capsys)
     assert all(all(cell.strip() for cell in line[:6]) for line in lines)
 
 
+@pytest.mark.slow  # it trains
 @pytest.mark.usefixtures("small")
 def test_the_methods_fill_all_columns(monkeypatch) -> None:
     monkeypatch.setattr(pn_compiler, "distill", functools.partial(pn_compiler.distill, steps=1))

@@ -7,7 +7,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper
 from torch import nn
@@ -34,6 +34,7 @@ def run(proto: onnx.ModelProto, x: np.ndarray) -> np.ndarray:
     return make_session(proto.SerializeToString(), threads=1).run(None, {"x": x})[0]
 
 
+@settings(max_examples=30, deadline=None)
 @given(st.lists(st.floats(-2, 2, width=32), min_size=3, max_size=3))
 def test_slopes_of_channels_become_convolutions(slopes: list[float]) -> None:
     proto = model(np.array(slopes).reshape(3, 1, 1))
@@ -73,7 +74,7 @@ def test_compiled_networks_have_no_slow_prelu(tmp_path: Path, slopes: int, targe
 
 
 def test_it_is_faster() -> None:
-    """By a factor of some 10 to 50: a third is far from both."""
+    """By a factor of some 10 to 50, of which a third is far; in time of this thread, whatever else runs."""
     shape = (1, 32, 112, 112)
     x = np.random.default_rng(0).normal(size=shape).astype(np.float32)
     slow = model(np.linspace(0.1, 0.4, 32).reshape(32, 1, 1), shape)
@@ -85,9 +86,9 @@ def test_it_is_faster() -> None:
         session = make_session(proto.SerializeToString(), threads=1)
         times = []
         for _ in range(7):
-            start = time.perf_counter()
+            start = time.thread_time()
             session.run(None, {"x": x})
-            times.append(time.perf_counter() - start)
+            times.append(time.thread_time() - start)
         seconds.append(min(times))
         del session
     assert seconds[1] < seconds[0] / 3

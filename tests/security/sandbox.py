@@ -12,8 +12,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent.parent
-LONGEST = 10.0  # seconds for a file
-_START = 120.0  # seconds for imports
+LONGEST = 10.0  # seconds of computing for a file
+_HANGS = 120.0  # seconds of waiting, on a machine however busy, for the imports or for a file
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,6 +22,7 @@ class Outcome:
 
     Attributes:
         status: of its exit; None if it hung or crashed.
+        seconds: of computing.
         ran: processes that were started, and whether the canary was made.
     """
 
@@ -63,11 +64,10 @@ def outcomes(runs: Sequence[tuple[str, Sequence[str]]], folder: Path) -> Iterato
     while waiting:
         lines: queue.Queue[str] = queue.Queue()
         process = _start(folder, waiting, lines)
-        limit = _START
         while waiting:
             name, _ = waiting.pop(0)
             try:
-                line = lines.get(timeout=limit)
+                line = lines.get(timeout=_HANGS)
             except queue.Empty:
                 line = ""
             if not line:
@@ -76,7 +76,6 @@ def outcomes(runs: Sequence[tuple[str, Sequence[str]]], folder: Path) -> Iterato
             answered, fields = json.loads(line)
             assert answered == name
             yield name, Outcome(**fields | {"ran": tuple(fields["ran"])})
-            limit = LONGEST * 2
         process.kill()
         process.wait()
 

@@ -17,6 +17,7 @@ from torch import nn
 from pn_compiler import cli
 from pn_compiler.errors import ExportError
 from pn_compiler.export import files
+from tests import killed
 from tests.security.files import network, saved
 from tests.security.sandbox import ROOT
 
@@ -141,16 +142,13 @@ def test_a_limit_of_file_size_leaves_nothing(folder: Path) -> None:
 
 def _abandon(folder: Path) -> None:
     """Leaves a temporary folder behind, as SIGKILL does."""
-    code = f"""
-import os, signal
-from pathlib import Path
-from pn_compiler.export import files
-with files.staging_folder(Path({str(folder)!r}) / "m.onnx") as stage:
-    (stage / "m.onnx.data").write_text("half")
-    os.kill(os.getpid(), signal.SIGKILL)
-"""
-    done = subprocess.run([sys.executable, "-c", code], env=ENVIRONMENT, check=False)
-    assert done.returncode == -signal.SIGKILL
+
+    def write() -> None:
+        with files.staging_folder(folder / "m.onnx") as stage:
+            (stage / "m.onnx.data").write_text("half")
+            killed.kill_this_process()
+
+    assert killed.exit_code(write) == -signal.SIGKILL
     assert any(name.startswith(".") for name in names(folder))
 
 
@@ -179,23 +177,8 @@ def test_what_others_called_alike_stays(folder: Path) -> None:
 def test_a_pair_that_was_cut_off_is_old_or_new_after_the_next_run(folder: Path, moves: int) -> None:
     for name in ("m.onnx", "m.onnx.data"):
         (folder / name).write_text("old")
-    code = f"""
-import os, signal
-from pathlib import Path
-from pn_compiler.export import files
-target, moves, rename = Path({str(folder)!r}) / "m.onnx", [], Path.rename
-def counted(self, to):
-    if len(moves) == {moves}:
-        os.kill(os.getpid(), signal.SIGKILL)
-    moves.append(to)
-    return rename(self, to)
-Path.rename = counted
-with files.staging_folder(target) as staged:
-    for name in ("m.onnx", "m.onnx.data"):
-        (staged / name).write_text("new")
-    files.publish([staged / "m.onnx.data", staged / "m.onnx"], target.parent)
-"""
-    subprocess.run([sys.executable, "-c", code], env=ENVIRONMENT, check=False)
+    code = killed.exit_code(killed.publish, folder / "m.onnx", moves)
+    assert code == (0 if moves == 4 else -signal.SIGKILL)
     files.write_atomically(folder / "other", b"whole")
     assert names(folder) == ["m.onnx", "m.onnx.data", "model.pt", "other"]
     found = {(folder / name).read_text() for name in ("m.onnx", "m.onnx.data")}
@@ -224,7 +207,7 @@ def test_a_signal_while_libraries_load_is_one_line(
     while process.poll() is None and library not in Path(f"/proc/{process.pid}/maps").read_text():
         time.sleep(0.01)
     process.send_signal(number)
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate()
     assert process.returncode == 130, err
     assert err.startswith("pn-compile: error: interrupted")
     assert err.count("\n") == 1
@@ -238,7 +221,7 @@ def test_a_pipe_that_nobody_reads(folder: Path, arguments: Sequence[str]) -> Non
     )
     assert process.stdout is not None
     process.stdout.close()
-    assert process.wait(timeout=100) == cli.DONE
+    assert process.wait() == cli.DONE
     assert process.stderr is not None
     with process.stderr:
         assert process.stderr.read() == ""
@@ -262,7 +245,7 @@ def test_a_full_standard_output() -> None:
 def test_an_input_without_a_writer_does_not_block(folder: Path) -> None:
     os.mkfifo(folder / "fifo.pt")
     command = [*COMMAND, "fifo.pt", "-o", "m.onnx"]
-    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=100, check=False)
+    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr.count("\n")) == (cli.FAILED, 1)
     assert "not a regular file" in done.stderr
 

@@ -27,6 +27,7 @@ from tests.serving import triton
 from tests.serving.conftest import IMAGES, digits_network
 from tests.serving.processes import children, free_ports, running, smoke, wait_for
 
+pytestmark = pytest.mark.servers
 CLIENT = Path(__file__).with_name("load_client.py")
 
 

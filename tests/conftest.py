@@ -1,0 +1,33 @@
+"""Settings for all tests: one thread in each process, and nothing done again that is the same each time."""
+
+import copy
+import functools
+import gc
+import os
+from collections.abc import Iterator
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported, and for child processes
+
+import pytest
+from torch.onnx._internal.exporter._registration import ONNXRegistry
+
+
+def pytest_collection_finish() -> None:
+    """Keeps the garbage collector from going through the million objects that were imported."""
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def operators_are_read_once() -> Iterator[None]:
+    """torch.onnx parses the source of all its operators for each export: half of the time of a small one."""
+    read = functools.cache(ONNXRegistry.from_torchlib)
+
+    def from_torchlib(*args: int, **options: int) -> ONNXRegistry:
+        registry = copy.copy(read(*args, **options))
+        registry.functions = {target: [*known] for target, known in registry.functions.items()}
+        return registry
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ONNXRegistry, "from_torchlib", staticmethod(from_torchlib))
+        yield
