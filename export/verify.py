@@ -179,9 +179,9 @@ def _own_error(
 def _outputs(
     source: bytes | str, proto: onnx.ModelProto, inputs: Mapping[int, Inputs], *, optimized: bool
 ) -> Iterator[tuple[int, list[np.ndarray[Any, Any]]]]:
-    """Batch size and onnxruntime's outputs for each of `inputs`; one session at a time."""
+    """Batch size and onnxruntime's outputs for each of `inputs`; one session, on torch's threads."""
     try:
-        session = make_session(source, optimized=optimized)
+        session = make_session(source, optimized=optimized, threads=torch.get_num_threads())
     except Exception as error:
         raise VerificationError(f"onnxruntime cannot load the model: {first_line(error)}") from error
     names = [value.name for value in proto.graph.input]

@@ -1,6 +1,9 @@
 """Graphs in onnxruntime's blocked layout: which normalizers are in it, and that they are right."""
 
+import functools
+import tempfile
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import onnx
@@ -18,9 +21,13 @@ from pn_compiler.testing import randomize_batch_norms
 BLOCK = block_size()
 
 
-def portable(tmp_path, channels: int, groups: int = 1, *, act: type[nn.Module] = nn.ReLU) -> onnx.ModelProto:
+def portable(channels: int, groups: int = 1, *, act: type[nn.Module] = nn.ReLU) -> onnx.ModelProto:
     """Two normalizers, one of them before a residual sum."""
+    return onnx.load_from_string(compiled(channels, groups, act))
 
+
+@functools.cache
+def compiled(channels: int, groups: int, act: type[nn.Module]) -> bytes:
     class Block(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -34,8 +41,10 @@ def portable(tmp_path, channels: int, groups: int = 1, *, act: type[nn.Module] =
 
     torch.manual_seed(0)
     net = randomize_batch_norms(Block()).eval()
-    pn_compiler.compile(net, tmp_path / "m.onnx", torch.randn(2, 3, 9, 7), num_groups=groups)
-    return onnx.load(tmp_path / "m.onnx")
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "m.onnx"
+        pn_compiler.compile(net, path, torch.randn(2, 3, 9, 7), num_groups=groups)
+        return path.read_bytes()
 
 
 def operators(proto: onnx.ModelProto) -> Counter[str]:
@@ -52,9 +61,9 @@ def run(proto: onnx.ModelProto, x: np.ndarray, *, optimized: bool = False) -> np
 @pytest.mark.parametrize("groups", [1, 2])
 @pytest.mark.parametrize("batch", [1, 5])
 def test_normalizers_of_whole_blocks_need_no_reordering(
-    tmp_path, groups: int, act: type[nn.Module], two_stage: bool, batch: int
+    groups: int, act: type[nn.Module], two_stage: bool, batch: int
 ) -> None:
-    proto = portable(tmp_path, 2 * BLOCK, groups, act=act)
+    proto = portable(2 * BLOCK, groups, act=act)
     x = np.random.default_rng(0).normal(size=(batch, 3, 9, 7)).astype(np.float32)
     expected = run(proto, x)
     if two_stage:
@@ -67,13 +76,13 @@ def test_normalizers_of_whole_blocks_need_no_reordering(
         np.testing.assert_allclose(run(result, x, optimized=optimized), expected, rtol=1e-5, atol=1e-5)
 
 
-def test_padded_channels_do_not_enter_statistics(tmp_path) -> None:
+def test_padded_channels_do_not_enter_statistics() -> None:
     """The last block of 24 channels is half empty with blocks of 16: the plain layout is kept there."""
     channels = BLOCK + BLOCK // 2
     with pytest.raises(ExportError, match="no normalizer can run in the blocked layout"):
-        in_blocked_layout(portable(tmp_path, channels))
+        in_blocked_layout(portable(channels))
     with pytest.raises(ExportError, match="no normalizer"):  # a group is half a block
-        in_blocked_layout(portable(tmp_path, BLOCK, 2))
+        in_blocked_layout(portable(BLOCK, 2))
 
 
 def by_hand(inner: list[onnx.NodeProto], entry: list[int], leave: list[int]) -> onnx.ModelProto:
@@ -150,8 +159,8 @@ def test_only_what_ignores_the_order_of_elements(name: str) -> None:
     np.testing.assert_allclose(run(result, x), run(proto, x), rtol=1e-5, atol=1e-5)
 
 
-def test_the_input_is_left_alone_and_only_used_domains_are_declared(tmp_path) -> None:
-    proto = portable(tmp_path, BLOCK)
+def test_the_input_is_left_alone_and_only_used_domains_are_declared() -> None:
+    proto = portable(BLOCK)
     before = proto.SerializeToString(deterministic=True)
     result, _ = in_blocked_layout(proto)
     assert proto.SerializeToString(deterministic=True) == before
@@ -160,8 +169,8 @@ def test_the_input_is_left_alone_and_only_used_domains_are_declared(tmp_path) ->
 
 
 @pytest.mark.parametrize("optimized", [False, True])
-def test_a_file_for_another_size_of_blocks_says_so(tmp_path, optimized: bool) -> None:
-    result, _ = in_blocked_layout(portable(tmp_path, BLOCK))
+def test_a_file_for_another_size_of_blocks_says_so(optimized: bool) -> None:
+    result, _ = in_blocked_layout(portable(BLOCK))
     (expected,) = [t for t in result.graph.initializer if t.name == "block_size_expected"]
     expected.CopyFrom(onnx.numpy_helper.from_array(np.array([2 * BLOCK]), expected.name))
     with pytest.raises(Exception, match=f"with blocks of {BLOCK} channels: compile it again on this machine"):
