@@ -39,8 +39,8 @@ def conv_norm(*more: Statement, options: Options = DEFAULT) -> Program:
 
 @pytest.mark.parametrize("first", range(0, 400, CHUNK))
 def test_a_minute_of_random_networks(first: int) -> None:
-    """The same ones everywhere: a slow machine takes longer and sees no fewer."""
-    tally = Hunt(onnx_share=0.02).run(range(first, first + CHUNK))
+    """The same ones everywhere; `python -m benchmarks.fuzz --model SEED` makes a failure small."""
+    tally = Hunt(onnx_share=0.02, shrinking=0).run(range(first, first + CHUNK))
     assert not tally.failures, report(tally)
 
 
