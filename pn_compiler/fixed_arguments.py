@@ -18,11 +18,10 @@ def varies(value: Any) -> bool:
     )
 
 
-def ranks_of(value: Any) -> tuple[int, ...]:
-    """The number of dimensions of each tensor in an argument."""
-    if isinstance(value, torch.Tensor):
-        return (value.dim(),)
-    return tuple(leaf.dim() for leaf in pytree.tree_leaves(value) if isinstance(leaf, torch.Tensor))
+def tensors_in(value: Any) -> list[torch.Tensor]:
+    """The tensors in an argument."""
+    leaves = [value] if isinstance(value, torch.Tensor) else pytree.tree_leaves(value)
+    return [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
 
 
 @fx.node.has_side_effect
@@ -39,16 +38,27 @@ def check_fixed(value: Any, expected: Any, name: str) -> None:
 
 
 @fx.node.has_side_effect
-def check_ranks(value: Any, expected: Sequence[int], name: str) -> None:
-    """Raises TypeError if the tensors in an argument have other numbers of dimensions than in the example."""
+def check_shapes(value: Any, expected: Sequence[Sequence[int | None]], name: str) -> None:
+    """Raises TypeError if the tensors in an argument have other shapes than a trace takes for granted.
+
+    `expected` has the sizes of each of them, None for those that may vary.
+    """
     if isinstance(value, fx.Proxy):
-        value.tracer.create_proxy("call_function", check_ranks, (value, expected, name), {})
-    elif (actual := ranks_of(value)) != tuple(expected):
+        value.tracer.create_proxy("call_function", check_shapes, (value, expected, name), {})
+        return
+    actual = [tensor.shape for tensor in tensors_in(value)]
+    if len(actual) != len(expected) or not all(map(_fits, actual, expected)):
+        dims = ", ".join(str(len(shape)) for shape in actual) or "no"
+        wanted = ", ".join(
+            f"[{', '.join('*' if n is None else str(n) for n in shape)}]" for shape in expected
+        )
         raise TypeError(
-            f"argument {name} has {_listed(actual)} dimensions, but the model, which asks for that, was "
-            f"converted with {_listed(expected)}; give transform example_inputs that have as many"
+            f"argument {name} has {dims} dimensions, but the model, which asks for its shape, was converted "
+            f"for {wanted}; give transform example_inputs that are like those of this call"
         )
 
 
-def _listed(ranks: Sequence[int]) -> str:
-    return ", ".join(map(str, ranks)) or "no"
+def _fits(shape: torch.Size, expected: Sequence[int | None]) -> bool:
+    return len(shape) == len(expected) and all(
+        size is None or size == actual for actual, size in zip(shape, expected, strict=True)
+    )

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from pn_compiler.evaluation import untouched
-from pn_compiler.fixed_arguments import ranks_of
+from pn_compiler.fixed_arguments import tensors_in
 from pn_compiler.graph_utils import has_values
 from pn_compiler.inputs import Inputs
 
@@ -35,7 +35,7 @@ class ObservedCalls:
             self._calls = {}
             self._run()
         calls = self._calls.get(path, [])
-        ranks = {ranks_of((call.args, dict(call.kwargs))) for call in calls}
+        ranks = {tuple(x.dim() for x in tensors_in((call.args, dict(call.kwargs)))) for call in calls}
         return calls[0] if len(ranks) == 1 else None
 
     def _run(self) -> None:

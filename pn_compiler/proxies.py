@@ -106,10 +106,10 @@ class TracedProxy(InPlaceProxy):
         return object.__hash__(self)
 
     def __len__(self) -> int:
-        rank: int | None = self.tracer.rank_of_shape(self.node)
-        if rank is None:
+        length: int | None = self.tracer.length(self.node)
+        if length is None:
             raise self.refuse(None, f"the forward asks for the length of {self!r}")
-        return rank
+        return length
 
     def __int__(self) -> int:
         raise self.refuse(None, f"the forward makes an int of {self!r}")

@@ -9,7 +9,7 @@ import torch
 from torch import fx, nn
 from torch.utils import _pytree as pytree
 
-from pn_compiler.fixed_arguments import VARIES, check_fixed, check_ranks, ranks_of, varies
+from pn_compiler.fixed_arguments import VARIES, check_fixed, check_shapes, tensors_in, varies
 from pn_compiler.inputs import Inputs
 from pn_compiler.known_types import sample_inputs
 
@@ -98,11 +98,18 @@ class TracedArguments:
             for node, (name, value) in self._values.items()
         }
 
-    def fix_ranks(self, graph: fx.Graph) -> None:
-        """Lets `graph` check that its arguments have as many dimensions as in the example."""
+    def fix_shapes(self, graph: fx.Graph, *, channels: bool) -> None:
+        """Lets `graph` check that its arguments have as many dimensions as in the example.
+
+        With `channels` their second size has to be the same, too.
+        """
         examples = self.examples()
         last = [node for node in graph.nodes if node.op == "placeholder"][-1]
         with graph.inserting_after(last):
             for node, value in reversed(examples.items()):
-                if node in self.samples and value is not VARIES and ranks_of(value):
-                    graph.call_function(check_ranks, (node, ranks_of(value), str(node.target)))
+                if node in self.samples and value is not VARIES and (tensors := tensors_in(value)):
+                    fixed = tuple(
+                        tuple(n if channels and axis == 1 else None for axis, n in enumerate(x.shape))
+                        for x in tensors
+                    )
+                    graph.call_function(check_shapes, (node, fixed, str(node.target)))

@@ -1,4 +1,4 @@
-"""How many dimensions a value has at the point that a trace has come to.
+"""How many dimensions a value has, or how many pieces, at the point that a trace has come to.
 
 ``if x.dim() == 4:`` needs an answer while a forward is traced. What the graph holds so far runs on fake
 tensors as in the example call, in order, so that what was written in place counts. Nothing runs before the
@@ -57,14 +57,17 @@ class TracedRanks:
         self._root, self._examples, self._pause = root, examples, pause
         self._runs: list[_Run] | None = None
         self.answered = False  # whether anything was
+        self.counted = False  # whether that was a number of pieces
 
     def of(self, node: fx.Node) -> int | None:
         """How many dimensions the tensor `node` has; None if that is unknown, or it is no tensor."""
         return self._agreed(node, lambda value: value.dim() if isinstance(value, Tensor) else None)
 
-    def of_shape(self, node: fx.Node) -> int | None:
-        """How many sizes the shape `node` has; None if that is unknown, or it is no shape."""
-        return self._agreed(node, lambda value: len(value) if isinstance(value, torch.Size) else None)
+    def of_items(self, node: fx.Node) -> int | None:
+        """How many sizes a shape has, or how many pieces a split; None if unknown, or `node` is neither."""
+        count = self._agreed(node, lambda v: len(v) if isinstance(v, torch.Size) or _are_pieces(v) else None)
+        self.counted = self.counted or (count is not None and _are_pieces(self._started()[0].value(node)))
+        return count
 
     def _agreed(self, node: fx.Node, question: Callable[[Any], int | None]) -> int | None:
         with self._pause():
@@ -159,6 +162,11 @@ class _Run:
         if records_super_calls(copied):
             return functools.partial(plain_base(copied).forward, copied)
         return copied
+
+
+def _are_pieces(value: Any) -> bool:
+    """Whether `value` is what split, chunk and unbind return."""
+    return isinstance(value, tuple | list) and all(isinstance(piece, Tensor) for piece in value)
 
 
 def _call_method(name: str, owner: Any, *args: Any, **kwargs: Any) -> Any:

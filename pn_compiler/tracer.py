@@ -100,7 +100,7 @@ class Tracer(RefusingTracer):
             self._check_quiet()
         self.writes.check_counters(graph)
         if self.ranks.answered:
-            self.arguments.fix_ranks(graph)
+            self.arguments.fix_shapes(graph, channels=self.ranks.counted)
         return graph
 
     @contextlib.contextmanager
@@ -146,9 +146,9 @@ class Tracer(RefusingTracer):
         """How many dimensions the tensor `node` has, or None if that is unknown; the graph will check it."""
         return self._noted(self.ranks.of(node))
 
-    def rank_of_shape(self, node: fx.Node) -> int | None:
-        """How many sizes the shape `node` has, or None if that is unknown; the graph will check it."""
-        return self._noted(self.ranks.of_shape(node))
+    def length(self, node: fx.Node) -> int | None:
+        """How many sizes or pieces `node` has, or None if that is unknown; the graph will check it."""
+        return None if isinstance(self.known(node), torch.Tensor) else self._noted(self.ranks.of_items(node))
 
     def _noted(self, rank: int | None) -> int | None:
         if rank is not None:
@@ -173,9 +173,9 @@ class Tracer(RefusingTracer):
         return super().to_bool(obj)
 
     def iter(self, obj: fx.Proxy) -> Iterator[Any]:
-        rank = self.rank_of_shape(obj.node)
-        if rank is not None:
-            return iter([obj[index] for index in range(rank)])  # type: ignore[index]
+        length = self.length(obj.node)
+        if length is not None:
+            return iter([obj[index] for index in range(length)])  # type: ignore[index]
         self.failed(None, f"the forward iterates over {obj!r}")
         return super().iter(obj)
 

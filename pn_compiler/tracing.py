@@ -233,7 +233,7 @@ def _rank_note(path: str) -> Diagnostic:
     return Diagnostic(
         "PN124",
         path,
-        "the forward asks how many dimensions a value has; the converted one takes as many as the example",
+        "the forward asks how many dimensions or pieces a value has: as many as in the example from now on",
         f"leaves=[{path!r}] keeps the module as it is" if path else "convert with inputs of the kind in use",
     )
 

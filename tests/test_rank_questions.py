@@ -166,7 +166,7 @@ def test_another_number_of_dimensions_is_refused_in_a_call() -> None:
 def test_nothing_is_checked_if_nothing_is_asked() -> None:
     converted = pn_compiler.transform(make(lambda net, x: x * 2), IMAGES)
     assert isinstance(converted, fx.GraphModule)
-    assert "check_ranks" not in str(converted.graph)
+    assert "check_shapes" not in str(converted.graph)
     assert "PN124" not in codes(converted)
 
 
@@ -403,3 +403,41 @@ def test_modules_without_tensors_that_the_forward_makes(before: Callable[[Net, A
 def test_layers_with_weights_that_the_forward_makes_stay() -> None:
     net = make(lambda net, x: nn.Conv2d(3, 3, 1)(x))  # drawn anew in each call
     assert type(transform(net)) is Net
+
+
+# --- pieces ----------------------------------------------------------------------------------------------
+
+PIECES: dict[str, Callable[[Net, Any], Any]] = {
+    "split": lambda net, x: torch.cat([F.relu(piece) for piece in x.split(2, 1)], 1),
+    "split of torch": lambda net, x: torch.cat([piece * 2 for piece in torch.split(x, [1, 2], 1)], 1),
+    "chunk": lambda net, x: torch.cat([*reversed(x.chunk(3, 1))], 1),
+    "unbind": lambda net, x: torch.stack([F.relu(piece - 0.1) for piece in x.unbind(1)], 1),
+    "len": lambda net, x: x * len(x.unbind(1)),
+    "enumerate": lambda net, x: torch.cat([y * i for i, y in enumerate(x.tensor_split(3, 1))], 1),
+    "list": lambda net, x: torch.cat(list(x.split(1, 1))[::-1], 1),
+    "star": lambda net, x: torch.cat([*x.split(1, 1), x], 1)[:, 1:4],
+}
+
+
+@pytest.mark.parametrize("name", PIECES)
+def test_pieces_are_counted(name: str) -> None:
+    net = make(PIECES[name]).double()
+    converted = transform(net, IMAGES.double(), strict=True)
+    assert isinstance(converted, fx.GraphModule)
+    for images in (IMAGES, *OTHERS, torch.randn(2, 3, 9, 8)):
+        assert_same_outputs(converted(images.double()), by_hand(net, converted)(images.double()))
+
+
+def test_another_number_of_channels_is_refused_where_pieces_are_counted() -> None:
+    net = make(lambda net, x: torch.cat([piece * 2 for piece in x.split(1, 1)], 1)[:, :3])
+    converted = transform(net, IMAGES)
+    with pytest.raises(TypeError, match="argument x"):
+        converted(torch.randn(2, 4, 6, 6))
+
+
+@pytest.mark.parametrize("axis", [0, 2])
+def test_pieces_of_what_varies_are_not_counted(axis: int) -> None:
+    net = make(lambda net, x: torch.cat([y + y.mean(1, keepdim=True) for y in x.split(1, axis)], axis))
+    converted = transform(net, IMAGES)
+    for images in (IMAGES, *OTHERS, torch.randn(2, 3, 9, 8)):
+        assert_same_outputs(converted(images), by_hand(net, converted)(images))
