@@ -24,7 +24,7 @@ from pn_compiler.inputs import Inputs
 from pn_compiler.nn import put_behind
 from pn_compiler.observed_calls import ObservedCalls
 from pn_compiler.pass_base import live_nodes
-from pn_compiler.tracing import resolve_leaves, trace_module
+from pn_compiler.tracing import NotTracedError, resolve_leaves, trace_module
 from pn_compiler.training_flag import branches_note
 from pn_compiler.weight_writes import may_write_weights
 
@@ -76,6 +76,7 @@ class Trace:
         norm_calls: those among them that call batch_norm as a function there.
         unread_norm_calls: those among them whose results nothing reads.
         calls: arguments of the modules inside, in a call of the model on example inputs.
+        reasons: path of a module that stayed whole -> why, as far as that is known.
     """
 
     root: nn.Module
@@ -88,6 +89,7 @@ class Trace:
     entered: set[str] = dataclasses.field(default_factory=set)
     norm_calls: set[str] = dataclasses.field(default_factory=set)
     unread_norm_calls: set[str] = dataclasses.field(default_factory=set)
+    reasons: dict[str, str] = dataclasses.field(default_factory=dict)
 
 
 def trace(
@@ -181,7 +183,11 @@ def _trace_into(module: nn.Module, path: str, inputs: Inputs | None, traced: Tra
     inside = frozenset(leaf.removeprefix(prefix) for leaf in traced.leaves if leaf.startswith(prefix))
     hooked = HookedModules.of(module).hooked - inside
     example = functools.partial(traced.calls.of, path)
-    gm, leaves, notes = trace_module(module, inputs, inside, outermost=not path, example=example)
+    reasons: dict[str, str] = {}
+    gm, leaves, notes = trace_module(
+        module, inputs, inside, outermost=not path, example=example, reasons=reasons
+    )
+    traced.reasons.update((prefix + leaf, reason) for leaf, reason in reasons.items())
     traced.regions.append(Region(prefix, gm))
     _note_entered(gm, path, traced)
     _take_notes(notes, path, traced)
@@ -230,6 +236,8 @@ def _trace_or_enter(module: nn.Module, path: str, traced: Trace, *, apart: bool)
 def _note_failure(error: TraceError, path: str, traced: Trace) -> bool:
     """Reports why the module at `path` stays whole. Returns whether its forward rewrites weights."""
     notes = getattr(error, "notes", ())
+    if isinstance(error, NotTracedError):
+        traced.reasons[path] = error.reason
     _take_notes(notes, path, traced)
     return any(note.code == "PN115" for note in notes)
 

@@ -8,7 +8,7 @@ first question, and each node runs once.
 import contextlib
 import functools
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -70,7 +70,7 @@ class TracedRanks:
         return count
 
     def _agreed(self, node: fx.Node, question: Callable[[Any], int | None]) -> int | None:
-        with self._pause():
+        with self._pause(), _no_log_of_torch():
             first, *others = [run.value(node) for run in self._started()]
         answers = {question(value) for value in (first, *others) if value is not VARIES}
         if first is VARIES or len(answers) != 1:
@@ -162,6 +162,17 @@ class _Run:
         if records_super_calls(copied):
             return functools.partial(plain_base(copied).forward, copied)
         return copied
+
+
+@contextlib.contextmanager
+def _no_log_of_torch() -> Iterator[None]:
+    """Fake tensors log each error before they raise it."""
+    of_torch = logging.getLogger(torch._subclasses.fake_tensor.__name__)
+    before, of_torch.disabled = of_torch.disabled, True
+    try:
+        yield
+    finally:
+        of_torch.disabled = before
 
 
 def _are_pieces(value: Any) -> bool:

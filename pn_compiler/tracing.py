@@ -31,11 +31,13 @@ class NotTracedError(TraceError):
 
     Attributes:
         notes: diagnostics that say why, if it is for a reason that torch.fx would not have seen.
+        reason: in words.
     """
 
     def __init__(self, module: nn.Module, failure: Failure) -> None:
         super().__init__(f"torch.fx cannot trace {type(module).__name__}.forward: {failure.reason}")
         self.notes = tuple(failure.notes())
+        self.reason = failure.reason
 
 
 def trace_module(
@@ -45,6 +47,7 @@ def trace_module(
     *,
     outermost: bool = True,
     example: Callable[[], Inputs | None] = lambda: None,
+    reasons: dict[str, str] | None = None,
 ) -> tuple[ConvertedModule, frozenset[str], tuple[Diagnostic, ...]]:
     """Traces `module`, over its own submodules.
 
@@ -57,6 +60,7 @@ def trace_module(
         outermost: whether the user calls the module: arguments of unknown type are taken to be tensors.
         example: without `inputs`, gives arguments of a call where the forward asks how many dimensions a
             value has; they decide nothing else.
+        reasons: gets, by path, why submodules stay whole.
 
     Returns:
         The graph, the paths of the submodules that stay whole, and notes: on branches that are fixed, on
@@ -67,6 +71,8 @@ def trace_module(
     """
     tracing = _Tracing(module, inputs, leaves, outermost, example)
     graph = tracing.run()
+    if reasons is not None:
+        reasons.update(tracing.reasons)
     read_flags_in_graph(module, graph)
     vars(module).update(tracing.functions)  # where a graph finds what it calls
     gm = ConvertedModule(module, graph, type(module).__name__)
@@ -117,6 +123,7 @@ class _Tracing:
     ) -> None:
         self.model, self.inputs, self.outermost, self.example = model, inputs, outermost, example
         self.notes: set[Diagnostic] = set()
+        self.reasons: dict[str, str] = {}  # path of a leaf -> why it is one
         called_around = HookedModules.of(model)
         self.leaves = leaves | called_around.hooked
         for path in called_around.reading - leaves:
@@ -177,6 +184,7 @@ class _Tracing:
             raise NotTracedError(self.model, dataclasses.replace(failure, path=""))
         for path in paths - self.leaves:
             self.notes |= dataclasses.replace(failure, path=path).notes()
+            self.reasons[path] = failure.reason
         self.leaves |= paths
 
     def _alike(self, failure: Failure) -> Iterator[str]:

@@ -247,6 +247,23 @@ class Deep(nn.Module):
         return x
 
 
+def test_what_does_not_fit_at_other_sizes_is_not_logged(
+    caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
+) -> None:
+    class Fixed(Net):
+        def __init__(self) -> None:
+            super().__init__(lambda net, x: x)
+            self.head = nn.Linear(48, 2)
+
+        def forward(self, x: Any) -> Tensor:
+            y = self.head(super().forward(x).flatten(1))
+            return y * 2 if y.dim() == 2 else y
+
+    converted = pn_compiler.transform(randomize_batch_norms(Fixed()).eval(), IMAGES)
+    assert isinstance(converted, fx.GraphModule)
+    assert "reduction dim" not in caplog.text + capfd.readouterr().err
+
+
 def test_each_layer_runs_once_for_an_answer(monkeypatch: pytest.MonkeyPatch) -> None:
     from pn_compiler import traced_ranks
 
