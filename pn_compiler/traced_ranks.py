@@ -17,7 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils import _pytree as pytree
 
 from pn_compiler.aliases import writes
-from pn_compiler.batch_norms import plain_base
+from pn_compiler.batch_norms import is_batch_norm, plain_base
 from pn_compiler.captured import copy_with_functions
 from pn_compiler.fixed_arguments import VARIES
 from pn_compiler.super_calls import records_super_calls
@@ -157,7 +157,9 @@ class _Run:
             memo |= {id(t): self._fake(t) for t in (*module.parameters(), *module.buffers())}
             self._copies[path] = copy_with_functions(module, memo)
             for part in self._copies[path].modules():
-                object.__setattr__(part, "training", int(part.training) != 0)  # no flag of the trace
+                # no flag of the trace; and in train mode a BatchNorm may compute with the number of batches
+                training = int(part.training) != 0 and not is_batch_norm(part)
+                object.__setattr__(part, "training", training)
         copied = self._copies[path]
         if records_super_calls(copied):
             return functools.partial(plain_base(copied).forward, copied)

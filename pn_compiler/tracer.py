@@ -86,6 +86,7 @@ class Tracer(RefusingTracer):
             for value in reachable(attributes(module)):
                 self.random.note(value)
         with (
+            _functions_not_compiled(),
             recorded_super_calls(self, self.wrapping),
             self.functions.recorded(),
             training_flags(model, self, branches),
@@ -251,6 +252,12 @@ class Tracer(RefusingTracer):
             return False
         tensors = (*module.parameters(), *module.buffers())
         return not tensors and not is_batch_norm(module) and closed_kind(module) is None
+
+
+def _functions_not_compiled() -> contextlib.AbstractContextManager[Any]:
+    """Lets functions that torch.compile has wrapped run as they were written, which can be traced."""
+    wrapped = "torch._dynamo" in sys.modules  # which takes a second to import
+    return torch.compiler.set_stance("force_eager") if wrapped else contextlib.nullcontext()
 
 
 def _wraps_whole(module: nn.Module) -> bool:

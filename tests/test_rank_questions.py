@@ -144,8 +144,10 @@ def test_questions_are_answered_for_the_example(name: str, nested: bool) -> None
         assert_same_outputs(converted(images.double()), expected(images.double()))
 
 
-def test_the_question_in_train_mode() -> None:
-    net = make(QUESTIONS["dim"], train=True)
+@pytest.mark.parametrize("momentum", [0.1, None])
+def test_the_question_in_train_mode(momentum: float | None) -> None:
+    net = make(lambda net, x: QUESTIONS["dim"](net, net.first(x)), train=True)
+    net.first = nn.BatchNorm2d(3, momentum=momentum)  # type: ignore[assignment]
     before = copy.deepcopy(net.state_dict())
     converted = transform(net, IMAGES)
     assert isinstance(converted, fx.GraphModule)

@@ -267,3 +267,22 @@ def test_torch_fx_keeps_its_own_flag() -> None:
     pn_compiler.transform(make(lambda net, x: x, nested=False))
     assert "mul" in str(fx.symbolic_trace(Asking()).graph)
     assert not torch.fx._symbolic_trace.is_fx_tracing()
+
+
+def test_what_torch_compile_has_wrapped_is_traced_as_it_was_written() -> None:
+    compiled = torch.compile(lambda x: x * 2 + 1, backend="eager")
+
+    class Inner(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x * 3
+
+    def behind(net: Net, x: Any) -> Any:
+        return net.inner(compiled(x))
+
+    torch.manual_seed(0)
+    net = Net(behind)
+    net.inner = torch.compile(Inner(), backend="eager")  # type: ignore[assignment]
+    converted = pn_compiler.transform(randomize_batch_norms(net).eval(), IMAGES, proxy=False)
+    assert isinstance(converted, fx.GraphModule)
+    y = F.relu(converted.get_submodule("bn")(net.conv(IMAGES)))
+    assert_same_outputs(converted(IMAGES), (y * 2 + 1) * 3)
