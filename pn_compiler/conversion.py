@@ -80,10 +80,10 @@ def _compare(traced: Trace, model: nn.Module, inputs: Inputs) -> tuple[str, str]
 
 def _note_varying(traced: Trace, error: VaryingOutputsError) -> None:
     """Raises TraceError if what varies was traced: the graph would repeat one of its outputs for ever."""
-    path, what = error.path, "what does more than a graph can, such as to count or to read a clock"
+    path = error.path
     if path in traced.entered:
         keep = f"leaves=[{path!r}] (--leaf {path}) keeps it as it is" if path else "rewrite that part of it"
-        raise TraceError(f"{error}, and torch.fx cannot trace {what}: {keep}")
+        raise TraceError(f"{error}: it counts or reads a clock, say, and a graph would not; {keep}")
     traced.notes.append(Diagnostic("PN125", path, str(error), "make it depend on its inputs alone"))
 
 

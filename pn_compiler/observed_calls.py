@@ -26,6 +26,9 @@ class ObservedCalls:
         self._model, self._inputs = model, inputs
         self._calls: dict[str, list[Inputs]] | None = None
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> "ObservedCalls":
+        return self  # copies of a trace need no copy of the model
+
     def of(self, path: str) -> Inputs | None:
         """Arguments like those of the calls of the module at `path`, on tensors of the same kind and shape.
 

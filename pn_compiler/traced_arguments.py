@@ -90,12 +90,19 @@ class TracedArguments:
         return () if default is _EMPTY else (default,)
 
     def examples(self) -> dict[fx.Node, Any]:
-        """The value of each placeholder in the example call; VARIES if it is unknown."""
+        """The value of each placeholder in the example call; VARIES if it is unknown, or decides as a number.
+
+        Shapes may depend on an integer: no answer of this call holds for another.
+        """
         example = self._example()
         named = {} if example is None else example.by_name(self._tracer.root)
-        return {
+        found = {
             node: named.get(name, VARIES) if value is VARIES else value
             for node, (name, value) in self._values.items()
+        }
+        return {
+            node: VARIES if node in self.samples and type(value) is int else value
+            for node, value in found.items()
         }
 
     def fix_shapes(self, graph: fx.Graph, *, channels: bool) -> None:

@@ -343,6 +343,21 @@ def test_several_inputs_nested_and_by_name() -> None:
         converted({"images": [IMAGES[0]]}, mask=mask)
 
 
+def test_what_depends_on_a_number_is_not_answered() -> None:
+    class Numbered(Net):
+        def __init__(self) -> None:
+            super().__init__(lambda net, x: x)
+
+        def forward(self, x: Any, axis: int, scale: float) -> Tensor:  # type: ignore[override]
+            y = super().forward(x * scale)
+            return y * 2 if x.flatten(axis).dim() == 2 else y
+
+    net = randomize_batch_norms(Numbered()).eval()
+    converted = transform(net, IMAGES, 1, 0.5)
+    for axis in (1, 2):
+        assert_same_outputs(converted(IMAGES, axis, 0.5), by_hand(net, converted)(IMAGES, axis, 0.5))
+
+
 # --- parts of models that stay whole ---------------------------------------------------------------------
 
 
@@ -378,11 +393,14 @@ def test_calls_are_observed_when_asked_for() -> None:
 
     calls = ObservedCalls(net, inputs)
     assert not asked
-    (x,) = calls.of("")[0] if isinstance(calls.of(""), tuple) else calls.of("").args  # type: ignore[union-attr]
+    seen = calls.of("")
+    assert seen is not None
+    (x,) = seen.args
     assert x.shape == (3, 7, 4)
     assert calls.of("either") is None  # of two ranks
     assert calls.of("nowhere") is None
     assert len(asked) == 1
+    assert copy.deepcopy(calls) is calls  # it holds a whole model
 
 
 # --- where inputs come from ------------------------------------------------------------------------------
