@@ -5,6 +5,7 @@ import dataclasses
 from torch import nn
 
 from pn_compiler.batch_norms import batch_norms, closed_diagnostic, closed_kind, is_batch_norm
+from pn_compiler.child_uses import children_looked_into, read_norms
 from pn_compiler.diagnostics import Diagnostic, Site, skipped
 from pn_compiler.functional_norms import calls_batch_norm
 from pn_compiler.regions import Trace
@@ -91,8 +92,8 @@ def _lost_call(name: str, model: nn.Module, traced: Trace) -> Diagnostic:
         return Diagnostic(
             "PN120",
             name,
-            f"the code of {where} calls batch_norm, and cannot be traced",
-            "let it call an nn.BatchNorm as a module of its own",
+            f"the code of {where} calls batch_norm: {_why_whole(name, traced)}",
+            "let it hold an nn.BatchNorm, and call that as a module: self.bn(x)",
         )
     return lost
 
@@ -110,10 +111,26 @@ def _lost(name: str, model: nn.Module, traced: Trace) -> Diagnostic:
     ]
     if not whole:
         return Diagnostic("PN102", name, "the traced forward never calls it")
-    inside = whole[-1] or "the model"
-    return Diagnostic(
-        "PN101",
-        name,
-        f"the forward of {inside} cannot be traced, and the BatchNorm is shared or looked into there",
-        f"let {inside} call it as a module of its own",
-    )
+    owner, _, attribute = name.rpartition(".")
+    why, where = _why_whole(whole[-1], traced), whole[-1] or "the model"
+    if owner == whole[-1] and _normalizes_with(model.get_submodule(owner), attribute):
+        found = f"{why}; it calls batch_norm with the weights and statistics of the BatchNorm"
+        hint = f"write self.{attribute}(x) there in the place of that call"
+        return Diagnostic("PN101", name, found, hint)
+    if children_looked_into(type(model.get_submodule(whole[-1]))) is None:  # type: ignore[arg-type]  # hashable
+        found = f"{why}; its code reads the statistics of some BatchNorm, which may be this one"
+        return Diagnostic("PN101", name, found, "read them as self.name.running_mean, or call modules only")
+    found = f"{why}; the BatchNorm is shared or looked into there"
+    return Diagnostic("PN101", name, found, f"let {where} call it as a module of its own")
+
+
+def _why_whole(path: str, traced: Trace) -> str:
+    reason = traced.reasons.get(path, "")
+    if reason.startswith("the forward "):
+        reason = f"it {reason.removeprefix('the forward ')}"
+    return f"the forward of {path or 'the model'} cannot be traced" + (f", since {reason}" if reason else "")
+
+
+def _normalizes_with(owner: nn.Module, attribute: str) -> bool:
+    """Whether `owner` calls batch_norm as a function, and reads the tensors of its `attribute`."""
+    return calls_batch_norm(owner) and attribute in read_norms(type(owner))  # type: ignore[arg-type]  # hashable

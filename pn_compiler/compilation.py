@@ -20,11 +20,11 @@ from pn_compiler.conversion import (
 )
 from pn_compiler.copying import copy_model, unwrap
 from pn_compiler.distillation import distill
-from pn_compiler.errors import ConfigError, ExportError
+from pn_compiler.errors import ConfigError, ExportError, VerificationError
 from pn_compiler.evaluation import batches_of, check_dense, to_eval_mode
 from pn_compiler.graph_module import is_converted, notes, record, sites
 from pn_compiler.graph_utils import count_operators, count_parameters
-from pn_compiler.input_shape import choose_inputs
+from pn_compiler.input_shape import choose_inputs, stated_inputs
 from pn_compiler.inputs import Inputs
 from pn_compiler.losses import Logits
 from pn_compiler.nn import ProxyNormAct
@@ -199,7 +199,7 @@ def compile(  # noqa: A001  # the name that users of torch.compile look for
         calibration = batches_of(calibration, again=True)
         given = given if given or input_shape else first_sample(calibration)
     with timed(report, "trace", say):
-        traced = trace(model, given, leaves)
+        traced = trace(model, given, leaves, example=lambda: stated_inputs(model, input_shape))
         report.operators_before = count_operators(region.graph for region in traced.regions)
         inputs, report.input_shape_source = choose_inputs(model, traced.root, given, input_shape)
     if is_converted(model):
@@ -303,6 +303,16 @@ def _check_calibration(
         raise ConfigError(f"calibration data are given, and nothing uses them: {', '.join(uses)} would")
 
 
+def _refuse_varying(model: nn.Module) -> None:
+    """Raises VerificationError if outputs of `model` vary from call to call, as its conversion has found."""
+    varying = [note for note in notes(model) if note.code == "PN125"] if is_converted(model) else []
+    if varying:
+        raise VerificationError(
+            f"{varying[0]}: a file, which gives the same in each call, cannot be compared with it; "
+            "verify=False writes one that was not compared"
+        )
+
+
 def _export(
     model: nn.Module,
     witness: nn.Module,
@@ -321,6 +331,8 @@ def _export(
     from pn_compiler.export import expect, timed, verified_batches, write_onnx
 
     say = progress or (lambda stage: None)
+    if options.verify:
+        _refuse_varying(model)
     reference: Any = model
     if options.verify or repository is not None:
         # before folding, which then needs no second copy of the weights

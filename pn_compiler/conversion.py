@@ -12,8 +12,8 @@ from pn_compiler.accounting import account, shared_with_whole
 from pn_compiler.calibration import Calibrated, calibrate
 from pn_compiler.config import TransformConfig
 from pn_compiler.diagnostics import Diagnostic, Site
-from pn_compiler.equivalence import VaryingOutputsError, check_equivalent
-from pn_compiler.errors import ConfigError, RefusedError
+from pn_compiler.equivalence import ChaoticOutputsError, VaryingOutputsError, check_equivalent
+from pn_compiler.errors import ConfigError, RefusedError, TraceError
 from pn_compiler.evaluation import check_dense, inputs_of
 from pn_compiler.fidelity import Fidelity, measure
 from pn_compiler.graph_module import notes, record, sites
@@ -68,12 +68,23 @@ def _compare(traced: Trace, model: nn.Module, inputs: Inputs) -> tuple[str, str]
     try:
         check_equivalent(model, traced.root, inputs, own_modes=own_modes)
     except VaryingOutputsError as error:
+        _note_varying(traced, error)
+    except ChaoticOutputsError as error:
         return str(error), "compare the outputs yourself"
     except ConfigError as error:
         if own_modes:  # the branch that was traced runs in train mode only
             return str(error), "give an example that runs in train mode, such as a batch of two"
         raise
     return None
+
+
+def _note_varying(traced: Trace, error: VaryingOutputsError) -> None:
+    """Raises TraceError if what varies was traced: the graph would repeat one of its outputs for ever."""
+    path = error.path
+    if path in traced.entered:
+        keep = f"leaves=[{path!r}] (--leaf {path}) keeps it as it is" if path else "rewrite that part of it"
+        raise TraceError(f"{error}: it counts or reads a clock, say, and a graph would not; {keep}")
+    traced.notes.append(Diagnostic("PN125", path, str(error), "make it depend on its inputs alone"))
 
 
 def _why_not_compared(model: nn.Module, inputs: Inputs | None) -> tuple[str, str] | None:

@@ -33,6 +33,11 @@ CODES: dict[str, tuple[Severity, str]] = {
     "PN121": ("warning", "batch_norm is called as a function, in a branch that was not traced"),
     "PN122": ("note", "kept whole: the forward gives an autograd function what no graph can hold"),
     "PN123": ("note", "kept whole: the forward computes gradients, or changes what has them"),
+    "PN124": (
+        "note",
+        "the forward asks how many dimensions or pieces a value has: fixed to those of the example",
+    ),
+    "PN125": ("warning", "outputs vary from call to call for the same inputs and random numbers"),
     "PN201": ("note", "no activation follows the BatchNorm"),
     "PN202": ("note", "left without proxy normalization: a consumer cannot absorb its shift"),
     "PN203": ("note", "proxy normalization was switched off"),

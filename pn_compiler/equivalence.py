@@ -43,6 +43,7 @@ def check_equivalent(model: nn.Module, graph: nn.Module, inputs: Inputs, *, own_
     Raises:
         ConfigError: the model does not run on `inputs`.
         VaryingOutputsError: it gives something else in each call, so that nothing can be compared.
+        ChaoticOutputsError: it is chaotic: what rounds differently cannot be compared with it.
         TraceError: the outputs differ. The message names the first module whose output does.
     """
     runner, expected = _first_run(model, inputs, own_modes)
@@ -61,10 +62,10 @@ def check_equivalent(model: nn.Module, graph: nn.Module, inputs: Inputs, *, own_
         difference = largest_difference(actual, expected)
         if difference > runner.limit:
             if largest_difference(runner(model, values), expected) > runner.limit:
-                raise VaryingOutputsError(f"outputs of {type(model).__name__} vary from call to call")
+                raise VaryingOutputsError(model, _varying(model, values, runner))
             nudged = runner.cast(values).map(_nudge)
             if largest_difference(runner(model, nudged), expected) >= difference / 10:
-                raise VaryingOutputsError(
+                raise ChaoticOutputsError(
                     f"outputs of {type(model).__name__} depend on the last digits of inputs"
                 )
             where = _where(model, graph, values, runner)
@@ -76,10 +77,20 @@ def check_equivalent(model: nn.Module, graph: nn.Module, inputs: Inputs, *, own_
 
 
 class VaryingOutputsError(ConfigError):
-    """A model gives other outputs for the same inputs and random numbers, or for all but the same inputs.
+    """A model gives other outputs for the same inputs and random numbers: it counts, or reads a clock.
 
-    It reads a clock, for example, or is chaotic: what rounds differently cannot be compared with it.
+    Attributes:
+        path: of the first module whose outputs vary though its inputs do not.
     """
+
+    def __init__(self, model: nn.Module, path: str) -> None:
+        where = f"{path} ({type(model.get_submodule(path)).__name__})" if path else type(model).__name__
+        super().__init__(f"outputs of {where} vary from call to call, by more than random numbers of torch")
+        self.path = path
+
+
+class ChaoticOutputsError(ConfigError):
+    """A model gives other outputs for inputs that differ by less than rounding."""
 
 
 class _Runner:
@@ -188,6 +199,18 @@ def _where(model: nn.Module, graph: nn.Module, values: Inputs, runner: _Runner) 
         found += "" if given else ", and its inputs differ already"
         return f"{found}. {_advice(model, blamed)}"
     return f"No module that it calls differs. {_advice(model, '')}"
+
+
+def _varying(model: nn.Module, values: Inputs, runner: _Runner) -> str:
+    """The path of the first module whose outputs vary from call to call though its inputs do not."""
+    first, second = _observe(model, values, runner), _observe(model, values, runner)
+    for path, calls in second.items():
+        pairs = list(zip(first.get(path, ()), calls, strict=False))
+        if any(
+            largest_difference(a[0], b[0]) <= runner.limit < largest_difference(a[1], b[1]) for a, b in pairs
+        ):
+            return path
+    return ""
 
 
 class _Observed:

@@ -60,6 +60,18 @@ def choose_inputs(
     return inputs, source
 
 
+def stated_inputs(model: nn.Module, input_shape: tuple[int, ...] | None) -> Inputs | None:
+    """Inputs of a shape that is given, or stored with the model; None if neither is, or it is impossible."""
+    shape = input_shape or _stored_shape(model)
+    try:
+        inputs = None if shape is None else random_inputs(model, [shape])
+        if inputs is not None:
+            refuse_giant_tensors(model, inputs)
+    except Exception:  # choose_inputs says why
+        return None
+    return inputs
+
+
 def random_inputs(model: nn.Module, shapes: Sequence[tuple[int, ...]]) -> Inputs:
     """A standard normal tensor for each of `shapes`, in the dtype of the model's parameters."""
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
@@ -73,10 +85,9 @@ def guess_shape(model: nn.Module, traced: nn.Module) -> tuple[tuple[int, ...], s
     Raises:
         ConfigError: it cannot be guessed.
     """
-    stored = getattr(model, "pretrained_cfg", None) or getattr(model, "default_cfg", None) or {}
-    size = stored.get("input_size") if isinstance(stored, Mapping) else getattr(stored, "input_size", None)
-    if isinstance(size, tuple | list) and size:
-        return (1, *size), "from the file (pretrained_cfg)"
+    stored = _stored_shape(model)
+    if stored is not None:
+        return stored, "from the file (pretrained_cfg)"
     if not isinstance(traced, fx.GraphModule):
         raise ConfigError(f"the input shape cannot be guessed, for the forward cannot be traced: {_ASK}")
     places = [node for node in traced.graph.nodes if node.op == "placeholder"]
@@ -90,6 +101,12 @@ def guess_shape(model: nn.Module, traced: nn.Module) -> tuple[tuple[int, ...], s
     if isinstance(layer, nn.Linear):
         return (1, layer.in_features), f"guessed: {layer.in_features} features of the first layer"
     raise ConfigError(f"the input shape cannot be guessed from the first layer: {_ASK}")
+
+
+def _stored_shape(model: nn.Module) -> tuple[int, ...] | None:
+    stored = getattr(model, "pretrained_cfg", None) or getattr(model, "default_cfg", None) or {}
+    size = stored.get("input_size") if isinstance(stored, Mapping) else getattr(stored, "input_size", None)
+    return (1, *size) if isinstance(size, tuple | list) and size else None
 
 
 def _first_layer(graph: fx.GraphModule, node: fx.Node) -> nn.Module | None:

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import fx, nn
 from torch.utils import _pytree as pytree
 
+from pn_compiler import in_place
 from pn_compiler.autograd_functions import FunctionCall
 from pn_compiler.spelling import operator_name
 
@@ -136,9 +137,9 @@ def _sample(node: fx.Node, root: nn.Module, samples: dict[fx.Node, Any]) -> Any:
         return attribute_of(first, str(node.args[1]))
     if node.target is operator.getitem:
         return _item(first, node.args[1])
-    if getattr(node.target, "__module__", "") == "_operator":
+    if getattr(node.target, "__module__", "") in ("_operator", in_place.__name__):
         return _of_operator(node.target, [given(a) for a in node.args])
-    return _of_function(node)
+    return _of_function(node, first)
 
 
 def _attribute(root: nn.Module, path: str) -> Any:
@@ -167,7 +168,7 @@ def _of_method(name: str, first: Any, operands: int) -> Any:
         return UNKNOWN
     if name == "size":
         return SAMPLE.shape if operands == 1 else 1
-    return _of_schema(name)
+    return _of_schema(name, first)
 
 
 def _of_operator(target: Any, operands: list[Any]) -> Any:
@@ -181,19 +182,21 @@ def _of_operator(target: Any, operands: list[Any]) -> Any:
     return target(*operands)
 
 
-def _of_function(node: fx.Node) -> Any:
+def _of_function(node: fx.Node, first: Any) -> Any:
     name = operator_name(node)
     if not name:
         return UNKNOWN
     if getattr(F, name, None) is node.target and hasattr(node.target, "__annotations__"):
         return SAMPLE if node.target.__annotations__.get("return") is torch.Tensor else UNKNOWN
-    return _of_schema(name)
+    return _of_schema(name, first)
 
 
-def _of_schema(name: str) -> Any:
-    """What the ATen operator of that name returns, if all of its overloads return the same."""
+def _of_schema(name: str, first: Any) -> Any:
+    """What the ATen operator of that name returns, if all overloads that take `first` return the same."""
     packet = getattr(torch.ops.aten, name)
-    schemas = (getattr(packet, overload)._schema for overload in packet.overloads())
+    schemas = [getattr(packet, overload)._schema for overload in packet.overloads()]
+    if isinstance(first, torch.Tensor):
+        schemas = [s for s in schemas if s.arguments and str(s.arguments[0].type) == "Tensor"]
     kinds = {tuple(str(r.type) for r in s.returns) for s in schemas if "out" not in s.overload_name}
     if len(kinds) != 1:
         return UNKNOWN

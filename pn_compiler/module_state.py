@@ -1,11 +1,8 @@
 """What a forward does to its modules and to what they share, besides computing outputs."""
 
-import collections
 import contextlib
-import copy
 import dis
 import sys
-import types
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -15,13 +12,10 @@ from torch import fx, nn
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from pn_compiler.captured import CONTAINERS, attributes, functions_of, is_library, is_plain_object, reachable
-
-#: identities of builtins, and of what code finds in their place while it is traced: no change of its globals
-SWAPPED = {id(isinstance), id(callable), id(type)}
+from pn_compiler.captured import attributes, functions_of, is_library, reachable
+from pn_compiler.containers import Containers
 
 _WRITABLE = (torch.Tensor, int, float, str)
-_WARNED = "__warningregistry__"  # what `warnings` keeps among the globals of code that warns
 
 
 class ModuleState:
@@ -171,101 +165,6 @@ def storage_of(tensor: torch.Tensor) -> int:
         return int(tensor.untyped_storage()._cdata)
     except NotImplementedError:  # sparse and quantized tensors
         return id(tensor)
-
-
-class Containers:
-    """The contents of lists, dicts, sets, objects and cells of closures, to see what changed and undo it."""
-
-    def __init__(self) -> None:
-        self._held: dict[int, tuple[Any, Any]] = {}
-        self._owners: dict[int, set[str]] = {}
-
-    def add(self, values: Iterable[Any], owner: str) -> None:
-        """Includes all that `values` reach; `owner` is the path of the module that holds them."""
-        for value in reachable(values):
-            if isinstance(value, CONTAINERS) or is_plain_object(value):
-                self._note(value, owner)
-            elif isinstance(value, types.FunctionType):
-                for cell in value.__closure__ or ():
-                    self._note(cell, owner)
-
-    def add_globals(self, names: dict[str, Any]) -> None:
-        """Includes the globals of a module and the containers among them."""
-        if id(names) in self._held:
-            return
-        self._note(names, "")
-        found = (value for name, value in names.items() if name != _WARNED)
-        self.add([value for value in found if isinstance(value, CONTAINERS)], "")
-
-    def add_classes(self, cls: type, owner: str) -> None:
-        """Includes the attributes of the user's classes that `cls` derives from."""
-        for base in cls.__mro__:
-            if not is_library(base):
-                self._note(base, owner)
-
-    def _note(self, value: Any, owner: str) -> None:
-        self._held.setdefault(id(value), (value, _contents(value)))
-        self._owners.setdefault(id(value), set()).add(owner)
-
-    def changed(self) -> set[str]:
-        """Paths of the modules that hold something that changed; "" for globals."""
-        found = (key for key, (value, before) in self._held.items() if not _same(_contents(value), before))
-        return {owner for key in found for owner in self._owners[key]}
-
-    def restore(self) -> None:
-        """Undoes the changes."""
-        for value, before in self._held.values():
-            if not _same(_contents(value), before):
-                _set_contents(value, before)
-
-
-def _contents(value: Any) -> Any:
-    if isinstance(value, types.CellType):
-        try:
-            return [value.cell_contents]
-        except ValueError:
-            return []
-    if isinstance(value, dict) and ("__builtins__" in value or _WARNED in value):  # the globals of a module
-        return {name: held for name, held in value.items() if name != _WARNED and id(held) not in SWAPPED}
-    if isinstance(value, dict):
-        return dict(dict.items(value))  # whatever a subclass does when it is read
-    return copy.copy(value) if isinstance(value, CONTAINERS) else dict(vars(value))
-
-
-def _same(now: Any, before: Any) -> bool:
-    if len(now) != len(before):
-        return False
-    if isinstance(now, dict):
-        return all(key in now and now[key] is value for key, value in before.items())
-    if isinstance(now, set):
-        return bool(now == before)
-    return all(new is old for new, old in zip(now, before, strict=True))
-
-
-def _set_contents(value: Any, before: Any) -> None:
-    if isinstance(value, types.CellType):
-        if before:
-            value.cell_contents = before[0]
-        else:
-            del value.cell_contents
-    elif isinstance(value, dict):
-        swapped = {name: held for name, held in value.items() if id(held) in SWAPPED}
-        value.clear()
-        value.update({**before, **swapped})
-    elif isinstance(value, set):
-        value.clear()
-        value.update(before)
-    elif isinstance(value, list | collections.deque):
-        value.clear()
-        value.extend(before)
-    elif isinstance(value, type):
-        for name in vars(value).keys() - before.keys():
-            delattr(value, name)
-        for name in (name for name, now in dict(vars(value)).items() if now is not before[name]):
-            setattr(value, name, before[name])
-    else:
-        vars(value).clear()
-        vars(value).update(before)
 
 
 @contextlib.contextmanager

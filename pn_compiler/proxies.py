@@ -3,7 +3,6 @@
 import dis
 import operator
 import sys
-from collections.abc import Callable
 from dis import opname
 from types import FrameType
 from typing import Any
@@ -14,9 +13,9 @@ from torch.fx import proxy as fx_proxy
 
 from pn_compiler.in_place import InPlaceProxy
 from pn_compiler.known_types import UNKNOWN, attribute_of, has_attribute, may_be_none
-from pn_compiler.module_state import SWAPPED
 
 _OWN = frozenset(["tracer", "node", "param", "name", "root", "attr", "_node"])
+_RANK_METHODS = ("dim", "ndimension")
 _ASKS_CLASS = ("LOAD_ATTR", "LOAD_METHOD", "MATCH_CLASS")
 
 
@@ -71,7 +70,8 @@ class TracedProxy(InPlaceProxy):
             raise AttributeError(f"{type(value).__name__!r} object has no attribute {k!r}")
         elif may_be_none(value, k):
             raise self.refuse("PN114", f"the forward asks for {self!r}.{k}, which may be None or not")
-        return TracedAttribute(self, k)
+        rank = self.tracer.rank(self.node) if k == "ndim" else None
+        return TracedAttribute(self, k) if rank is None else rank
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name not in _OWN:
@@ -106,7 +106,10 @@ class TracedProxy(InPlaceProxy):
         return object.__hash__(self)
 
     def __len__(self) -> int:
-        raise self.refuse(None, f"the forward asks for the length of {self!r}")
+        length: int | None = self.tracer.length(self.node)
+        if length is None:
+            raise self.refuse(None, f"the forward asks for the length of {self!r}")
+        return length
 
     def __int__(self) -> int:
         raise self.refuse(None, f"the forward makes an int of {self!r}")
@@ -153,6 +156,13 @@ class TracedAttribute(TracedProxy, fx_proxy.Attribute):
     def known(self) -> Any:
         """The attribute of a value of the type that the owner has, or UNKNOWN."""
         return attribute_of(self.root.known(), self.attr)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Calls the method. How many dimensions a tensor has is answered, if it is known."""
+        rank = None
+        if self.attr in _RANK_METHODS and not (args or kwargs):
+            rank = self.tracer.rank(self.root.node)
+        return super().__call__(*args, **kwargs) if rank is None else rank
 
     def __repr__(self) -> str:
         self._check_text(sys._getframe(1))
@@ -207,79 +217,6 @@ def is_library_module(names: dict[str, Any]) -> bool:
     """Whether these globals are those of a module of torch, NumPy, Python or this package."""
     top = str(names.get("__name__")).partition(".")[0]
     return top in ("torch", "pn_compiler", "numpy") or (top in sys.stdlib_module_names and top != "__main__")
-
-
-def traced_isinstance(obj: Any, cls: Any) -> bool:
-    """The builtin, answered for the value of a proxy."""
-    cls = _without_shims(cls)
-    if type(obj) not in PROXIES or isinstance(obj, cls):
-        return isinstance(obj, cls)
-    value = obj.sample("the forward asks for the type of")
-    classes = cls if isinstance(cls, tuple) else (cls,)
-    if isinstance(value, torch.Tensor) and any(type(c).__name__ == "tensortype" for c in classes):
-        obj.refuse("PN114", f"the forward asks for the dtype of {obj!r} by its type")
-    return isinstance(value, cls)
-
-
-def traced_callable(obj: Any) -> bool:
-    """The builtin, answered for the value of a proxy."""
-    return callable(obj.sample("the forward asks whether it can call") if type(obj) in PROXIES else obj)
-
-
-class _TracedType:
-    """Stands for the builtin ``type``: the type of a proxy is that of its value."""
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if len(args) == 1 and not kwargs and type(args[0]) in PROXIES:
-            return type(args[0].sample("the forward asks for the type of"))
-        return type(*args, **kwargs)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(type, name)
-
-    def __eq__(self, other: object) -> bool:
-        return other is self or other is type
-
-    def __hash__(self) -> int:
-        return hash(type)
-
-    def __mro_entries__(self, bases: Any) -> tuple[type, ...]:
-        return (type,)
-
-    def __getitem__(self, item: Any) -> Any:
-        return type[item]
-
-    def __or__(self, other: Any) -> Any:
-        return type | other
-
-    def __ror__(self, other: Any) -> Any:
-        return other | type
-
-
-traced_type = _TracedType()
-
-
-def _without_shims(cls: Any) -> Any:
-    if cls is traced_type:
-        return type
-    return tuple(map(_without_shims, cls)) if type(cls) is tuple else cls
-
-
-#: what user code finds under these names while it is traced
-SHIMS: dict[str, Callable[..., Any]] = {
-    "isinstance": traced_isinstance,
-    "callable": traced_callable,
-    "type": traced_type,
-}
-SWAPPED.update(map(id, SHIMS.values()))
-
-
-def shims_for(names: dict[str, Any]) -> tuple[str, ...]:
-    """Which of `SHIMS` the code of a module with these globals is to find.
-
-    Functions of torch ask ``type(x)`` only to tell proxies and other subclasses from plain tensors.
-    """
-    return ("isinstance",) if str(names.get("__name__")).partition(".")[0] == "torch" else tuple(SHIMS)
 
 
 def module_proxy(tracer: fx.Tracer, name: str, value: torch.Tensor) -> fx.Proxy:

@@ -5,8 +5,9 @@ part is a region, a graph that takes the place of the module that it was traced 
 """
 
 import dataclasses
+import functools
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from torch import fx, nn
 
@@ -15,14 +16,15 @@ from pn_compiler.child_uses import children_looked_into, is_called_whole, read_n
 from pn_compiler.copying import copy_model
 from pn_compiler.diagnostics import Diagnostic
 from pn_compiler.errors import ConfigError, TraceError
-from pn_compiler.functional_norms import reaches_batch_norm
+from pn_compiler.functional_norms import calls_batch_norm, reaches_batch_norm
 from pn_compiler.graph_module import ConvertedModule, is_converted
 from pn_compiler.graph_utils import module_calls
 from pn_compiler.hooked import HookedModules, refuse_global_hooks, sharing_tensors
 from pn_compiler.inputs import Inputs
 from pn_compiler.nn import put_behind
+from pn_compiler.observed_calls import ObservedCalls
 from pn_compiler.pass_base import live_nodes
-from pn_compiler.tracing import resolve_leaves, trace_module
+from pn_compiler.tracing import NotTracedError, resolve_leaves, trace_module
 from pn_compiler.training_flag import branches_note
 from pn_compiler.weight_writes import may_write_weights
 
@@ -73,9 +75,12 @@ class Trace:
         entered: paths of the modules whose forward is part of a graph.
         norm_calls: those among them that call batch_norm as a function there.
         unread_norm_calls: those among them whose results nothing reads.
+        calls: arguments of the modules inside, in a call of the model on example inputs.
+        reasons: path of a module that stayed whole -> why, as far as that is known.
     """
 
     root: nn.Module
+    calls: ObservedCalls
     regions: list[Region] = dataclasses.field(default_factory=list)
     opaque: list[str] = dataclasses.field(default_factory=list)
     leaves: frozenset[str] = frozenset()
@@ -84,6 +89,7 @@ class Trace:
     entered: set[str] = dataclasses.field(default_factory=set)
     norm_calls: set[str] = dataclasses.field(default_factory=set)
     unread_norm_calls: set[str] = dataclasses.field(default_factory=set)
+    reasons: dict[str, str] = dataclasses.field(default_factory=dict)
 
 
 def trace(
@@ -92,6 +98,7 @@ def trace(
     leaves: Sequence[str | type[nn.Module]] = (),
     *,
     in_place: bool = False,
+    example: Callable[[], Inputs | None] = lambda: None,
 ) -> Trace:
     """Traces a copy of `model`, in regions where it cannot be traced as a whole.
 
@@ -100,6 +107,7 @@ def trace(
         inputs: arguments of a call; parameters of forward beyond them keep their defaults.
         leaves: paths or classes of modules that stay whole, as if they could not be traced.
         in_place: trace `model` itself, whose parts become those of the result.
+        example: without `inputs`, gives arguments of a call where code asks how many dimensions a value has.
 
     Raises:
         ConfigError: the inputs do not fit the forward, `leaves` names nothing, or there are global hooks.
@@ -108,8 +116,9 @@ def trace(
     """
     refuse_global_hooks()
     _check_fit(model, inputs)
+    calls = ObservedCalls(model, example if inputs is None else lambda: inputs)
     model = model if in_place else copy_model(model)
-    traced = Trace(model, leaves=resolve_leaves(model, leaves))
+    traced = Trace(model, calls, leaves=resolve_leaves(model, leaves))
     for name, module in model.named_modules(remove_duplicate=False):
         for part in (module, *(p for p in module._parameters.values() if p is not None)):
             traced.paths.setdefault(id(part), []).append(name)
@@ -173,7 +182,12 @@ def _trace_into(module: nn.Module, path: str, inputs: Inputs | None, traced: Tra
     prefix = f"{path}." if path else ""
     inside = frozenset(leaf.removeprefix(prefix) for leaf in traced.leaves if leaf.startswith(prefix))
     hooked = HookedModules.of(module).hooked - inside
-    gm, leaves, notes = trace_module(module, inputs, inside, outermost=not path)
+    example = functools.partial(traced.calls.of, path)
+    reasons: dict[str, str] = {}
+    gm, leaves, notes = trace_module(
+        module, inputs, inside, outermost=not path, example=example, reasons=reasons
+    )
+    traced.reasons.update((prefix + leaf, reason) for leaf, reason in reasons.items())
     traced.regions.append(Region(prefix, gm))
     _note_entered(gm, path, traced)
     _take_notes(notes, path, traced)
@@ -222,6 +236,8 @@ def _trace_or_enter(module: nn.Module, path: str, traced: Trace, *, apart: bool)
 def _note_failure(error: TraceError, path: str, traced: Trace) -> bool:
     """Reports why the module at `path` stays whole. Returns whether its forward rewrites weights."""
     notes = getattr(error, "notes", ())
+    if isinstance(error, NotTracedError):
+        traced.reasons[path] = error.reason
     _take_notes(notes, path, traced)
     return any(note.code == "PN115" for note in notes)
 
@@ -251,10 +267,16 @@ def _trace_children(owner: nn.Module, path: str, traced: Trace, *, apart: bool =
         if is_batch_norm(child):
             if not shared and name not in read_norms(type(owner)):  # type: ignore[arg-type]  # hashable
                 traced.regions.append(_lone_region(owner, name, path))
-        elif apart or shared or not is_called_whole(owner, name, child):
+        elif (apart and not _only_normalizes(child)) or shared or not is_called_whole(owner, name, child):
             _trace_children(child, inside, traced, apart=apart)  # no region may change a shared weight
         else:
             setattr(owner, name, _trace_or_enter(child, inside, traced, apart=False))
+
+
+def _only_normalizes(module: nn.Module) -> bool:
+    """Whether `module` calls batch_norm, and has no weights that could absorb anything."""
+    vectors = all(tensor.dim() <= 1 for tensor in (*module.parameters(), *module.buffers()))
+    return vectors and calls_batch_norm(module)
 
 
 def _is_shared(child: nn.Module, path: str, traced: Trace) -> bool:

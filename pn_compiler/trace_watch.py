@@ -18,7 +18,8 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from pn_compiler.module_state import storage_of
-from pn_compiler.proxies import SHIMS, is_internal, is_library_module, shims_for
+from pn_compiler.proxies import is_internal, is_library_module
+from pn_compiler.type_shims import SHIMS, shims_for
 
 Refuse = Callable[[str, str], Any]
 

@@ -4,19 +4,22 @@ What cannot be traced stays whole, and the rest is tried again.
 """
 
 import dataclasses
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from torch import fx, nn
 from torch.nn.parameter import is_lazy
 
 from pn_compiler.batch_norms import holds_batch_norm, plain_base
+from pn_compiler.containers import Containers
 from pn_compiler.diagnostics import Diagnostic
 from pn_compiler.errors import ConfigError, TraceError, UnsupportedModelError, first_line
+from pn_compiler.fixed_arguments import check_fixed
 from pn_compiler.graph_module import ConvertedModule
 from pn_compiler.hooked import HookedModules
 from pn_compiler.inputs import Inputs
-from pn_compiler.module_state import Containers, ModuleState
-from pn_compiler.tracer import Failure, Tracer, check_fixed
+from pn_compiler.module_state import ModuleState
+from pn_compiler.trace_failures import Failure
+from pn_compiler.tracer import Tracer
 from pn_compiler.training_flag import branches_note, read_flags_in_graph
 
 # models that were saved before refer to check_fixed by this module
@@ -28,11 +31,13 @@ class NotTracedError(TraceError):
 
     Attributes:
         notes: diagnostics that say why, if it is for a reason that torch.fx would not have seen.
+        reason: in words.
     """
 
     def __init__(self, module: nn.Module, failure: Failure) -> None:
         super().__init__(f"torch.fx cannot trace {type(module).__name__}.forward: {failure.reason}")
         self.notes = tuple(failure.notes())
+        self.reason = failure.reason
 
 
 def trace_module(
@@ -41,6 +46,8 @@ def trace_module(
     leaves: frozenset[str] = frozenset(),
     *,
     outermost: bool = True,
+    example: Callable[[], Inputs | None] = lambda: None,
+    reasons: dict[str, str] | None = None,
 ) -> tuple[ConvertedModule, frozenset[str], tuple[Diagnostic, ...]]:
     """Traces `module`, over its own submodules.
 
@@ -51,6 +58,9 @@ def trace_module(
         inputs: arguments of a call; parameters of forward beyond them keep their defaults.
         leaves: paths of submodules that stay whole in any case.
         outermost: whether the user calls the module: arguments of unknown type are taken to be tensors.
+        example: without `inputs`, gives arguments of a call where the forward asks how many dimensions a
+            value has; they decide nothing else.
+        reasons: gets, by path, why submodules stay whole.
 
     Returns:
         The graph, the paths of the submodules that stay whole, and notes: on branches that are fixed, on
@@ -59,8 +69,10 @@ def trace_module(
     Raises:
         TraceError: the forward of `module` itself cannot be traced.
     """
-    tracing = _Tracing(module, inputs, leaves, outermost)
+    tracing = _Tracing(module, inputs, leaves, outermost, example)
     graph = tracing.run()
+    if reasons is not None:
+        reasons.update(tracing.reasons)
     read_flags_in_graph(module, graph)
     vars(module).update(tracing.functions)  # where a graph finds what it calls
     gm = ConvertedModule(module, graph, type(module).__name__)
@@ -102,10 +114,16 @@ class _Tracing:
     """Traces `model`, again and again, with the innermost module that fails as one more leaf."""
 
     def __init__(
-        self, model: nn.Module, inputs: Inputs | None, leaves: frozenset[str], outermost: bool
+        self,
+        model: nn.Module,
+        inputs: Inputs | None,
+        leaves: frozenset[str],
+        outermost: bool,
+        example: Callable[[], Inputs | None],
     ) -> None:
-        self.model, self.inputs, self.outermost = model, inputs, outermost
+        self.model, self.inputs, self.outermost, self.example = model, inputs, outermost, example
         self.notes: set[Diagnostic] = set()
+        self.reasons: dict[str, str] = {}  # path of a leaf -> why it is one
         called_around = HookedModules.of(model)
         self.leaves = leaves | called_around.hooked
         for path in called_around.reading - leaves:
@@ -117,7 +135,7 @@ class _Tracing:
         """The graph, when the rest can be traced. Raises TraceError if it cannot."""
         while True:
             before = ModuleState(self.model)
-            tracer = Tracer(self.model, self.inputs, self.leaves, self.outermost)
+            tracer = self._tracer()
             tracer.state = before if self._watch_state else None
             branches: set[str] = set()
             try:
@@ -136,9 +154,12 @@ class _Tracing:
             for module in tracer.wrapping.values():
                 module.__class__ = plain_base(module)  # what else it does is in the graph
             self._take_notes(tracer, branches, stored)
-            self.functions = {**tracer.functions}
+            self.functions = {**tracer.functions.layers}
             graph._tracer_cls = None  # unpickling traces the generated code, with the tracer of torch.fx
             return graph
+
+    def _tracer(self) -> Tracer:
+        return Tracer(self.model, self.inputs, self.leaves, self.outermost, self.example)
 
     def _record(self, tracer: Tracer, containers: Containers, branches: set[str]) -> fx.Graph | None:
         """One trace; None if it failed and is to be tried with one more leaf."""
@@ -163,6 +184,7 @@ class _Tracing:
             raise NotTracedError(self.model, dataclasses.replace(failure, path=""))
         for path in paths - self.leaves:
             self.notes |= dataclasses.replace(failure, path=path).notes()
+            self.reasons[path] = failure.reason
         self.leaves |= paths
 
     def _alike(self, failure: Failure) -> Iterator[str]:
@@ -182,7 +204,7 @@ class _Tracing:
         self.leaves |= other
         for path in changed:
             reason = "the forward changes attributes of a module"
-            self._keep(Failure(path, "PN118", reason), tracer.writers.get(path, ()))
+            self._keep(Failure(path, "PN118", reason), tracer.writes.writers.get(path, ()))
         if shared and not changed:
             if self._watch_state:  # it changes where no module begins or ends
                 self._keep(Failure("", "PN118", "the forward changes what modules share"))
@@ -191,7 +213,7 @@ class _Tracing:
 
     def _reads_back(self, graph: fx.Graph) -> bool:
         """Whether a second call, after what the first has stored, records something else."""
-        tracer = Tracer(self.model, self.inputs, self.leaves, self.outermost)
+        tracer = self._tracer()
         try:
             again = tracer.trace_watched(set(), Containers())
         except Exception:  # it met a proxy of the first trace
@@ -203,6 +225,7 @@ class _Tracing:
         self.notes |= {_stored_note(path, name) for path, name in stored}
         self.notes |= {_CHECKPOINTED} if tracer.checkpointed else set()
         self.notes |= {_assumed_note(path) for path in tracer.assumed}
+        self.notes |= {_rank_note(path) for path in tracer.asked_rank}
 
 
 def _assumed_note(path: str) -> Diagnostic:
@@ -211,6 +234,15 @@ def _assumed_note(path: str) -> Diagnostic:
         path,
         "the forward asks for the type of a value; the inputs of the model are taken to be tensors",
         "pass example_inputs if they are not",
+    )
+
+
+def _rank_note(path: str) -> Diagnostic:
+    return Diagnostic(
+        "PN124",
+        path,
+        "the forward asks how many dimensions or pieces a value has: as many as in the example from now on",
+        f"leaves=[{path!r}] keeps the module as it is" if path else "convert with inputs of the kind in use",
     )
 
 

@@ -1,0 +1,55 @@
+"""Why a module is not traced, and the tracer that notes it."""
+
+import dataclasses
+from typing import NoReturn
+
+from torch import fx
+
+from pn_compiler.diagnostics import Diagnostic
+from pn_compiler.proxies import Untraceable
+
+_KEPT_HINT = "what it calls is converted on its own"
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Failure:
+    """Why a module is not traced.
+
+    Attributes:
+        path: of the innermost module whose code is the reason.
+        code: of the diagnostic that reports it; None for what torch.fx itself cannot trace.
+        reason: in words.
+    """
+
+    path: str
+    code: str | None
+    reason: str
+
+    def notes(self) -> set[Diagnostic]:
+        if self.code is None:
+            return set()
+        return {Diagnostic(self.code, self.path, f"the module stays whole: {self.reason}", _KEPT_HINT)}
+
+
+class RefusingTracer(fx.Tracer):
+    """A tracer that knows which module it is in, and remembers why it gave up.
+
+    Attributes:
+        stack: paths of the modules being traced, outermost first.
+        failure: the first, also where the forward catches the exception.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(param_shapes_constant=True)
+        self.stack = [""]
+        self.failure: Failure | None = None
+
+    def refuse(self, code: str | None, reason: str) -> NoReturn:
+        """The module that is being traced does what a graph would not do."""
+        self.failed(code, reason)
+        raise Untraceable(code, reason)
+
+    def failed(self, code: str | None, reason: str) -> None:
+        failure = Failure(self.stack[-1], code, reason)
+        if self.failure is None or (self.failure.path == failure.path and code == "PN115"):
+            self.failure = failure  # what rewrites weights must be known as such
