@@ -16,6 +16,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pn_compiler.captured import CONTAINERS, attributes, functions_of, is_library, is_plain_object, reachable
+from pn_compiler.graph_utils import has_values
 
 #: identities of builtins, and of what code finds in their place while it is traced: no change of its globals
 SWAPPED = {id(isinstance), id(callable), id(type)}
@@ -83,9 +84,9 @@ class ModuleState:
     @torch.no_grad()
     def restore(self, *, traced: bool = True) -> None:
         """Undoes the changes. New attributes that hold no proxy stay if `traced`: constants of the graph."""
-        for buffer in self._overwritten():
-            assert buffer is not None
-            buffer.copy_(self._values[buffer][1])
+        for buffer, (version, value) in self._values.items():
+            if buffer._version != version or _is_updated(buffer, value):
+                buffer.copy_(value)
         for module, before, registered in self._held.values():
             for name in vars(module).keys() - before.keys():
                 if not traced or _holds_proxy(vars(module)[name]):
@@ -97,6 +98,11 @@ class ModuleState:
         for parameter in self._parameters:
             parameter.restore()
         self.containers.restore()
+
+
+def _is_updated(buffer: torch.Tensor, before: torch.Tensor) -> bool:
+    """Whether `buffer`, if it may be a running statistic, was: batch_norm leaves its version as it was."""
+    return buffer.dim() < 2 and has_values(buffer) and not torch.equal(buffer, before)
 
 
 def _registered(module: nn.Module, *, copied: bool = True) -> tuple[dict[str, Any], ...]:
