@@ -356,3 +356,35 @@ def test_a_steady_output_still_widens_the_limit() -> None:
     proto = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 20)], ir_version=9)
     with pytest.raises(VerificationError, match=r"output b .*limit [2-9]\.\de-04"):
         verify_onnx(proto, expected)
+
+
+class Renorm(nn.Conv2d):
+    """The spelling of EEGNet: `.data`, at which a second attempt of torch.onnx would end the process."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.weight.data = torch.renorm(self.weight.data, 2, 0, 0.1)
+        return super().forward(x)
+
+
+class Scales(nn.Conv2d):
+    def forward(self, x: Tensor) -> Tensor:
+        self.weight.data.mul_(0.9)
+        return super().forward(x)
+
+
+class Doubles(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        x.data.mul_(2)
+        return x
+
+
+@pytest.mark.parametrize(
+    "layer", [Renorm(3, 8, 1), Scales(3, 8, 1), nn.Sequential(nn.Conv2d(3, 8, 1), Doubles())]
+)
+def test_a_forward_that_uses_data_is_an_error_of_ours(layer: nn.Module, tmp_path: Path) -> None:
+    net = nn.Sequential(layer, nn.BatchNorm2d(8), nn.ReLU()).eval()
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    with pytest.raises(ExportError, match=r"\.data"):
+        pn_compiler.compile(net, tmp_path / "model.onnx", IMAGES)
+    assert not list(tmp_path.iterdir())
+    assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
