@@ -100,7 +100,7 @@ def _uses_data(model: nn.Module, inputs: Inputs) -> bool:
     """Whether a forward reads or sets ``.data`` of a tensor."""
     with untouched(model, keep_state=True), _DataWatch() as watch, contextlib.suppress(Exception):
         inputs.call(model)  # a failure is reported by the exporter
-    return watch.used
+    return bool(watch.used)
 
 
 def _strip(proto: onnx.ModelProto) -> None:
