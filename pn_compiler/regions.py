@@ -223,8 +223,9 @@ def drop_dead_norm_calls(traced: Trace) -> None:
             module = called_module(region.graph, node)
             if is_batch_norm(module) if module else reaches_batch_norm(node.target):
                 left.add((_entered_for(node, path) or [path])[-1])
-    traced.unread_norm_calls |= traced.norm_calls - left
-    traced.norm_calls &= left
+    dead = (traced.norm_calls - left) & traced.entered  # of a graph that came as one nothing tells
+    traced.unread_norm_calls |= dead
+    traced.norm_calls -= dead
 
 
 def _is_inside(path: str, others: frozenset[str]) -> bool:
