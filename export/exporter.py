@@ -5,15 +5,18 @@ import importlib.metadata
 import logging
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import onnx
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from pn_compiler.errors import ExportError, first_line
+from pn_compiler.evaluation import untouched
 from pn_compiler.export.external_data import move_weights_out
 from pn_compiler.export.names import rename
 from pn_compiler.export.options import ExportOptions
@@ -36,19 +39,30 @@ def export_graph(
         dynamic_shapes = pytree.tree_map(
             lambda x: {0: batch} if isinstance(x, torch.Tensor) and x.dim() else None, inputs.by_name(model)
         )
+    uses_data = _uses_data(model.eval(), inputs)
     try:
         with _quiet(), torch.no_grad():  # with gradients, pieces of a split may not be written to
+            given: Any = model
+            if uses_data:  # torch.onnx would try again with strict=True, where it ends the process
+                given = torch.export.export(
+                    model, inputs.args, dict(inputs.kwargs), dynamic_shapes=dynamic_shapes, strict=False
+                )
             program = torch.onnx.export(
-                model.eval(),
-                inputs.args,
-                kwargs=dict(inputs.kwargs),
+                given,
+                () if uses_data else inputs.args,
+                kwargs=None if uses_data else dict(inputs.kwargs),
                 dynamo=True,
                 opset_version=options.opset_version,
-                dynamic_shapes=dynamic_shapes,
+                dynamic_shapes=None if uses_data else dynamic_shapes,
                 verbose=False,
             )
     except Exception as error:
         hint = "; if the batch axis is the cause, try a static batch" if options.dynamic_batch else ""
+        if uses_data:
+            raise ExportError(
+                "torch.onnx cannot export the model: its forward uses .data of a tensor, which torch.export "
+                "cannot follow: use detach(), and compute weights without storing them"
+            ) from error
         raise ExportError(f"torch.onnx cannot export the model: {_cause(error)}{hint}") from error
     assert program is not None
     rename(program.model.graph, options.names)
@@ -65,6 +79,28 @@ def export_graph(
     proto.producer_name = "pn_compiler"
     proto.producer_version = importlib.metadata.version("pn-compiler")
     return proto
+
+
+class _DataWatch(TorchFunctionMode):
+    """Notices when ``.data`` of a tensor is read or set."""
+
+    used: bool = False
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        self.used = self.used or bool(func in _DATA)
+        return func(*args, **(kwargs or {}))
+
+
+_DATA = (torch.Tensor.data.__get__, torch.Tensor.data.__set__)  # type: ignore[attr-defined]  # a property
+
+
+def _uses_data(model: nn.Module, inputs: Inputs) -> bool:
+    """Whether a forward reads or sets ``.data`` of a tensor."""
+    with untouched(model, keep_state=True), _DataWatch() as watch, contextlib.suppress(Exception):
+        inputs.call(model)  # a failure is reported by the exporter
+    return bool(watch.used)
 
 
 def _strip(proto: onnx.ModelProto) -> None:

@@ -7,6 +7,7 @@ from torch import fx, nn
 
 from pn_compiler.activations import activation_of, reading_input
 from pn_compiler.aliases import find_aliases, in_place_operator, name_options, returns_target, writes
+from pn_compiler.dtypes import is_floating
 from pn_compiler.graph_utils import add_module, call_module_after, called_module, has_hooks
 from pn_compiler.pass_base import GraphPass, PassResult
 from pn_compiler.ranks import dtype
@@ -19,8 +20,9 @@ class CanonicalizeActivations(GraphPass):
     Given:   y = bn(x); F.relu_(y); z = y + w         Result:  y = bn(x); r = relu(y); z = r + w
              y += w; y.size(0)                                 z = y + w; z.size(0)
              nn.Identity()(x)                                  x
-    Leaves alone: functions that are no activation, or whose bounds are computed in the graph; writes that
-        are seen through a view, by the caller or by code that is not traced; y += w of other dtypes.
+    Leaves alone: functions that are no activation, or whose bounds are computed in the graph; those of
+        integers and booleans, and clamps of what may be; writes that are seen through a view, by the
+        caller or by code that is not traced; y += w of other dtypes.
     Outputs: preserved exactly.
     """
 
@@ -56,7 +58,7 @@ def _redirect_later_users(graph: fx.GraphModule, node: fx.Node) -> int:
 
 def _rewrite(graph: fx.GraphModule, node: fx.Node, overwritten: Collection[fx.Node]) -> int:
     module = activation_of(node)
-    if module is None:
+    if module is None or not _takes(graph, node.all_input_nodes[0], module):
         return 0
     if node in overwritten and "relu" not in operator_name(node):
         module = reading_input(module)  # as clamp does; a relu cannot be trained there in any case
@@ -66,6 +68,12 @@ def _rewrite(graph: fx.GraphModule, node: fx.Node, overwritten: Collection[fx.No
     node.replace_all_uses_with(call)
     graph.graph.erase_node(node)
     return 1
+
+
+def _takes(graph: fx.GraphModule, value: fx.Node, module: nn.Module) -> bool:
+    """Whether `module` computes of `value` what the function does: bounds of Hardtanh are no integers."""
+    floating = is_floating(graph, value)
+    return not isinstance(module, nn.Hardtanh) if floating is None else floating
 
 
 def _without_writing(node: fx.Node) -> int:

@@ -3,7 +3,7 @@
 from torch import fx, nn
 
 from pn_compiler.activations import is_activation, is_homogeneous
-from pn_compiler.aliases import Aliases, find_aliases
+from pn_compiler.aliases import Aliases, find_aliases, writes
 from pn_compiler.batch_norms import is_batch_norm
 from pn_compiler.graph_utils import call_module_after, called_module, has_hooks
 from pn_compiler.pass_base import GraphPass, PassResult
@@ -21,7 +21,7 @@ class HoistActivations(GraphPass):
              y = bn(x); conv(act(y)); y.shape                 y = bn(x); conv(act(y)); x.shape
     Leaves alone: chains with other readers in between; a dropout before an activation that is not
         homogeneous, since relu(k y) = k relu(y) for the k of a dropout, and silu(k y) is another value;
-        a slope per channel (PReLU) behind a view.
+        a dropout in place; a slope per channel (PReLU) behind a view.
     Outputs: preserved exactly.
     """
 
@@ -80,7 +80,8 @@ def _passes(graph: fx.GraphModule, node: fx.Node, activation: nn.Module) -> bool
     if moves_values(node, module):
         return all(parameter.numel() == 1 for parameter in activation.parameters())
     drops = type(module) in _DROPOUTS or operator_name(node) in _DROPOUT_NAMES
-    return drops and is_homogeneous(activation)
+    in_place = bool(writes(graph, node))  # over the output of the activation, which its gradient needs
+    return drops and not in_place and is_homogeneous(activation)
 
 
 def _read_once(node: fx.Node) -> bool:

@@ -9,8 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from pn_compiler.batch_norms import FixedMode
 from pn_compiler.functional_norms import NAMES
-from pn_compiler.graph_utils import add_module, called_module, has_hooks
+from pn_compiler.graph_utils import add_module, called_module, has_hooks, module_calls
 from pn_compiler.nn import ReadTraining
 from pn_compiler.ranks import rank
 from pn_compiler.spelling import operands, operator_name
@@ -86,12 +87,14 @@ class _Site:
         operands: of each of them.
         reads: operand -> path of the parameter or buffer.
         owner: path of the module that holds all of these.
+        mode: the `training` of all of them if that is written in; None if it is that of the module.
     """
 
     calls: tuple[fx.Node, ...]
     operands: dict[str, Any]
     reads: dict[str, str]
     owner: str
+    mode: bool | None
 
 
 def modularize_norms(gm: fx.GraphModule) -> int:
@@ -129,7 +132,11 @@ def _match(gm: fx.GraphModule, calls: list[fx.Node]) -> _Site | None:
     modes = [norm_operands(call).get("training", False) for call in calls]
     if len(owners) != 1 or not all(_is_mode(gm, mode) for mode in modes):
         return None
-    return _Site(tuple(calls), given, paths, owners.pop())
+    owner = owners.pop()
+    written = {None if isinstance(mode, fx.Node) else bool(mode) for mode in modes}
+    if len(written) > 1 and (True in written or gm.get_submodule(owner).training):
+        return None  # one BatchNorm has one mode
+    return _Site(tuple(calls), given, paths, owner, written.pop() if len(written) == 1 else None)
 
 
 def _is_mode(gm: fx.GraphModule, value: Any) -> bool:
@@ -142,8 +149,7 @@ def _own_all(gm: fx.GraphModule, site: _Site) -> bool:
     """Whether nothing but the calls of `site` reads its tensors, which are vectors of one length."""
     values = {path: _value(gm, path) for path in site.reads.values()}
     paths = [name for name, value in _tensors(gm) if any(value is own for own in values.values())]
-    called = {str(node.target) for node in gm.graph.nodes if node.op == "call_module"}
-    alone = len(paths) == len(values) == len(site.reads) and site.owner not in called
+    alone = len(paths) == len(values) == len(site.reads) and site.owner not in module_calls(gm)
     readers = {user for node in _get_attrs(gm, *values) for user in node.users}
     return alone and readers <= set(site.calls) and len({value.shape for value in values.values()}) == 1
 
@@ -169,11 +175,16 @@ def _place(gm: fx.GraphModule, site: _Site) -> str | None:
     if module is None:
         return None
     holder = gm.get_submodule(site.owner)
-    if type(holder) is type(module) and not has_hooks(holder):  # it is called as a module elsewhere
+    follows = site.mode is None or not module.track_running_stats
+    like_holder = type(holder) is type(module) and not has_hooks(holder)
+    if like_holder and (follows or site.owner in module_calls(gm)):
         usual = all(path == f"{site.owner}.{key}" for key, path in site.reads.items())
-        return site.owner if usual and str(holder) == str(module) else None
+        same = usual and str(holder) == str(module) and (follows or site.mode == holder.training)
+        return site.owner if same else None
     if not _own_all(gm, site):
         return None
+    if site.mode is not None and not follows:
+        module = FixedMode.of(module, site.mode)
     inside = f"{site.owner}."
     own = {*_get_attrs(gm, *site.reads.values()), *_flags(site)}
     others = [n for n in gm.graph.nodes if n.op == "call_module" or (n.op == "get_attr" and n.users)]
@@ -221,8 +232,7 @@ def _norm_of(gm: fx.GraphModule, site: _Site) -> _BatchNorm | None:
     if known not in (None, *_NORMS) or not tensors or any(isinstance(o, fx.Node) for o in (momentum, eps)):
         return None
     holder = gm.get_submodule(site.owner)
-    mode = site.operands.get("training", False)
-    always = mode is True and not holder.training  # the statistics of the batch, in eval mode, too
+    always = bool(site.mode) and not holder.training  # the statistics of the batch, in eval mode, too
     tracks = "running_mean" in tensors and "running_var" in tensors and not always
     affine = "weight" in tensors or "bias" in tensors
     size = len(next(iter(tensors.values())))

@@ -6,7 +6,13 @@ import torch
 from torch import fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from pn_compiler.batch_norms import closed_diagnostic, closed_kind, has_plain_forward, is_batch_norm
+from pn_compiler.batch_norms import (
+    FixedMode,
+    closed_diagnostic,
+    closed_kind,
+    has_plain_forward,
+    is_batch_norm,
+)
 from pn_compiler.calibration import LARGE_RESIDUAL, Calibrated
 from pn_compiler.config import TransformConfig, norm_name
 from pn_compiler.diagnostics import Diagnostic, Site, skipped
@@ -171,6 +177,8 @@ class ReplaceBatchNorm(GraphPass):
         new.weight.requires_grad_(norm.weight is not None and norm.weight.requires_grad)
         new.bias.requires_grad_(norm.bias is not None and norm.bias.requires_grad)
         replace_module(graph, path, new)
+        if isinstance(norm, FixedMode):
+            new.train(graph.training)
         kind = norm_name(num_groups, norm.num_features)
         residual = None if fitted is None else fitted.residual
         return Site(path, "norm_only", kind, num_groups, warm_start=warm, residual=residual)
@@ -239,6 +247,7 @@ def _unreadable(node: fx.Node) -> Diagnostic:
     return Diagnostic(
         "PN106",
         name,
-        f"{operator_name(node)} on operands that are not the parameters and buffers of one module",
+        f"{operator_name(node)} on operands that are not the parameters and buffers of one module, "
+        "or in several modes",
         "use nn.BatchNorm; an exported program must come straight from torch.export.export",
     )

@@ -14,9 +14,9 @@ from pn_compiler.conversion import (
     measure_conversion,
     prepare,
 )
-from pn_compiler.copying import copy_model, fake_mode, unwrap
+from pn_compiler.copying import copy_model, fake_mode, in_mode_of, unwrap
 from pn_compiler.errors import ConfigError
-from pn_compiler.evaluation import batches_of, to_eval_mode
+from pn_compiler.evaluation import batches_of, check_values, to_eval_mode
 from pn_compiler.graph_module import is_converted, notes, record, sites
 from pn_compiler.inputs import Inputs
 from pn_compiler.pass_base import Progress, run_pipeline
@@ -100,8 +100,10 @@ def transform(
         raise ConfigError("the model is already converted")
     inputs = Inputs.of(example_inputs, example_kwargs)
     if calibration is not None:
+        check_values(model)
         calibration = batches_of(calibration, again=True)
         inputs = inputs or first_sample(calibration)
+    inputs = in_mode_of(model, inputs)
     with fake_mode(model):
         traced = trace(model, inputs, leaves)
         prepare(traced, model, inputs)

@@ -1,6 +1,7 @@
 """Which modules are BatchNorms, and of what kind."""
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import nn
@@ -75,6 +76,47 @@ def wraps_batch_norm(module: nn.Module) -> bool:
         and set(module._parameters) <= {"weight", "bias"}
         and set(module._buffers) <= {"running_mean", "running_var", "num_batches_tracked"}
     )
+
+
+class FixedMode(_BatchNorm):
+    """A BatchNorm that nothing takes out of its mode, as ``F.batch_norm(..., training=False)`` is in one."""
+
+    fixed_mode: bool
+
+    @property
+    def training(self) -> bool:  # an attribute of nn.Module
+        return self.fixed_mode
+
+    @training.setter
+    def training(self, mode: bool) -> None:
+        """Also what train() and eval() do."""
+
+    @staticmethod
+    def of(norm: _BatchNorm, training: bool) -> "FixedMode":
+        """`norm` itself, from now on always in the mode `training`."""
+        fixed: Any = norm
+        fixed.__class__ = next(
+            cls for cls in FixedMode.__subclasses__() if isinstance(norm, cls.__bases__[1])
+        )
+        fixed.fixed_mode = training
+        assert isinstance(fixed, FixedMode)
+        return fixed
+
+
+class FixedModeBatchNorm1d(FixedMode, nn.BatchNorm1d):
+    """nn.BatchNorm1d in one mode."""
+
+
+class FixedModeBatchNorm2d(FixedMode, nn.BatchNorm2d):
+    """nn.BatchNorm2d in one mode."""
+
+
+class FixedModeBatchNorm3d(FixedMode, nn.BatchNorm3d):
+    """nn.BatchNorm3d in one mode."""
+
+
+class FixedModeSyncBatchNorm(FixedMode, nn.SyncBatchNorm):
+    """nn.SyncBatchNorm, which takes any rank, in one mode."""
 
 
 def _calls_super(module: nn.Module) -> bool:

@@ -21,7 +21,7 @@ from pn_compiler.conversion import (
 from pn_compiler.copying import copy_model, unwrap
 from pn_compiler.distillation import distill
 from pn_compiler.errors import ConfigError, ExportError, VerificationError
-from pn_compiler.evaluation import batches_of, check_dense, to_eval_mode
+from pn_compiler.evaluation import batches_of, check_dense, check_values, to_eval_mode
 from pn_compiler.graph_module import is_converted, notes, record, sites
 from pn_compiler.graph_utils import count_operators, count_parameters
 from pn_compiler.input_shape import choose_inputs, stated_inputs
@@ -259,7 +259,11 @@ def _on_cpu(model: nn.Module, *, share: bool) -> nn.Module:
     Args:
         model: left untouched.
         share: whether nothing will write to its parameters, so that they need no copy if they are there.
+
+    Raises:
+        ConfigError: it has no values.
     """
+    check_values(model)
     return to_eval_mode(copy_model(model, share_parameters=share and _is_on_cpu(model)).cpu())
 
 

@@ -23,7 +23,7 @@ from pn_compiler.losses import Logits
 from pn_compiler.pass_base import Progress, run_pipeline
 from pn_compiler.passes import conversion_pipeline, preparation_pipeline
 from pn_compiler.ranks import infer_ranks, record_pixels
-from pn_compiler.regions import Region, Trace
+from pn_compiler.regions import Region, Trace, drop_dead_norm_calls
 from pn_compiler.site_table import take_sites
 
 logger = logging.getLogger(__name__)
@@ -54,6 +54,7 @@ def prepare(traced: Trace, model: nn.Module, inputs: Inputs | None, progress: Pr
     for region in traced.regions:
         _infer_shapes(region, inputs)
         run_pipeline(preparation_pipeline(), region.graph, progress)
+    drop_dead_norm_calls(traced)
     reason = _why_not_compared(model, inputs)
     if inputs is not None and not reason:
         reason = _compare(traced, model, inputs)

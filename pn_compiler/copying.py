@@ -13,6 +13,7 @@ from pn_compiler.captured import copy_with_functions
 from pn_compiler.errors import UnsupportedModelError, first_line
 from pn_compiler.evaluation import has_graph_for_each_mode
 from pn_compiler.graph_module import check_module
+from pn_compiler.inputs import Inputs
 from pn_compiler.tracing import refuse_uninitialised
 
 
@@ -93,6 +94,25 @@ def _copy_fake(tensor: torch.Tensor) -> torch.Tensor:
 
 def fake_mode(model: nn.Module) -> contextlib.AbstractContextManager[Any]:
     """The mode in which fake tensors of `model` live, so that new ones are fake, too; else nothing."""
-    fakes = (t for t in (*model.parameters(), *model.buffers()) if isinstance(t, FakeTensor))
-    first = next(fakes, None)
+    first = _first_fake(model)
     return contextlib.nullcontext() if first is None else first.fake_mode
+
+
+def _first_fake(model: nn.Module) -> FakeTensor | None:
+    return next((t for t in (*model.parameters(), *model.buffers()) if isinstance(t, FakeTensor)), None)
+
+
+def in_mode_of(model: nn.Module, inputs: Inputs | None) -> Inputs | None:
+    """`inputs` as fake tensors of the mode of `model`, if that is made of fake tensors: others do not mix."""
+    like = _first_fake(model)
+    if inputs is None or like is None:
+        return inputs
+
+    def faked(x: torch.Tensor) -> torch.Tensor:
+        if isinstance(x, FakeTensor) and x.fake_mode is like.fake_mode:
+            return x
+        with like.fake_mode:
+            device = like.device if x.is_meta else x.device
+            return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=device)
+
+    return inputs.map(faked)

@@ -99,6 +99,16 @@ def check_dense(inputs: Inputs, name: str) -> None:
             raise ConfigError(f"{name} holds a tensor that is {kind}: give a dense one")
 
 
+def check_values(model: nn.Module) -> list[Tensor]:
+    """The tensors of `model`. Raises ConfigError if one has no values."""
+    tensors = [*model.parameters(), *model.buffers()]
+    if not all(map(has_values, tensors)):
+        raise ConfigError(
+            "the model has no values: its tensors are on the meta device, or fake; load its weights first"
+        )
+    return tensors
+
+
 def run(model: nn.Module, inputs: Inputs, name: str) -> Any:
     """The outputs of `model`. Raises ConfigError, with the `name` of the inputs, if it does not run."""
     try:
@@ -152,9 +162,7 @@ def untouched(
     Raises:
         ConfigError: its tensors are on the meta device, or fake.
     """
-    tensors = [*model.parameters(), *model.buffers()]
-    if not all(map(has_values, tensors)):
-        raise ConfigError("the model has no values: its tensors are on the meta device, or fake")
+    tensors = check_values(model)
     modes = [(module, module.training) for module in model.modules()]
     switched = [m for m, training in modes if training and not own_modes and has_graph_for_each_mode(m)]
     randomness = RandomStates()
@@ -162,9 +170,6 @@ def untouched(
         for value in reachable(attributes(module)):
             randomness.note(value)
     state, written = ModuleState(model, with_globals=keep_state), WrittenParameters(model)
-    # in its own mode any module may call batch_norm as a function
-    updating = [m for m, _ in modes if own_modes or (batch_statistics and isinstance(m, _BatchNorm))]
-    running = [(b, b.clone()) for module in updating for b in module.buffers(False)]
     gpus = {tensor.get_device() for tensor in tensors if tensor.is_cuda}
     with (
         torch.random.fork_rng(gpus),
@@ -185,8 +190,6 @@ def untouched(
             state.restore(traced=False)
             written.restore()
             randomness.restore()
-            for buffer, value in running:  # batch_norm overwrites them behind the back of their version
-                buffer.copy_(value)
             for module, training in modes:
                 module.training = training
 

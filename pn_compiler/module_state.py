@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from pn_compiler.captured import attributes, functions_of, is_library, reachable
 from pn_compiler.containers import Containers
+from pn_compiler.graph_utils import has_values
 
 _WRITABLE = (torch.Tensor, int, float, str)
 
@@ -77,9 +78,9 @@ class ModuleState:
     @torch.no_grad()
     def restore(self, *, traced: bool = True) -> None:
         """Undoes the changes. New attributes that hold no proxy stay if `traced`: constants of the graph."""
-        for buffer in self._overwritten():
-            assert buffer is not None
-            buffer.copy_(self._values[buffer][1])
+        for buffer, (version, value) in self._values.items():
+            if buffer._version != version or _is_updated(buffer, value):
+                buffer.copy_(value)
         for module, before, registered in self._held.values():
             for name in vars(module).keys() - before.keys():
                 if not traced or _holds_proxy(vars(module)[name]):
@@ -91,6 +92,11 @@ class ModuleState:
         for parameter in self._parameters:
             parameter.restore()
         self.containers.restore()
+
+
+def _is_updated(buffer: torch.Tensor, before: torch.Tensor) -> bool:
+    """Whether `buffer`, if it may be a running statistic, was: batch_norm leaves its version as it was."""
+    return buffer.dim() < 2 and has_values(buffer) and not torch.equal(buffer, before)
 
 
 def _registered(module: nn.Module, *, copied: bool = True) -> tuple[dict[str, Any], ...]:

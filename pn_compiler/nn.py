@@ -159,6 +159,8 @@ class ProxyNormAct(nn.Module):
     def forward(self, x: Tensor, given: tuple["Recipe", SiteAffine] | None = None) -> Any:
         """`given` is what `ProxyStatistics` computed for this site, and by which recipe."""
         weight, bias, scale, shift = self.compute_affine(given)
+        if torch.is_grad_enabled() and not x.requires_grad:
+            x = x.contiguous()  # torch 2.13 dies in the backward of channels_last ones on a CPU
         affine = F.group_norm(x, self.num_groups, weight, bias, self.eps)
         shared = "affine" in self.outputs
         if shared or has_hooks(self.activation):

@@ -18,7 +18,7 @@ from pn_compiler.diagnostics import Diagnostic
 from pn_compiler.errors import ConfigError, TraceError
 from pn_compiler.functional_norms import calls_batch_norm, reaches_batch_norm
 from pn_compiler.graph_module import ConvertedModule, is_converted
-from pn_compiler.graph_utils import module_calls
+from pn_compiler.graph_utils import called_module, module_calls
 from pn_compiler.hooked import HookedModules, refuse_global_hooks, sharing_tensors
 from pn_compiler.inputs import Inputs
 from pn_compiler.nn import put_behind
@@ -210,13 +210,36 @@ def _note_entered(graph: ConvertedModule, path: str, traced: Trace) -> None:
     traced.entered.add(path)
     read = live_nodes(graph)
     for node in graph.graph.nodes:
-        inner = [f"{path}.{name}" if path else name for name in node.meta.get("nn_module_stack", ()) if name]
+        inner = _entered_for(node, path)
         if node.op == "call_module":
             inner = inner[:-1]  # the last one is what it calls whole
         traced.entered.update(inner)
         if node.op == "call_function" and reaches_batch_norm(node.target):
             found = traced.norm_calls if node in read else traced.unread_norm_calls
             found.add(inner[-1] if inner else path)
+
+
+def _entered_for(node: fx.Node, path: str) -> list[str]:
+    """Paths of the modules inside that at `path`, the outermost first, which ran when `node` was recorded."""
+    return [f"{path}.{name}" if path else name for name in node.meta.get("nn_module_stack", ()) if name]
+
+
+def drop_dead_norm_calls(traced: Trace) -> None:
+    """Takes those out of `traced.norm_calls` whose results nothing reads once in-place writes are edges.
+
+    What was written over a result counted as a reader of it. The graphs are prepared, so that a call of
+    batch_norm is a node of its own, or a call of the BatchNorm that took its place.
+    """
+    left = set()
+    for region in traced.regions:
+        path = region.prefix.removesuffix(".")
+        for node in region.graph.graph.nodes:
+            module = called_module(region.graph, node)
+            if is_batch_norm(module) if module else reaches_batch_norm(node.target):
+                left.add((_entered_for(node, path) or [path])[-1])
+    dead = (traced.norm_calls - left) & traced.entered  # of a graph that came as one nothing tells
+    traced.unread_norm_calls |= dead
+    traced.norm_calls -= dead
 
 
 def _is_inside(path: str, others: frozenset[str]) -> bool:

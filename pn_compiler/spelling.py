@@ -44,7 +44,8 @@ def moves_values(node: fx.Node, module: nn.Module | None) -> bool:
     """Whether `node`, a call of `module` if it calls one, rearranges its input and changes no value."""
     if module is not None:
         return isinstance(module, nn.Flatten | nn.Unflatten | nn.PixelShuffle | nn.ChannelShuffle)
-    return operator_name(node) in _MOVING and bool(node.all_input_nodes)
+    reinterprets = any(isinstance(value, torch.dtype) for value in (*node.args, *node.kwargs.values()))
+    return operator_name(node) in _MOVING and bool(node.all_input_nodes) and not reinterprets
 
 
 def reads_shape(node: fx.Node) -> bool:

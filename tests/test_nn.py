@@ -258,3 +258,18 @@ def test_an_activation_in_place_leaves_the_affine_output_alone() -> None:
     expected = Net(inplace=False)(x)
     for model in (Net(inplace=True), pn_compiler.fold(Net(inplace=True))):
         assert_same_outputs(model(x), expected)
+
+
+def test_channels_last_behind_frozen_layers_trains() -> None:
+    """torch's own backward of group_norm ends the process there."""
+    layers = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 1))
+    layers[0].requires_grad_(False)
+    x = torch.randn(3, 3, 9, 9)
+    converted = pn_compiler.transform(layers.train())
+    gradients = []
+    for memory_format in (torch.contiguous_format, torch.channels_last):
+        model = converted.to(memory_format=memory_format)
+        model.zero_grad()
+        model(x.to(memory_format=memory_format)).square().sum().backward()
+        gradients.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
+    torch.testing.assert_close(*gradients)

@@ -490,19 +490,25 @@ def test_a_comparison_in_train_mode_leaves_statistics_alone(dtype: torch.dtype) 
 
 
 class Unread(nn.Module):
-    def __init__(self, write: bool) -> None:
+    def __init__(self, write: Callable[[Tensor], Any]) -> None:
         super().__init__()
         self.norm, self.write = Norm(functional), write
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.norm(x)
-        if self.write:
-            F.celu_(y)
+        self.write(self.norm(x))
         return x * 2
 
 
-@pytest.mark.parametrize("write", [False, True])
-def test_calls_that_nothing_reads_are_reported(write: bool) -> None:
+WRITES: dict[str, Callable[[Tensor], Any]] = {
+    "none": lambda y: None,
+    "activation": F.celu_,
+    "view": lambda y: y.select(1, 2).fill_(0.25),
+    "activation and view": lambda y: y.clamp_(min=0).select(1, 2).fill_(0.25),
+}
+
+
+@pytest.mark.parametrize("how", WRITES)
+def test_calls_that_nothing_reads_are_reported(how: str) -> None:
     x = torch.randn(2, 8, 4, 4).double()
-    converted = pn_compiler.transform(Unread(write).double().eval(), x)
+    converted = pn_compiler.transform(Unread(WRITES[how]).double().eval(), x)
     assert [(s.name, s.code) for s in pn_compiler.sites(converted)] == [("norm", "PN102")]

@@ -24,8 +24,8 @@ from benchmarks.fuzz.build import build, dtype_of, inputs_of
 from benchmarks.fuzz.compare import difference, first, gradients, identical, run, snapshot
 from benchmarks.fuzz.program import Program
 from benchmarks.fuzz.reference import ByHand
-from pn_compiler.errors import ExportError, PnCompilerError
-from pn_compiler.export.exporter import export_graph
+from pn_compiler.errors import ExportError, PnCompilerError, VerificationError
+from pn_compiler.export import write_onnx
 from pn_compiler.export.options import ExportOptions
 from pn_compiler.inputs import Inputs
 
@@ -97,7 +97,8 @@ def check(program: Program, *, onnx: bool = False) -> Verdict:
         except _WrongError as error:
             return Verdict("wrong", error.oracle, error.detail, checker.codes)
         except PnCompilerError as error:
-            alike = isinstance(error, ExportError) and not checker.exports_unconverted()
+            of_file = isinstance(error, ExportError | VerificationError)
+            alike = of_file and not checker.exports_unconverted()
             outcome: Outcome = "unexportable" if alike else "refused"
             return Verdict(outcome, _refusal(error), str(error), checker.codes)
         except Exception as error:
@@ -259,9 +260,11 @@ class _Checker:
         import onnxruntime
 
         narrow = pytree.tree_map(lambda x: x.float(), self.inputs[0])
-        if not self.is_warm(plain) or not self.runs_narrow(narrow) or self.kills_torch_export():
+        if not self.is_warm(plain) or not self.runs_narrow(narrow):
             return
         converted = copy.deepcopy(self.convert(proxy=True)).float()
+        if has_note(converted, "PN207"):  # not what the conversion by hand computes
+            return
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "model.onnx"
             pn_compiler.export_onnx(converted, path, narrow)
@@ -276,12 +279,6 @@ class _Checker:
             limit = max(1e-3, 50 * difference(run(rough, args), expected))
             compare("onnxruntime against by hand", actual, expected, limit)
 
-    def kills_torch_export(self) -> bool:
-        """Whether the forward sets `.data`: torch.export ends the process then, converted or not."""
-        written = [statement.template for statement in self.program.statements]
-        declared = [text for _, text in self.program.declarations]
-        return any(".data" in text or "RenormConv" in text for text in (*written, *declared))
-
     def runs_narrow(self, narrow: Any) -> bool:
         """Whether the network as it came runs in float32: not if it casts to float64."""
         try:
@@ -291,17 +288,19 @@ class _Checker:
         return True
 
     def exports_unconverted(self) -> bool:
-        """Whether torch.onnx can export the network as it came."""
-        narrow = pytree.tree_map(lambda x: x.float(), self.inputs[0])
-        try:
-            export_graph(copy.deepcopy(self.model).float().eval(), Inputs(narrow), ExportOptions(), None)
-        except ExportError:
-            return False
+        """Whether the network as it came can be exported to a file that the checker and onnxruntime take."""
+        inputs = Inputs(pytree.tree_map(lambda x: x.float(), self.inputs[0]))
+        model = copy.deepcopy(self.model).float().eval()
+        with tempfile.TemporaryDirectory() as folder:
+            try:
+                write_onnx(model, model, Path(folder, "model.onnx"), inputs, ExportOptions())
+            except (ExportError, VerificationError):
+                return False
         return True
 
     @staticmethod
     def is_warm(model: nn.Module) -> bool:
-        return all(s.warm_start for s in pn_compiler.sites(model)) and not has_note(model, "PN207")
+        return all(s.warm_start for s in pn_compiler.sites(model))
 
 
 def has_note(model: nn.Module, code: str) -> bool:

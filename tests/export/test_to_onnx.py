@@ -9,6 +9,7 @@ import sys
 import textwrap
 import time
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,9 @@ from torch import Tensor, nn
 import pn_compiler
 from pn_compiler.errors import ConfigError, ExportError, TraceError, VerificationError
 from pn_compiler.export import make_session, relative_error, verify_onnx, write_atomically, write_onnx
+from pn_compiler.export.exporter import export_graph
+from pn_compiler.export.options import ExportOptions
+from pn_compiler.export.verify import expect
 from pn_compiler.inputs import Inputs
 from pn_compiler.testing import randomize_batch_norms
 
@@ -303,3 +307,84 @@ def test_pieces_of_a_split_may_be_overwritten(tmp_path: Path) -> None:
     with torch.no_grad():
         converted = pn_compiler.transform(net, IMAGES)
         pn_compiler.export_onnx(converted, tmp_path / "net.onnx", IMAGES)  # verified
+
+
+class Noisy(nn.Module):
+    """A steady output and one that varies from call to call, in eval mode, too."""
+
+    def __init__(self, noise: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.body, self.noise = network(), (noise,)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        y = self.body(x)
+        return y, y + self.noise[0](y)
+
+
+class Counts:
+    """Noise of a counter, which no generator shows."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def __call__(self, y: Tensor) -> Tensor:
+        self.calls += 1
+        return torch.full_like(y, 2e-3 * self.calls)
+
+
+@pytest.mark.parametrize("noise", [lambda y: 5e-3 * torch.rand_like(y), torch.rand_like, Counts()])
+@pytest.mark.parametrize("batches", [(1, 3), (None,)])
+def test_what_varies_widens_no_limit(
+    noise: Callable[[Tensor], Tensor], batches: tuple[int | None, ...]
+) -> None:
+    model = Noisy(noise).eval()
+    proto = export_graph(Noisy(torch.zeros_like).eval(), Inputs((IMAGES,)), ExportOptions(), None)
+    with pytest.raises(VerificationError, match=r"output_1 .*limit 1\.0e-04.*cannot repeat"):
+        verify_onnx(proto, model, Inputs((IMAGES,)), batches)
+
+
+def test_a_steady_output_still_widens_the_limit() -> None:
+    """A difference of two large numbers: float32 itself is far off, random numbers beside it or not."""
+    magnify = nn.Module()
+    magnify.forward = lambda x: (x + 1e4 - 1e4, torch.rand_like(x) * 1e-9)  # type: ignore[method-assign]
+    expected = expect(magnify, Inputs((IMAGES,)), (1, 3))
+    assert expected.random
+    graph = onnx.parser.parse_graph(
+        "g (float[N,3,8,8] x) => (float[N,3,8,8] a, float[N,3,8,8] b) "
+        "{ big = Constant<value=float {10000.0}>() s = Add(x, big) a = Sub(s, big) b = Mul(x, big) }"
+    )
+    proto = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 20)], ir_version=9)
+    with pytest.raises(VerificationError, match=r"output b .*limit [2-9]\.\de-04"):
+        verify_onnx(proto, expected)
+
+
+class Renorm(nn.Conv2d):
+    """The spelling of EEGNet: `.data`, at which a second attempt of torch.onnx would end the process."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.weight.data = torch.renorm(self.weight.data, 2, 0, 0.1)
+        return super().forward(x)
+
+
+class Scales(nn.Conv2d):
+    def forward(self, x: Tensor) -> Tensor:
+        self.weight.data.mul_(0.9)
+        return super().forward(x)
+
+
+class Doubles(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        x.data.mul_(2)
+        return x
+
+
+@pytest.mark.parametrize(
+    "layer", [Renorm(3, 8, 1), Scales(3, 8, 1), nn.Sequential(nn.Conv2d(3, 8, 1), Doubles())]
+)
+def test_a_forward_that_uses_data_is_an_error_of_ours(layer: nn.Module, tmp_path: Path) -> None:
+    net = nn.Sequential(layer, nn.BatchNorm2d(8), nn.ReLU()).eval()
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    with pytest.raises(ExportError, match=r"\.data"):
+        pn_compiler.compile(net, tmp_path / "model.onnx", IMAGES)
+    assert not list(tmp_path.iterdir())
+    assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())

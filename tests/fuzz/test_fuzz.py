@@ -1,5 +1,6 @@
 """Random networks: 400 of them, and that the hunt finds, attributes and shrinks what is wrong."""
 
+import dataclasses
 import re
 import time
 
@@ -180,3 +181,22 @@ def test_a_hang_is_a_crash(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pn_compiler, "transform", lambda *args, **kwargs: time.sleep(30))
     verdict = check(conv_norm())
     assert (verdict.outcome, verdict.cause) == ("crash", "_HangError: longer than N s")
+
+
+def test_what_torch_exports_to_no_valid_file_either_is_unexportable() -> None:
+    """squeeze of an axis that is longer than one does nothing in torch; the Squeeze in the file fails."""
+    verdict = check(conv_norm(Statement("view", "$o = $a.squeeze(-1)", ("h2",), ("h3",))), onnx=True)
+    assert verdict.outcome == "unexportable", verdict
+
+
+def test_a_border_that_is_inexact_is_not_compared_in_onnxruntime() -> None:
+    """PN207, of the converted network: the conversion by hand pads elsewhere."""
+    padded = Statement("conv", "$o = self.$m($a)", ("h3",), ("h4",), ("m4",))
+    program = conv_norm(
+        Statement("act", "$o = F.mish($a)", ("h2",), ("h3",)),
+        padded,
+        options=Options(proxy_padding="output", gain=40.0),
+    )
+    declarations = (*program.declarations, ("m4", "self.m4 = nn.Conv2d(4, 4, 3, padding=1)"))
+    verdict = check(dataclasses.replace(program, declarations=declarations), onnx=True)
+    assert verdict.outcome == "ok", verdict

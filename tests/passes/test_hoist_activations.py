@@ -91,3 +91,11 @@ def test_reading_a_shape_is_no_reading_of_values() -> None:
     assert [site.kind for site in pn_compiler.sites(converted)] == ["pn"]
     assert_same_outputs(converted(X)[0], pn_compiler.transform(net, proxy=False)(X)[0])
     assert converted(X)[1] == 4
+
+
+def test_a_dropout_in_place_stays_before_its_activation() -> None:
+    """Behind a relu it would overwrite what the gradient of the relu needs."""
+    net = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Dropout(inplace=True), nn.ReLU())
+    converted = pn_compiler.transform(net.train(), torch.randn(3, 4))
+    converted(torch.randn(3, 4)).sum().backward()
+    assert [site.kind for site in pn_compiler.sites(converted)] == ["norm_only"]
