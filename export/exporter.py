@@ -49,8 +49,11 @@ def export_graph(
             )
     except Exception as error:
         hint = "; if the batch axis is the cause, try a static batch" if options.dynamic_batch else ""
-        raise ExportError(f"torch.onnx cannot export the model: {_cause(error)}{hint}") from error
+        cause = f"{_no_tensor(model, inputs)}{_cause(error)}{hint}"
+        raise ExportError(f"torch.onnx cannot export the model: {cause}") from error
     assert program is not None
+    if not program.model.graph.outputs:
+        raise ExportError("the forward returns no tensor: an ONNX file would have no outputs")
     rename(program.model.graph, options.names)
     if staged is not None:
         move_weights_out(program.model, staged)
@@ -65,6 +68,18 @@ def export_graph(
     proto.producer_name = "pn_compiler"
     proto.producer_version = importlib.metadata.version("pn-compiler")
     return proto
+
+
+def _no_tensor(model: nn.Module, inputs: Inputs) -> str:
+    """Which output, if any, a file cannot give, as the begin of a message."""
+    with contextlib.suppress(Exception), torch.no_grad():
+        for path, leaf in pytree.tree_flatten_with_path(inputs.call(model))[0]:
+            if leaf is not None and not isinstance(leaf, torch.Tensor):
+                return (
+                    f"output{pytree.keystr(path)} is of type {type(leaf).__name__}, and a file gives tensors "
+                    "only, in tuples, lists and dicts: "
+                )
+    return ""
 
 
 def _strip(proto: onnx.ModelProto) -> None:

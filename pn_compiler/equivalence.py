@@ -152,11 +152,6 @@ def _difference(actual: Tensor, expected: Tensor) -> float:
         return math.inf
     if not expected.numel():
         return 0.0
-    if expected.is_complex() and actual.is_complex():
-        actual, expected = (
-            torch.view_as_real(actual.resolve_conj()),
-            torch.view_as_real(expected.resolve_conj()),
-        )
     if not expected.is_floating_point():
         return 0.0 if torch.equal(actual, expected.to(actual.device)) else math.inf
     actual, expected = actual.detach().double(), expected.detach().double()

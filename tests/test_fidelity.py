@@ -1,8 +1,11 @@
 """A conversion changes outputs on purpose; by how much is measured and said."""
 
 import copy
+import dataclasses
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -11,7 +14,7 @@ from torch import Tensor, nn
 
 import pn_compiler
 from pn_compiler import cli
-from pn_compiler.errors import VerificationError
+from pn_compiler.errors import ExportError, VerificationError
 from pn_compiler.fidelity import measure
 from pn_compiler.testing import randomize_batch_norms
 
@@ -152,3 +155,101 @@ def test_a_model_that_draws_random_numbers_is_told_so(tmp_path: Path) -> None:
 
     with pytest.raises(VerificationError, match="draws random numbers"):
         pn_compiler.export_onnx(Noisy(), tmp_path / "m.onnx", X)
+
+
+# Outputs of every form ------------------------------------------------------------------------------
+
+
+class Shaped(nn.Module):
+    """Gives the map of a small network in another form."""
+
+    def __init__(self, form: Callable[[Tensor], Any]) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv, self.bn, self.head = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Conv2d(8, 4, 1)
+        self.form = form
+        randomize_batch_norms(self).eval()
+
+    def forward(self, x: Tensor) -> Any:
+        return self.form(self.head(torch.relu(self.bn(self.conv(x)))))
+
+
+class Pair(NamedTuple):
+    maps: Tensor
+    means: Tensor
+
+
+@dataclasses.dataclass
+class Result:
+    maps: Tensor
+    means: Tensor | None = None
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        lambda y: {"out": y, "aux": {"means": y.mean((2, 3))}},
+        lambda y: (y, [y.mean((2, 3)), None], y.flatten(1)),
+        lambda y: Pair(y, y.mean((2, 3))),
+        lambda y: Result(y, y.mean((2, 3))),
+        Result,
+        lambda y: {"out": y, "name": "maps", "count": 3},
+        lambda y: (y, y.argmax(1)),
+        lambda y: torch.fft.fft2(y, norm="ortho"),
+    ],
+)
+@torch.no_grad()
+def test_the_distance_is_that_of_the_worst_output(form: Callable[[Tensor], Any]) -> None:
+    """The means of the network move by less than its maps; a Fourier transform keeps distances."""
+    model, plain = Shaped(form), Shaped(lambda y: y)
+    found = measure(model, pn_compiler.transform(model, X), [X])
+    o, c = plain(X).double(), pn_compiler.transform(plain, X).eval()(X).double()
+    assert found.relative_l2 == pytest.approx(float((c - o).norm() / o.norm()), rel=1e-4)
+    assert found.not_compared == ()
+
+
+@pytest.mark.parametrize(("form", "name"), [(lambda y: y.argmax(1), "int"), (lambda y: y > 0, "bool")])
+@torch.no_grad()
+def test_whole_numbers_are_counted(form: Callable[[Tensor], Tensor], name: str, tmp_path: Path) -> None:
+    model = Shaped(form)
+    found = measure(model, pn_compiler.transform(model, X), [X[:4], X[4:]])
+    same = (model(X) == pn_compiler.transform(model, X).eval()(X)).double().mean()
+    assert found.relative_l2 is None
+    assert found.unchanged == pytest.approx(float(same))
+    assert 0.5 < found.unchanged < 1
+    report = pn_compiler.compile(model, tmp_path / "m.onnx", X)
+    assert f"{100 * found.unchanged:.1f} % of the whole numbers stay the same" in str(report)
+    assert report.outputs[0]["dtype"].startswith(name)
+
+
+@torch.no_grad()
+def test_outputs_that_cannot_be_compared_are_named() -> None:
+    """As boxes, of which there are other numbers after a conversion."""
+    model = Shaped(lambda y: {"boxes": y[y > 0.1], "maps": y})
+    found = measure(model, pn_compiler.transform(model, leaves=["conv"]), [X])
+    assert found.not_compared == ("output['boxes']",)
+    assert "output['boxes']" in str(found)
+    assert found.relative_l2 is not None
+
+
+@pytest.mark.parametrize(
+    ("form", "message"),
+    [
+        (lambda y: None, "returns no tensor"),
+        (lambda y: (), "returns no tensor"),
+        (lambda y: (y, 3), r"output\[1\] is of type int"),
+        (lambda y: {"y": y, "name": "maps"}, r"output\['name'\] is of type str"),
+        (Result, "output is of type Result"),
+    ],
+)
+def test_outputs_that_no_file_gives(form: Callable[[Tensor], Any], message: str, tmp_path: Path) -> None:
+    with pytest.raises(ExportError, match=message):
+        pn_compiler.compile(Shaped(form), tmp_path / "m.onnx", X)
+    assert [*tmp_path.iterdir()] == []
+
+
+def test_complex_outputs_are_verified_as_pairs_of_numbers(tmp_path: Path) -> None:
+    report = pn_compiler.compile(Shaped(torch.fft.fft2), tmp_path / "m.onnx", X)
+    assert report.outputs[0]["shape"] == ["batch", 4, 6, 6, 2]
+    assert report.max_error is not None
+    assert report.max_error < 1e-5

@@ -3,8 +3,6 @@
 import copy
 import gc
 import subprocess
-import sys
-import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +28,7 @@ from pn_compiler.export.exporter import export_graph
 from pn_compiler.export.verify import Verification
 from pn_compiler.inputs import Inputs
 from pn_compiler.testing import randomize_batch_norms
+from tests.killed_writer import replace_pair_until_killed
 
 IMAGES = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 
@@ -123,25 +122,7 @@ def test_a_failing_move_leaves_the_old_pair(
 
 @pytest.mark.parametrize("moves", range(5))
 def test_a_process_killed_while_moving_leaves_no_mixed_pair(tmp_path: Path, moves: int) -> None:
-    for name in ("m.onnx", "m.onnx.data"):
-        (tmp_path / name).write_text("old")
-    code = f"""
-        import os, signal
-        from pathlib import Path
-        from pn_compiler.export import files
-        target, moves, rename = Path({str(tmp_path)!r}) / "m.onnx", [], Path.rename
-        def counted(self, to):
-            if len(moves) == {moves}:
-                os.kill(os.getpid(), signal.SIGKILL)
-            moves.append(to)
-            return rename(self, to)
-        Path.rename = counted
-        with files.staging_folder(target) as staged:
-            for name in ("m.onnx", "m.onnx.data"):
-                (staged / name).write_text("new")
-            files.publish([staged / "m.onnx.data", staged / "m.onnx"], target.parent)
-        """
-    subprocess.run([sys.executable, "-c", textwrap.dedent(code)], check=False, timeout=120)
+    replace_pair_until_killed(tmp_path, moves)
     if (tmp_path / "m.onnx").exists():  # without it nothing loads
         assert (tmp_path / "m.onnx").read_text() == (tmp_path / "m.onnx.data").read_text()
 

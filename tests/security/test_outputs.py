@@ -17,7 +17,8 @@ from torch import nn
 from pn_compiler import cli
 from pn_compiler.errors import ExportError
 from pn_compiler.export import files
-from tests.security.files import network, saved
+from tests.killed_writer import replace_pair_until_killed
+from tests.security.files import large_network, network, saved
 from tests.security.sandbox import ROOT
 
 SHAPE = ("--input-shape", "1,3,8,8")
@@ -30,10 +31,6 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "model.pt").write_bytes(saved(network()))
     return tmp_path
-
-
-def large_network() -> nn.Module:
-    return nn.Sequential(nn.Conv2d(3, 32, 3), nn.BatchNorm2d(32), nn.ReLU(), nn.Conv2d(32, 8, 3)).eval()
 
 
 def names(folder: Path) -> list[str]:
@@ -177,25 +174,7 @@ def test_what_others_called_alike_stays(folder: Path) -> None:
 
 @pytest.mark.parametrize("moves", range(5))
 def test_a_pair_that_was_cut_off_is_old_or_new_after_the_next_run(folder: Path, moves: int) -> None:
-    for name in ("m.onnx", "m.onnx.data"):
-        (folder / name).write_text("old")
-    code = f"""
-import os, signal
-from pathlib import Path
-from pn_compiler.export import files
-target, moves, rename = Path({str(folder)!r}) / "m.onnx", [], Path.rename
-def counted(self, to):
-    if len(moves) == {moves}:
-        os.kill(os.getpid(), signal.SIGKILL)
-    moves.append(to)
-    return rename(self, to)
-Path.rename = counted
-with files.staging_folder(target) as staged:
-    for name in ("m.onnx", "m.onnx.data"):
-        (staged / name).write_text("new")
-    files.publish([staged / "m.onnx.data", staged / "m.onnx"], target.parent)
-"""
-    subprocess.run([sys.executable, "-c", code], env=ENVIRONMENT, check=False)
+    replace_pair_until_killed(folder, moves)
     files.write_atomically(folder / "other", b"whole")
     assert names(folder) == ["m.onnx", "m.onnx.data", "model.pt", "other"]
     found = {(folder / name).read_text() for name in ("m.onnx", "m.onnx.data")}
