@@ -12,7 +12,7 @@ from pn_compiler.accounting import account, shared_with_whole
 from pn_compiler.calibration import Calibrated, calibrate
 from pn_compiler.config import TransformConfig
 from pn_compiler.diagnostics import Diagnostic, Site
-from pn_compiler.equivalence import VaryingOutputsError, check_equivalent
+from pn_compiler.equivalence import NoValuesError, VaryingOutputsError, check_equivalent
 from pn_compiler.errors import ConfigError, RefusedError
 from pn_compiler.evaluation import check_dense, inputs_of
 from pn_compiler.fidelity import Fidelity, measure
@@ -69,6 +69,8 @@ def _compare(traced: Trace, model: nn.Module, inputs: Inputs) -> tuple[str, str]
         check_equivalent(model, traced.root, inputs, own_modes=own_modes)
     except VaryingOutputsError as error:
         return str(error), "compare the outputs yourself"
+    except NoValuesError as error:
+        return str(error), "give an example for which there are some"
     except ConfigError as error:
         if own_modes:  # the branch that was traced runs in train mode only
             return str(error), "give an example that runs in train mode, such as a batch of two"

@@ -33,6 +33,7 @@ CODES: dict[str, tuple[Severity, str]] = {
     "PN121": ("warning", "batch_norm is called as a function, in a branch that was not traced"),
     "PN122": ("note", "kept whole: the forward gives an autograd function what no graph can hold"),
     "PN123": ("note", "kept whole: the forward computes gradients, or changes what has them"),
+    "PN128": ("note", "kept whole: torch.fx cannot trace the forward, or it was asked for"),
     "PN201": ("note", "no activation follows the BatchNorm"),
     "PN202": ("note", "left without proxy normalization: a consumer cannot absorb its shift"),
     "PN203": ("note", "proxy normalization was switched off"),

@@ -43,15 +43,18 @@ def check_equivalent(model: nn.Module, graph: nn.Module, inputs: Inputs, *, own_
     Raises:
         ConfigError: the model does not run on `inputs`.
         VaryingOutputsError: it gives something else in each call, so that nothing can be compared.
+        NoValuesError: its outputs hold no values, so that nothing was compared.
         TraceError: the outputs differ. The message names the first module whose output does.
     """
     runner, expected = _first_run(model, inputs, own_modes)
+    compared = False
     for number, values in enumerate(_variants(inputs)):
         if number:
             try:
                 expected = runner(model, values)
             except ConfigError:
                 continue  # values that the model refuses itself
+        compared = compared or any(tensor.numel() for tensor in _tensors(expected).values())
         try:
             actual = runner(graph, values)
         except ConfigError as error:
@@ -73,6 +76,13 @@ def check_equivalent(model: nn.Module, graph: nn.Module, inputs: Inputs, *, own_
                 f"torch.fx traces {type(model).__name__} to something else{scaled}: its outputs are off by "
                 f"{difference:.1e} of their largest magnitude. {where}"
             )
+
+    if not compared:
+        raise NoValuesError(f"outputs of {type(model).__name__} hold no values for the example inputs")
+
+
+class NoValuesError(ConfigError):
+    """A model gives no values for its inputs, as a detector that finds nothing."""
 
 
 class VaryingOutputsError(ConfigError):

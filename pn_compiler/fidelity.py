@@ -185,6 +185,8 @@ class _Outputs:
             other = found.get(name)
             if other is None or other.shape != tensor.shape:
                 self.not_compared[name] = None
+            elif not tensor.numel():
+                continue  # no boxes before and after say nothing
             elif tensor.is_floating_point():
                 total = self.distances.setdefault(name, [0.0, 0.0])
                 total[0] += float((other.double() - tensor.double()).square().sum())

@@ -65,12 +65,13 @@ class Failure:
     reason: str
 
     def notes(self) -> set[Diagnostic]:
-        if self.code is None:
-            return set()
-        return {Diagnostic(self.code, self.path, f"the module stays whole: {self.reason}", _KEPT_HINT)}
+        return {whole_note(self.code or "PN128", self.path, self.reason)}
 
 
-_KEPT_HINT = "what it calls is converted on its own"
+def whole_note(code: str, path: str, reason: str) -> Diagnostic:
+    """That the module at `path` is not traced."""
+    hint = "what it calls is converted on its own"
+    return Diagnostic(code, path, f"the module stays whole: {reason}", hint)
 
 
 class Tracer(fx.Tracer):

@@ -162,7 +162,8 @@ class _Tracing:
         if "" in paths or paths <= self.leaves:
             raise NotTracedError(self.model, dataclasses.replace(failure, path=""))
         for path in paths - self.leaves:
-            self.notes |= dataclasses.replace(failure, path=path).notes()
+            if failure.code or holds_batch_norm(self.model.get_submodule(path)):
+                self.notes |= dataclasses.replace(failure, path=path).notes()
         self.leaves |= paths
 
     def _alike(self, failure: Failure) -> Iterator[str]:

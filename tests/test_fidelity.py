@@ -253,3 +253,13 @@ def test_complex_outputs_are_verified_as_pairs_of_numbers(tmp_path: Path) -> Non
     assert report.outputs[0]["shape"] == ["batch", 4, 6, 6, 2]
     assert report.max_error is not None
     assert report.max_error < 1e-5
+
+
+def test_outputs_without_values_have_not_stayed_the_same() -> None:
+    """A detector that finds nothing, before and after."""
+    model = Shaped(lambda y: {"boxes": y[:, :0], "labels": y[:, :0].long()})
+    converted = pn_compiler.transform(model, X)
+    found = measure(model, converted, [X])
+    assert (found.relative_l2, found.unchanged) == (None, None)
+    assert "hold no values" in str(found)
+    assert "PN211" in {note.code for note in pn_compiler.notes(converted)}
