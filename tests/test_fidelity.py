@@ -15,6 +15,7 @@ from torch import Tensor, nn
 import pn_compiler
 from pn_compiler import cli
 from pn_compiler.errors import ExportError, VerificationError
+from pn_compiler.export import make_session
 from pn_compiler.fidelity import measure
 from pn_compiler.testing import randomize_batch_norms
 
@@ -263,3 +264,39 @@ def test_outputs_without_values_have_not_stayed_the_same() -> None:
     assert (found.relative_l2, found.unchanged) == (None, None)
     assert "hold no values" in str(found)
     assert "PN211" in {note.code for note in pn_compiler.notes(converted)}
+
+
+class ManyRanks(nn.Module):
+    """BatchNorms on [N, C], [N, C, L], [N, C, H, W] and [N, C, D, H, W]."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv3, self.bn3 = nn.Conv3d(2, 8, 3, padding=1), nn.BatchNorm3d(8)
+        self.conv2, self.bn2 = nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8)
+        self.conv1, self.bn1 = nn.Conv1d(8, 8, 3, padding=1), nn.BatchNorm1d(8)
+        self.fc, self.bn0, self.head = nn.Linear(8, 6), nn.BatchNorm1d(6), nn.Linear(6, 3)
+        randomize_batch_norms(self).eval()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.bn3(self.conv3(x))).mean(2)
+        x = torch.relu(self.bn2(self.conv2(x))).mean(2)
+        x = torch.relu(self.bn1(self.conv1(x))).mean(2)
+        return self.head(torch.relu(self.bn0(self.fc(x))))
+
+
+@pytest.mark.parametrize("norm", ["layer", "group", "instance"])
+@pytest.mark.parametrize("warm_start", ["auto", "calibrate", "none"])
+@torch.no_grad()
+def test_the_file_moves_outputs_as_the_report_says(norm: Any, warm_start: Any, tmp_path: Path) -> None:
+    model, data = ManyRanks(), torch.randn(6, 2, 4, 6, 6, generator=torch.Generator().manual_seed(1))
+    how: dict[str, Any] = {"example_inputs": data}
+    if warm_start == "calibrate":
+        how = {"calibration": [data], "input_shape": (2, 2, 4, 6, 6)}
+    report = pn_compiler.compile(model, tmp_path / "m.onnx", norm=norm, warm_start=warm_start, **how)
+    session = make_session(str(tmp_path / "m.onnx"))
+    c = torch.as_tensor(session.run(None, {report.inputs[0]["name"]: data.numpy()})[0]).double()
+    o = model(data).double()
+    assert report.fidelity.relative_l2 == pytest.approx(float((c - o).norm() / o.norm()), rel=1e-3)
+    assert {site.name for site in report.sites} == {"bn3", "bn2", "bn1", "bn0"}
+    assert all(site.error is not None for site in report.sites)
