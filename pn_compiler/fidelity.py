@@ -118,9 +118,11 @@ def measure(
                 seed_everything()
                 actual = _detached(run(converted, inputs, name))
                 outputs.add(actual, expected)
-                kl, same = divergence(actual, expected, logits), agreement(actual, expected, logits)
+                rows = _length(inputs)
+                found, wanted = _of_samples(actual, rows), _of_samples(expected, rows)
+                kl, same = divergence(found, wanted, logits), agreement(found, wanted, logits)
                 if kl is not None and same is not None:
-                    classes.append((_length(inputs), kl, same))
+                    classes.append((rows, kl, same))
     count = sum(n for n, _, _ in classes)
     return Fidelity(
         _describe(samples, representative),
@@ -158,6 +160,11 @@ def _batches(samples: Samples) -> Iterator[Inputs]:
 def _length(inputs: Inputs) -> int:
     first = next(x for x in inputs.tensors() if x.dim())
     return len(first)
+
+
+def _of_samples(outputs: Any, count: int) -> dict[str, Tensor]:
+    """The outputs with a row for each of `count` samples: boxes [M, 4] are no logits."""
+    return {name: x for name, x in named_outputs(outputs).items() if x.dim() and len(x) == count}
 
 
 def _detached(outputs: Any) -> Any:

@@ -300,3 +300,12 @@ def test_the_file_moves_outputs_as_the_report_says(norm: Any, warm_start: Any, t
     assert report.fidelity.relative_l2 == pytest.approx(float((c - o).norm() / o.norm()), rel=1e-3)
     assert {site.name for site in report.sites} == {"bn3", "bn2", "bn1", "bn0"}
     assert all(site.error is not None for site in report.sites)
+
+
+def test_boxes_are_no_logits() -> None:
+    """There are more rows than samples."""
+    model = Shaped(lambda y: {"boxes": y.movedim(1, -1).flatten(0, 2), "logits": y.mean((2, 3))})
+    plain = Shaped(lambda y: y.mean((2, 3)))
+    found = measure(model, pn_compiler.transform(model, X), [X])
+    alone = measure(plain, pn_compiler.transform(plain, X), [X])
+    assert (found.kl, found.same_class) == (pytest.approx(alone.kl), alone.same_class)
