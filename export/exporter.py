@@ -63,8 +63,11 @@ def export_graph(
                 "torch.onnx cannot export the model: its forward uses .data of a tensor, which torch.export "
                 "cannot follow: use detach(), and compute weights without storing them"
             ) from error
-        raise ExportError(f"torch.onnx cannot export the model: {_cause(error)}{hint}") from error
+        cause = f"{_no_tensor(model, inputs)}{_cause(error)}{hint}"
+        raise ExportError(f"torch.onnx cannot export the model: {cause}") from error
     assert program is not None
+    if not program.model.graph.outputs:
+        raise ExportError("the forward returns no tensor: an ONNX file would have no outputs")
     rename(program.model.graph, options.names)
     if staged is not None:
         move_weights_out(program.model, staged)
@@ -101,6 +104,18 @@ def _uses_data(model: nn.Module, inputs: Inputs) -> bool:
     with untouched(model, keep_state=True), _DataWatch() as watch, contextlib.suppress(Exception):
         inputs.call(model)  # a failure is reported by the exporter
     return bool(watch.used)
+
+
+def _no_tensor(model: nn.Module, inputs: Inputs) -> str:
+    """Which output, if any, a file cannot give, as the begin of a message."""
+    with contextlib.suppress(Exception), torch.no_grad():
+        for path, leaf in pytree.tree_flatten_with_path(inputs.call(model))[0]:
+            if leaf is not None and not isinstance(leaf, torch.Tensor):
+                return (
+                    f"output{pytree.keystr(path)} is of type {type(leaf).__name__}, and a file gives tensors "
+                    "only, in tuples, lists and dicts: "
+                )
+    return ""
 
 
 def _strip(proto: onnx.ModelProto) -> None:

@@ -1,7 +1,6 @@
 """Writing a file so that it is there whole or not at all."""
 
 import contextlib
-import fcntl
 import logging
 import os
 import re
@@ -13,11 +12,18 @@ from pathlib import Path
 
 from pn_compiler.errors import ExportError
 
+try:
+    import fcntl
+
+    _LOCKS = True
+except ImportError:  # Windows: what killed processes leave is not told from what is in use, and stays
+    _LOCKS = False
+
 logger = logging.getLogger(__name__)
 
 _PREFIX, _SUFFIX = ".pn-compile-", ".tmp"
 _TEMPORARY = re.compile(rf"{re.escape(_PREFIX)}\w+{re.escape(_SUFFIX)}")
-_REPLACED = "old"  # in a temporary folder: the files that new ones take the place of
+REPLACED = "old"  # in a temporary folder: what new files and folders take the place of
 
 
 def output_target(path: Path) -> Path:
@@ -88,6 +94,7 @@ def temporary_folder(parent: Path) -> Iterator[Path]:
     """A hidden folder in `parent` that is gone at the end; those that killed processes left there go first.
 
     It is locked while it is used: the system lets go of the lock when the process ends, however that is.
+    Where there are no locks, as on Windows, what killed processes left stays.
 
     Raises:
         OSError: it cannot be made.
@@ -98,13 +105,16 @@ def temporary_folder(parent: Path) -> Iterator[Path]:
         yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-        os.close(lock)
+        if lock is not None:
+            os.close(lock)
 
 
-def _make_locked(parent: Path) -> tuple[Path, int]:
-    """A new folder, and the open file that locks it."""
+def _make_locked(parent: Path) -> tuple[Path, int | None]:
+    """A new folder, and the open file that locks it; None where there are no locks."""
     while True:
         folder = Path(tempfile.mkdtemp(prefix=_PREFIX, suffix=_SUFFIX, dir=parent))
+        if not _LOCKS:
+            return folder, None
         try:
             lock = os.open(folder, os.O_RDONLY)
         except FileNotFoundError:  # another process took it for abandoned: once more
@@ -128,6 +138,8 @@ def _lock(file: int) -> None:
 
 def _remove_abandoned(parent: Path) -> None:
     """Removes temporary folders in `parent` that no process holds, after giving back what they replaced."""
+    if not _LOCKS:
+        return
     try:
         found = [path for path in parent.iterdir() if _TEMPORARY.fullmatch(path.name)]
     except OSError:  # a folder may be written to and not read
@@ -146,12 +158,27 @@ def _remove_abandoned(parent: Path) -> None:
 
 
 def _give_back(folder: Path, parent: Path) -> None:
-    """Undoes a `publish` that was cut off: the old files return if the last of the new ones is not there."""
-    replaced = folder / _REPLACED
-    old = sorted(replaced.iterdir(), key=lambda path: -len(path.name)) if replaced.is_dir() else []
+    """Undoes a `publish` that was cut off: the old files return if the last of the new ones is not there.
+
+    So do old versions in a model repository, which lie one folder deeper.
+    """
+    replaced = folder / REPLACED
+    for version in replaced.glob("*/*"):
+        if not (parent / version.relative_to(replaced)).exists():
+            version.rename(parent / version.relative_to(replaced))
+    files = [path for path in replaced.glob("*") if path.is_file()]
+    old = sorted(files, key=lambda path: -len(path.name))
     if not all((parent / path.name).exists() for path in old):
         for path in old:  # FILE.data before FILE
             path.replace(parent / path.name)
+
+
+def check_unicode(path: Path) -> None:
+    """Raises ExportError if libraries that ask for Unicode cannot open a file at `path`."""
+    try:
+        str(path.absolute()).encode()
+    except UnicodeEncodeError as error:
+        raise ExportError(f"cannot write {path}: onnx takes no name that is not Unicode") from error
 
 
 def check_plain(path: Path) -> None:
@@ -173,10 +200,10 @@ def publish(staged: Sequence[Path], folder: Path) -> None:
     for path in staged:
         check_plain(folder / path.name)
     for path in staged:
-        with path.open("rb") as file:
+        with path.open("r+b") as file:  # Windows flushes none that is only read
             os.fsync(file.fileno())
         path.chmod(0o666 & ~_umask())
-    old = staged[0].parent / _REPLACED
+    old = staged[0].parent / REPLACED
     old.mkdir()
     done: list[tuple[Path, Path]] = []
     try:

@@ -1,11 +1,12 @@
 """What MLServer and KServe read beside the model."""
 
-import json
 import re
 from importlib import resources
 from typing import Any
 
 import yaml
+
+from pn_compiler import strict_json
 
 #: MLServer's settings for all models: its worker processes fail with uvloop 0.22, and its limit of a gRPC
 #: message, 4 MB, is less than 8 images.
@@ -69,4 +70,4 @@ def _inference_service(directory: str) -> str:
 
 
 def to_json(content: dict[str, Any]) -> bytes:
-    return (json.dumps(content, indent=2) + "\n").encode()
+    return strict_json.to_json(content).encode()

@@ -21,11 +21,14 @@ class Names:
     outputs: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        for option, names in {"input_names": self.inputs, "output_names": self.outputs}.items():
+            if not all(names):
+                raise ConfigError(f"{option}={names}: one is empty")
         names = (*self.inputs, *self.outputs)
-        bad = next((name for name in names if not name or names.count(name) > 1), None)
-        if bad is not None:
+        twice = next((name for name in names if names.count(name) > 1), None)
+        if twice is not None:
             raise ConfigError(
-                f"names {', '.join(names)}: {'one is empty' if not bad else f'{bad} is there twice'}"
+                f"input_names={self.inputs}, output_names={self.outputs}: {twice} is there twice"
             )
 
 

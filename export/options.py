@@ -8,6 +8,7 @@ from pn_compiler.export.half import DType, check_dtype
 from pn_compiler.export.names import Names
 from pn_compiler.export.runtimes import DEFAULT_OPSET, choose_opset
 from pn_compiler.export.targets import GROUP_NORM_OPSET, TARGETS, TargetName, check_target
+from pn_compiler.option_checks import check_flags, one_of
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,11 +46,13 @@ class ExportOptions:
             ExportError: there is no such opset.
         """
         for key, value in {"input_names": input_names, "output_names": output_names}.items():
-            if isinstance(value, str) or not all(isinstance(name, str) for name in value):
-                raise ConfigError(f"{key}={value!r}: expected a list of names")
+            if not isinstance(value, list | tuple) or not all(isinstance(name, str) for name in value):
+                raise ConfigError(f"{key}={value!r:.80}: expected a list of names")
+        check_flags(tune=tune, dynamic_batch=dynamic_batch, external_data=external_data, verify=verify)
+        one_of("target", target, (*TARGETS, "auto"))
         if not isinstance(target_ort, str | None):
-            raise ConfigError(f"target_ort={target_ort!r}: expected a version such as '1.18'")
-        group_norm = target in TARGETS and TARGETS[target].norms == "group"
+            raise ConfigError(f"target_ort={target_ort!r:.80}: expected a version such as '1.18'")
+        group_norm = target != "auto" and TARGETS[target].norms == "group"
         opset_version = choose_opset(
             opset_version, target_ort, GROUP_NORM_OPSET if group_norm else DEFAULT_OPSET
         )

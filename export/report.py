@@ -2,12 +2,12 @@
 
 import collections
 import dataclasses
-import json
 from typing import Any
 
 import onnx
 
 from pn_compiler.diagnostics import Diagnostic, Site, format_sites, format_table
+from pn_compiler.strict_json import to_json
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -99,7 +99,7 @@ class Report:
 
     def to_json(self) -> str:
         content = dataclasses.asdict(self) | {"max_error": self.max_error}
-        return json.dumps(content, indent=2) + "\n"
+        return to_json(content)
 
     def __str__(self) -> str:
         lines = [format_sites(self.sites), ""] if self.sites else []

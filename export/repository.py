@@ -12,7 +12,13 @@ from google.protobuf.message import Message
 
 from pn_compiler.config import ModelRepository
 from pn_compiler.errors import ExportError
-from pn_compiler.export.files import check_writable, temporary_folder, write_atomically
+from pn_compiler.export.files import (
+    REPLACED,
+    check_unicode,
+    check_writable,
+    temporary_folder,
+    write_atomically,
+)
 from pn_compiler.export.golden_calls import Calls, check_golden, why_no_batching
 from pn_compiler.export.manifests import model_files, server_files, to_json
 from pn_compiler.export.onnx_file import OnnxFile
@@ -40,9 +46,14 @@ class WrittenVersion:
 def check_repository(repository: ModelRepository) -> None:
     """Raises ExportError if no version can be written: before the work, not after it."""
     directory = repository.directory
-    if directory.exists() and not directory.is_dir():
+    check_unicode(directory)
+    try:
+        exists = directory.exists()
+    except OSError as error:  # a name that is too long
+        raise ExportError(f"cannot write {directory}: {error.strerror}") from error
+    if exists and not directory.is_dir():
         raise ExportError(f"cannot write {directory}: it is no folder")
-    check_writable(directory / "settings.json" if directory.is_dir() else directory)
+    check_writable(directory / "settings.json" if exists else directory)
 
 
 def write_repository(
@@ -86,7 +97,7 @@ def write_repository(
         place = file.relative_to(folder)
         shared = model_files(repository.name, number, place.as_posix(), limit)
         shared["config.pbtxt"] = config_text(config).encode()
-        _publish(repository, version, shared, spare=stage / "replaced")
+        _publish(repository, version, shared, spare=stage / REPLACED / version.relative_to(stage))
     target = repository.directory / repository.name
     return WrittenVersion(target / str(number), target / place, batching)
 
@@ -173,11 +184,12 @@ def _publish(repository: ModelRepository, version: Path, shared: dict[str, bytes
         os.rename(version.parent, target)
         return
     place = target / version.name
-    if repository.force and place.exists():
-        os.rename(place, spare)
+    spare.parent.mkdir(parents=True)
     try:
+        if repository.force and place.exists():
+            os.rename(place, spare)
         os.rename(version, place)  # fails if someone else wrote this version meanwhile
-    except OSError:
+    except BaseException:  # Ctrl-C, too
         if spare.exists():
             os.rename(spare, place)
         raise

@@ -23,8 +23,8 @@ def choose_opset(opset_version: int | None, target_ort: str | None, default: int
     highest, _ = (max(OPSETS), 0) if target_ort is None else ceiling(target_ort)
     if opset_version is None:
         return min(default, highest)
-    if opset_version not in OPSETS:
-        raise ExportError(f"opset {opset_version}: expected {OPSETS.start} to {OPSETS.stop - 1}")
+    if isinstance(opset_version, bool) or opset_version not in OPSETS:
+        raise ExportError(f"opset {opset_version!r:.80}: expected {OPSETS.start} to {OPSETS.stop - 1}")
     if opset_version > highest:
         raise ConfigError(f"onnxruntime {target_ort} loads opset {highest} at most, not {opset_version}")
     return opset_version

@@ -19,6 +19,7 @@ from pn_compiler.export.exporter import export_graph
 from pn_compiler.export.external_data import data_file, needs_external_data
 from pn_compiler.export.files import (
     check_plain,
+    check_unicode,
     check_writable,
     output_target,
     publish,
@@ -79,6 +80,7 @@ def write_onnx(
         if options.external_data or needs_external_data(folded):
             if options.target in ("ort-cpu", "auto"):
                 raise ExportError(f"target {options.target} writes one file, of 2 GB at most: use portable")
+            check_unicode(path)
             check_plain(path.parent / f"{path.name}.data")
             staged = stack.enter_context(staging_folder(path)) / path.name
         compare = None

@@ -298,7 +298,7 @@ def _arrays(leaves: list[Any], count: int) -> list[np.ndarray[Any, Any]]:
         tensors = [torch.as_tensor(leaf) for leaf in leaves]
     if len(tensors) != count:
         raise VerificationError(f"the ONNX model has {count} outputs, PyTorch gives {len(tensors)}")
-    return [tensor.numpy() for tensor in tensors]
+    return [(torch.view_as_real(t.resolve_conj()) if t.is_complex() else t).numpy() for t in tensors]
 
 
 def _worst(

@@ -19,6 +19,7 @@ from pn_compiler.errors import ConfigError
 from pn_compiler.evaluation import batches_of, check_values, to_eval_mode
 from pn_compiler.graph_module import is_converted, notes, record, sites
 from pn_compiler.inputs import Inputs
+from pn_compiler.option_checks import check_flags, check_function
 from pn_compiler.pass_base import Progress, run_pipeline
 from pn_compiler.passes import fold_pipeline
 from pn_compiler.ranks import infer_ranks
@@ -95,6 +96,7 @@ def transform(
         warm_start=warm_start,
         norm_only_bias=norm_only_bias,
     )
+    check_flags(strict=strict)
     model = unwrap(model)
     if is_converted(model):
         raise ConfigError("the model is already converted")
@@ -132,6 +134,7 @@ def fold(model: nn.Module, *, progress: Progress | None = None) -> nn.Module:
     Raises:
         TraceError: torch.fx cannot follow the forward of `model`.
     """
+    check_function("progress", progress)
     return fold_in_place(copy_model(unwrap(model)), progress=progress)
 
 

@@ -4,6 +4,9 @@ import argparse
 import importlib.metadata
 import math
 from pathlib import Path
+from typing import NoReturn
+
+from pn_compiler.errors import printable
 
 REPOSITORY_OPTIONS = ("name", "force", "max_batch_size")
 DATA_OPTIONS = ("mean", "std", "resize", "crop", "allow_data_code")
@@ -53,16 +56,43 @@ def _names(text: str) -> tuple[str, ...]:
     return tuple(name.strip() for name in text.split(","))
 
 
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line, as every other error, without the two screens of usage."""
+
+    def error(self, message: str) -> NoReturn:
+        usage = f"usage: {self.prog} MODEL -o FILE, and {self.prog} --help for all options"
+        self.exit(2, f"{self.prog}: error: {printable(message)}; {usage}\n")
+
+
+def _path(text: str) -> Path:
+    if not text:
+        raise argparse.ArgumentTypeError("the name is empty")
+    return Path(text)
+
+
+def _file(text: str) -> Path:
+    if text == "-":
+        raise argparse.ArgumentTypeError("expected the name of a file, which is verified before it appears")
+    return _path(text)
+
+
 def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="pn-compile",
         description="Compiles a PyTorch model with BatchNorm into a verified, batch-independent ONNX file.",
         epilog="A model file runs no code when it is loaded, unless you pass --unsafe-pickle; --arch, "
         "--allow and --allow-data-code import the packages that are named.",
     )
-    parser.add_argument("model", nargs="?", type=Path, help="model.pt, checkpoint or exported program (.pt2)")
-    parser.add_argument("-o", "--output", type=Path, metavar="FILE", help="the ONNX file to write")
-    parser.add_argument("--report", type=Path, metavar="FILE", help="write the report as JSON, too")
+    parser.add_argument(
+        "model", nargs="?", type=_path, help="model.pt, checkpoint or exported program (.pt2)"
+    )
+    parser.add_argument("-o", "--output", type=_file, metavar="FILE", help="the ONNX file to write")
+    parser.add_argument(
+        "--report",
+        type=_path,
+        metavar="FILE",
+        help="write the report as JSON, too; - prints that, and nothing else",
+    )
     parser.add_argument("--dry-run", action="store_true", help="print the table of sites, write nothing")
     parser.add_argument(
         "--diagnose", metavar="DATA",
@@ -167,7 +197,7 @@ def make_parser() -> argparse.ArgumentParser:
 def _add_repository_options(parser: argparse.ArgumentParser) -> None:
     serving = parser.add_argument_group("serving")
     serving.add_argument(
-        "--model-repository", type=Path, metavar="DIR",
+        "--model-repository", type=_path, metavar="DIR",
         help="write a folder that Triton and MLServer serve as it is; a model in it gets a new version",
     )  # fmt: skip
     serving.add_argument("--name", help="of the model in DIR")

@@ -1,6 +1,5 @@
 """Arrays from files, by name, without running code that the file brings and read from disk when used."""
 
-import os
 import zipfile
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -10,6 +9,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pn_compiler.errors import ConfigError, first_line
+from pn_compiler.memory import total_memory
 from pn_compiler.regular_files import why_unreadable
 
 
@@ -60,8 +60,7 @@ def _refuse_bombs(path: Path, file: BinaryIO) -> None:
     with zipfile.ZipFile(file) as archive:
         size = sum(entry.file_size for entry in archive.infolist())
     file.seek(0)
-    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    if size > memory:
+    if size > total_memory():
         raise ConfigError(
             f"cannot read {path}: it unpacks to {size / 2**30:.0f} GB, more than there is memory"
         )

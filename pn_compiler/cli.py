@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pn_compiler.arguments import DATA_OPTIONS, REPOSITORY_OPTIONS, make_parser
-from pn_compiler.errors import ConfigError, PnCompilerError, RefusedError, named_line
+from pn_compiler.errors import ConfigError, PnCompilerError, RefusedError, named_line, printable
 from pn_compiler.interruption import STATUS as INTERRUPTED
 from pn_compiler.interruption import Interruption, interruptible
 
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from pn_compiler.data import Batches
     from pn_compiler.loading import LoadedModel
 
+_STDOUT = Path("-")
 DONE, FAILED, USAGE, REFUSED = 0, 1, 2, 3
 _STAGES = 16  # of a whole run, for the progress bar
 
@@ -72,15 +73,9 @@ def _fail(message: str, status: int, error: Exception | None = None) -> int:
     if error is not None:
         logging.getLogger(__name__).error("traceback", exc_info=error)
     with contextlib.suppress(OSError, ValueError):  # nobody listens
-        sys.stderr.write(f"pn-compile: error: {_printable(message)}\n")
+        sys.stderr.write(f"pn-compile: error: {printable(message)}\n")
         sys.stderr.flush()
     return status
-
-
-def _printable(message: str) -> str:
-    """One line, without what would steer a terminal: names come from files."""
-    line = " ".join(message.split())
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in line)
 
 
 def _print(text: str) -> None:
@@ -91,7 +86,8 @@ def _print(text: str) -> None:
     """
     try:
         if sys.stdout is not None:  # which it is if the caller closed it
-            sys.stdout.write(text)
+            encoding = sys.stdout.encoding or "utf-8"  # names of files may be beyond it
+            sys.stdout.write(text.encode(encoding, "backslashreplace").decode(encoding))
             sys.stdout.flush()
     except OSError as error:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python tries again at its end
@@ -106,14 +102,8 @@ def _run(arguments: argparse.Namespace, interruption: Interruption) -> int:
     from pn_compiler.loading import load_model  # torch is only imported for work
 
     interruption.starting = False
-    for path in (arguments.output, arguments.report):
-        if path is not None and not arguments.dry_run:
-            from pn_compiler.export import check_writable
-
-            check_writable(path)
-    data = [Path(source) for source in (arguments.diagnose, arguments.calibrate) if source is not None]
-    weights = [Path(f"{arguments.output}.data")] if arguments.output and arguments.external_data else []
-    _refuse_same_file(arguments.model, arguments.output, arguments.report, *data, *weights)
+    report = None if arguments.report == _STDOUT else arguments.report
+    _check_files(arguments, report)
     with _progress(interruption.enter) as say:
         say("load")
         loaded = load_model(
@@ -123,10 +113,17 @@ def _run(arguments: argparse.Namespace, interruption: Interruption) -> int:
             unsafe_pickle=arguments.unsafe_pickle,
         )
         if arguments.diagnose is not None:
-            text = _diagnose(loaded, arguments, say)
+            text, content = _diagnose(loaded, arguments, say)
+        elif arguments.dry_run:
+            text, content = _dry_run(loaded, arguments), None
         else:
-            text = _dry_run(loaded, arguments) if arguments.dry_run else _compile(loaded, arguments, say)
-    _print(f"{text}\n")
+            text, content = _compile(loaded, arguments, say)
+        if content is not None and report is not None:
+            from pn_compiler.export import write_atomically
+
+            write_atomically(report, content.encode())
+        interruption.check()
+    _print(content if content is not None and arguments.report == _STDOUT else f"{text}\n")
     return DONE
 
 
@@ -164,6 +161,18 @@ def _check_repository_usage(arguments: argparse.Namespace) -> None:
     given = [name for name in REPOSITORY_OPTIONS if getattr(arguments, name)]
     if given and arguments.model_repository is None:
         make_parser().error(f"--{given[0].replace('_', '-')} goes with --model-repository")
+
+
+def _check_files(arguments: argparse.Namespace, report: Path | None) -> None:
+    """Raises PnCompilerError if a file cannot be written, or is another one that is named, too."""
+    for path in (arguments.output, report):
+        if path is not None and not arguments.dry_run:
+            from pn_compiler.export import check_writable
+
+            check_writable(path)
+    data = [Path(source) for source in (arguments.diagnose, arguments.calibrate) if source is not None]
+    weights = [Path(f"{arguments.output}.data")] if arguments.output and arguments.external_data else []
+    _refuse_same_file(arguments.model, arguments.output, report, *data, *weights)
 
 
 def _refuse_same_file(*paths: Path | None) -> None:
@@ -212,9 +221,11 @@ def _example_inputs(loaded: "LoadedModel", arguments: argparse.Namespace) -> tup
     return random_inputs(loaded.model, arguments.input_shape).args
 
 
-def _compile(loaded: "LoadedModel", arguments: argparse.Namespace, say: Callable[[str], None]) -> str:
+def _compile(
+    loaded: "LoadedModel", arguments: argparse.Namespace, say: Callable[[str], None]
+) -> tuple[str, str]:
+    """What to say, and the report as JSON."""
     import pn_compiler
-    from pn_compiler.export import write_atomically
 
     report = pn_compiler.compile(
         loaded.model,
@@ -238,11 +249,10 @@ def _compile(loaded: "LoadedModel", arguments: argparse.Namespace, say: Callable
         **({} if arguments.error_budget is None else {"error_budget": arguments.error_budget}),
         **_transform_options(loaded, arguments),
     )
-    if arguments.report is not None:
-        write_atomically(arguments.report, report.to_json().encode())
-    if loaded.fixed_batch is None:
-        return str(report)
-    return f"{report}\nbatch       fixed to {loaded.fixed_batch}, as the program was exported"
+    text = str(report)
+    if loaded.fixed_batch is not None:
+        text += f"\nbatch       fixed to {loaded.fixed_batch}, as the program was exported"
+    return text, report.to_json()
 
 
 def _repository(arguments: argparse.Namespace) -> "ModelRepository | None":
@@ -282,12 +292,15 @@ def _batches(loaded: "LoadedModel", source: str, arguments: argparse.Namespace) 
     )
 
 
-def _diagnose(loaded: "LoadedModel", arguments: argparse.Namespace, say: Callable[[str], None]) -> str:
+def _diagnose(
+    loaded: "LoadedModel", arguments: argparse.Namespace, say: Callable[[str], None]
+) -> tuple[str, str]:
+    """What to say, and the same as JSON."""
     import json
 
     import pn_compiler
-    from pn_compiler.export import write_atomically
     from pn_compiler.graph_module import is_converted
+    from pn_compiler.strict_json import to_json
 
     batches = _batches(loaded, arguments.diagnose, arguments)
     say("diagnose")
@@ -299,11 +312,9 @@ def _diagnose(loaded: "LoadedModel", arguments: argparse.Namespace, say: Callabl
         )
         say("diagnose")
         found["converted"] = pn_compiler.diagnose(converted, batches, affine=True)
-    if arguments.report is not None:
-        content = {title: json.loads(diagnosis.to_json()) for title, diagnosis in found.items()}
-        write_atomically(arguments.report, (json.dumps(content, indent=2) + "\n").encode())
     what = "power of the normalizers' outputs"  # weight and bias included: a warm start keeps those
-    return "\n\n".join(f"{what}, {title}\n{diagnosis}" for title, diagnosis in found.items())
+    text = "\n\n".join(f"{what}, {title}\n{diagnosis}" for title, diagnosis in found.items())
+    return text, to_json({title: json.loads(diagnosis.to_json()) for title, diagnosis in found.items()})
 
 
 def _list_passes() -> int:

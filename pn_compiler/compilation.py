@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 from torch import nn
 
 from pn_compiler.api import fold_in_place
-from pn_compiler.config import ModelRepository, Norm, ProxyPadding, TransformConfig, WarmStart, one_of
+from pn_compiler.config import ModelRepository, Norm, ProxyPadding, TransformConfig, WarmStart
 from pn_compiler.conversion import (
     calibrate_prepared,
     convert,
@@ -28,6 +28,7 @@ from pn_compiler.input_shape import choose_inputs, stated_inputs
 from pn_compiler.inputs import Inputs
 from pn_compiler.losses import Logits
 from pn_compiler.nn import ProxyNormAct
+from pn_compiler.option_checks import check_flags, check_function, check_number, check_path, one_of
 from pn_compiler.pass_base import Progress
 from pn_compiler.regions import trace
 from pn_compiler.repository import add_to_repository
@@ -100,6 +101,7 @@ def export_onnx(
         dynamic_batch=dynamic_batch, external_data=external_data, dtype=dtype, input_names=input_names,
         output_names=output_names, verify=verify,
     )  # fmt: skip
+    check_function("progress", progress)
     _check_destinations(path, repository, target)
     inputs = Inputs.of(example_inputs, example_kwargs) or Inputs()
     if not inputs.tensors():
@@ -179,6 +181,9 @@ def compile(  # noqa: A001  # the name that users of torch.compile look for
         dynamic_batch=dynamic_batch, external_data=external_data, dtype=dtype, input_names=input_names,
         output_names=output_names, verify=verify,
     )  # fmt: skip
+    check_function("progress", progress)
+    check_flags(strict=strict)
+    check_number("error_budget", error_budget, "an error of 0 or more, such as 0.01", 0)
     _check_destinations(path, repository, target)
     config = TransformConfig(
         norm=norm, num_groups=num_groups, proxy=proxy,
@@ -239,8 +244,7 @@ def _check_destinations(
     if path is None and repository is None:
         raise ConfigError("nothing would be written: give a path or a repository")
     if path is not None:
-        if not isinstance(path, str | os.PathLike):
-            raise ConfigError(f"path={path!r}: expected the name of a file")
+        check_path("path", path)
         check_writable(Path(path))
     if repository is not None:
         if not isinstance(repository, ModelRepository):
@@ -288,8 +292,7 @@ def _check_calibration(
     static_statistics: StaticStatistics | None,
 ) -> None:
     """Raises ConfigError if samples, or options of their uses, are missing or given for nothing."""
-    if type(distill_steps) is not int or distill_steps < 0:
-        raise ConfigError(f"distill_steps={distill_steps!r}: expected a number of steps, 0 or more")
+    check_number("distill_steps", distill_steps, "a number of steps, 0 or more", 0, whole=True)
     one_of("distill_logits", distill_logits, get_args(Logits))
     if distill_logits != "auto" and not distill_steps:
         raise ConfigError(f"distill_logits={distill_logits!r} has no effect without distill_steps")

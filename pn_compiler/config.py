@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from pn_compiler.errors import ConfigError
+from pn_compiler.option_checks import check_flags, check_number, check_path, one_of
 
 Norm = Literal["layer", "group", "instance"]
 ProxyPadding = Literal["activation", "output"]
@@ -14,13 +15,6 @@ WarmStart = Literal["auto", "running_stats", "calibrate", "none"]
 
 DEFAULT_NUM_GROUPS = 32  # Wu & He 2018, "Group Normalization"
 MIN_CHANNELS_PER_GROUP = 8
-
-
-def one_of(name: str, value: object, choices: tuple[str, ...]) -> None:
-    """Raises ConfigError if the option `name` has a `value` that is none of its `choices`."""
-    if value not in choices:
-        listed = ", ".join(repr(choice) for choice in choices)
-        raise ConfigError(f"{name}={value!r}: expected one of {listed}")
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,14 +33,13 @@ class TransformConfig:
         one_of("norm", self.norm, get_args(Norm))
         one_of("proxy_padding", self.proxy_padding, get_args(ProxyPadding))
         one_of("warm_start", self.warm_start, get_args(WarmStart))
+        check_flags(proxy=self.proxy, norm_only_bias=self.norm_only_bias)
         if self.num_groups is not None:
-            if not isinstance(self.num_groups, int) or self.num_groups < 1:
-                raise ConfigError(f"num_groups={self.num_groups!r}: expected a positive integer")
+            check_number("num_groups", self.num_groups, "a positive integer", 1, whole=True)
             if self.norm == "instance":
                 raise ConfigError("num_groups goes with norm='group', not with norm='instance'")
             object.__setattr__(self, "norm", "group")  # num_groups alone means GroupNorm
-        if not (math.isfinite(self.proxy_eps) and self.proxy_eps > 0):
-            raise ConfigError(f"proxy_eps={self.proxy_eps!r}: expected a positive number")
+        check_number("proxy_eps", self.proxy_eps, "a positive number", math.ulp(0))
 
     def groups_for(self, num_channels: int) -> int:
         """Number of groups for `num_channels` channels; always a divisor of it.
@@ -81,9 +74,13 @@ class ModelRepository:
     max_batch_size: int = 32
 
     def __post_init__(self) -> None:
-        if not re.fullmatch(r"[A-Za-z0-9]([A-Za-z0-9_.-]*[A-Za-z0-9])?", self.name):
-            raise ConfigError(f"name {self.name!r}: expected letters, digits, and _ . - between them")
+        check_path("directory", self.directory)
+        object.__setattr__(self, "directory", Path(self.directory))
+        check_flags(force=self.force)
+        check_number("max_batch_size", self.max_batch_size, "a positive integer", 1, whole=True)
+        if not isinstance(self.name, str) or not re.fullmatch(
+            r"[A-Za-z0-9]([A-Za-z0-9_.-]*[A-Za-z0-9])?", self.name
+        ):
+            raise ConfigError(f"name {self.name!r:.80}: expected letters, digits, and _ . - between them")
         if self.directory.name == "triton":
             raise ConfigError(f"{self.directory}: a folder of this name hides the package triton from torch")
-        if self.max_batch_size < 1:
-            raise ConfigError(f"max_batch_size={self.max_batch_size!r}: expected a positive integer")

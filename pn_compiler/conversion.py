@@ -12,7 +12,12 @@ from pn_compiler.accounting import account, shared_with_whole
 from pn_compiler.calibration import Calibrated, calibrate
 from pn_compiler.config import TransformConfig
 from pn_compiler.diagnostics import Diagnostic, Site
-from pn_compiler.equivalence import ChaoticOutputsError, VaryingOutputsError, check_equivalent
+from pn_compiler.equivalence import (
+    ChaoticOutputsError,
+    NoValuesError,
+    VaryingOutputsError,
+    check_equivalent,
+)
 from pn_compiler.errors import ConfigError, RefusedError, TraceError
 from pn_compiler.evaluation import check_dense, inputs_of
 from pn_compiler.fidelity import Fidelity, measure
@@ -72,6 +77,8 @@ def _compare(traced: Trace, model: nn.Module, inputs: Inputs) -> tuple[str, str]
         _note_varying(traced, error)
     except ChaoticOutputsError as error:
         return str(error), "compare the outputs yourself"
+    except NoValuesError as error:
+        return str(error), "give an example for which there are some"
     except ConfigError as error:
         if own_modes:  # the branch that was traced runs in train mode only
             return str(error), "give an example that runs in train mode, such as a batch of two"

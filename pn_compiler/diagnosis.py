@@ -2,12 +2,12 @@
 
 import dataclasses
 import io
-import json
 import os
 from pathlib import Path
 
 from pn_compiler.diagnostics import format_table
 from pn_compiler.errors import ConfigError
+from pn_compiler.strict_json import to_json
 
 COLLAPSED = 0.5  # share of P1 above which a site is said to be collapsed: most of its power is a constant
 UNIFORM = 1e-3  # share of P2 + P4 below which its instance statistics are said not to vary
@@ -76,7 +76,7 @@ class Diagnosis:
             dataclasses.asdict(site) | {"power": site.power, "shares": site.shares} for site in self.sites
         ]
         flagged = {name: [s.name for s in getattr(self, name)] for name in ("collapsed", "uniform")}
-        return json.dumps({"sites": sites, **flagged, "notes": self.notes}, indent=2) + "\n"
+        return to_json({"sites": sites, **flagged, "notes": self.notes})
 
     def __str__(self) -> str:
         header = ("site", "kind", "channels", "power", "P1 %", "P2 %", "P3 %", "P4 %")

@@ -38,6 +38,7 @@ CODES: dict[str, tuple[Severity, str]] = {
         "the forward asks how many dimensions or pieces a value has: fixed to those of the example",
     ),
     "PN125": ("warning", "outputs vary from call to call for the same inputs and random numbers"),
+    "PN128": ("note", "kept whole: torch.fx cannot trace the forward, or it was asked for"),
     "PN201": ("note", "no activation follows the BatchNorm"),
     "PN202": ("note", "left without proxy normalization: a consumer cannot absorb its shift"),
     "PN203": ("note", "proxy normalization was switched off"),

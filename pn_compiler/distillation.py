@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import json
 import math
 import os
 import time
@@ -13,18 +12,20 @@ from typing import Any, get_args
 import torch
 from torch import Tensor, nn
 
-from pn_compiler.config import one_of
 from pn_compiler.copying import copy_model, unwrap
 from pn_compiler.errors import ConfigError
 from pn_compiler.evaluation import untouched
 from pn_compiler.lesson import Checkpoint, Lesson, Loss
 from pn_compiler.losses import Logits, output_loss, readings
+from pn_compiler.option_checks import check_function, check_path, is_number, one_of
 from pn_compiler.samples import Outputs, Samples, digest
+from pn_compiler.strict_json import to_json
 
 _BOUNDS = {
     "steps": (0, math.inf, "0 or more"),
     "batch_size": (1, math.inf, "1 or more"),
     "max_samples": (2, math.inf, "2 or more"),
+    "seed": (-(2**63), 2**63, "a whole number"),
     "lr": (math.ulp(0), math.inf, "a number above 0"),
     "held_out": (math.ulp(0), 1, "a share above 0 and below 1"),
 }
@@ -64,7 +65,7 @@ class DistillReport:
     stopped: str = ""
 
     def to_json(self) -> str:
-        return json.dumps(dataclasses.asdict(self), indent=2) + "\n"
+        return to_json(dataclasses.asdict(self))
 
     def __str__(self) -> str:
         best = f"step {self.best_step}" if self.best_step else "the model as it was"
@@ -152,6 +153,9 @@ def distill(
     options = _checked(
         steps=steps, batch_size=batch_size, lr=lr, seed=seed, max_samples=max_samples, held_out=held_out
     )
+    check_function("loss", loss)
+    if checkpoint is not None:
+        check_path("checkpoint", checkpoint)
     file = None if checkpoint is None else Checkpoint(Path(checkpoint))
     # Without a word, maps may hold values or logits: the result is no worse as either.
     watched = functools.partial(output_loss, logits="all") if loss is None and logits == "auto" else None
@@ -188,9 +192,9 @@ def distill(
 def _checked(**options: float) -> dict[str, float]:
     """`options` themselves. Raises ConfigError if one is impossible."""
     for name, value in options.items():
-        low, high, expected = _BOUNDS.get(name, (-math.inf, math.inf, ""))
-        if not low <= value < high:
-            raise ConfigError(f"{name}={value} is impossible: expected {expected}")
+        low, high, expected = _BOUNDS[name]
+        if not is_number(value, low, high, whole=name not in ("lr", "held_out")):
+            raise ConfigError(f"{name}={value!r:.80} is impossible: expected {expected}")
     return options
 
 

@@ -67,3 +67,9 @@ def named_line(error: BaseException) -> str:
     """`first_line` behind the type of the exception, for one whose type is part of what it says."""
     name, line = type(error).__name__, first_line(error)
     return line if line.startswith(name) else f"{name}: {line}"
+
+
+def printable(message: str) -> str:
+    """`message` on one line, without what would steer a terminal: names come from files."""
+    line = " ".join(message.split())
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in line)

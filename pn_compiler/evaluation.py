@@ -62,7 +62,8 @@ def batches_of(batches: Any, *, again: bool = False) -> Iterable[Any]:
     """
     if isinstance(batches, Tensor | Mapping | Inputs):
         return [batches]
-    if not hasattr(type(batches), "__iter__") and not hasattr(type(batches), "__getitem__"):
+    readable = hasattr(type(batches), "__iter__") or hasattr(type(batches), "__getitem__")
+    if isinstance(batches, str | bytes) or not readable:
         raise ConfigError(f"expected batches of inputs, such as a list or a DataLoader, got {batches!r:.80}")
     if again and iter(batches) is batches:
         raise ConfigError(

@@ -37,6 +37,9 @@ class Fidelity:
         kept: whether the conversion is meant to keep the outputs, as a warm start is.
         sites: path of each BatchNorm -> |n - t| / |t|, with n what is there now and t what the BatchNorm
             gives, both for the input that it has in the original network: where the distance enters.
+        unchanged: share of the values of outputs of whole numbers and booleans, such as classes, that stay
+            the same, from 0 to 1; of several outputs that of the worst. None without such an output.
+        not_compared: outputs that only one of the networks gives, or in another shape, such as boxes.
     """
 
     data: str
@@ -46,17 +49,24 @@ class Fidelity:
     same_class: float | None
     kept: bool = True
     sites: dict[str, float] = dataclasses.field(default_factory=dict)
+    unchanged: float | None = None
+    not_compared: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         classes = ""
         if self.kl is not None and self.same_class is not None:
             classes = f", KL divergence {self.kl:.2g} nats, {100 * self.same_class:.1f} % keep their class"
-        moved = "outputs cannot be compared"
+        moved = []
         if self.relative_l2 is not None:
-            moved = f"outputs moved by {100 * self.relative_l2:.2g} % (relative L2){classes}"
+            moved.append(f"outputs moved by {100 * self.relative_l2:.2g} % (relative L2){classes}")
+        if self.unchanged is not None:
+            moved.append(f"{100 * self.unchanged:.1f} % of the whole numbers stay the same")
+        if self.not_compared:
+            moved.append(f"other shapes than before have {', '.join(self.not_compared[:3])}")
         worst = sorted(self.sites.items(), key=lambda item: -item[1])[:3]
         where = ", ".join(f"{name} {100 * error:.2g} %" for name, error in worst)
-        return f"{moved}, on {self.data}" + (f"; most enters at {where}" if where else "")
+        said = ", ".join(moved) or "outputs hold no values to compare"
+        return f"{said}, on {self.data}" + (f"; most enters at {where}" if where else "")
 
     @property
     def advice(self) -> str:
@@ -94,7 +104,7 @@ def measure(
     Raises:
         ConfigError: there is no batch, or the networks do not run on it.
     """
-    totals: dict[str, list[float]] = {}
+    outputs = _Outputs()
     classes: list[tuple[int, float, float]] = []  # samples, divergence, agreement
     errors = _SiteErrors(original, converted, sites)
     with untouched(original, keep_state=True), untouched(converted, keep_state=True):
@@ -107,19 +117,23 @@ def measure(
                 expected = _detached(run(original, inputs, name))
                 seed_everything()
                 actual = _detached(run(converted, inputs, name))
-                _add(totals, actual, expected)
-                kl, same = divergence(actual, expected, logits), agreement(actual, expected, logits)
+                outputs.add(actual, expected)
+                rows = _length(inputs)
+                found, wanted = _of_samples(actual, rows), _of_samples(expected, rows)
+                kl, same = divergence(found, wanted, logits), agreement(found, wanted, logits)
                 if kl is not None and same is not None:
-                    classes.append((_length(inputs), kl, same))
+                    classes.append((rows, kl, same))
     count = sum(n for n, _, _ in classes)
     return Fidelity(
         _describe(samples, representative),
         representative,
-        max((_ratio(*pair) for pair in totals.values()), default=None),
+        max((_ratio(*pair) for pair in outputs.distances.values()), default=None),
         sum(n * kl for n, kl, _ in classes) / count if count else None,
         sum(n * same for n, _, same in classes) / count if count else None,
         kept,
         errors.relative(),
+        min((same / count for same, count in outputs.same.values() if count), default=None),
+        tuple(outputs.not_compared),
     )
 
 
@@ -148,20 +162,46 @@ def _length(inputs: Inputs) -> int:
     return len(first)
 
 
+def _of_samples(outputs: Any, count: int) -> dict[str, Tensor]:
+    """The outputs with a row for each of `count` samples: boxes [M, 4] are no logits."""
+    return {name: x for name, x in named_outputs(outputs).items() if x.dim() and len(x) == count}
+
+
 def _detached(outputs: Any) -> Any:
     return pytree.tree_map_only(Tensor, torch.detach, outputs)
 
 
-def _add(totals: dict[str, list[float]], actual: Any, expected: Any) -> None:
-    """Adds (|c - o|^2, |o|^2) of each output that both give in one shape."""
-    found = named_outputs(actual)
-    for name, tensor in named_outputs(expected).items():
-        other = found.get(name)
-        if not tensor.is_floating_point() or other is None or other.shape != tensor.shape:
-            continue
-        total = totals.setdefault(name, [0.0, 0.0])
-        total[0] += float((other.double() - tensor.double()).square().sum())
-        total[1] += float(tensor.double().square().sum())
+class _Outputs:
+    """What is summed of each output, by name.
+
+    Attributes:
+        distances: |c - o|^2 and |o|^2.
+        same: of whole numbers and booleans, how many are the same, and how many there are.
+        not_compared: names of those that have been missing or of another shape, in order.
+    """
+
+    def __init__(self) -> None:
+        self.distances: dict[str, list[float]] = {}
+        self.same: dict[str, list[int]] = {}
+        self.not_compared: dict[str, None] = {}
+
+    def add(self, actual: Any, expected: Any) -> None:
+        found, wanted = named_outputs(actual), named_outputs(expected)
+        self.not_compared |= dict.fromkeys(name for name in found if name not in wanted)
+        for name, tensor in wanted.items():
+            other = found.get(name)
+            if other is None or other.shape != tensor.shape:
+                self.not_compared[name] = None
+            elif not tensor.numel():
+                continue  # no boxes before and after say nothing
+            elif tensor.is_floating_point():
+                total = self.distances.setdefault(name, [0.0, 0.0])
+                total[0] += float((other.double() - tensor.double()).square().sum())
+                total[1] += float(tensor.double().square().sum())
+            else:
+                count = self.same.setdefault(name, [0, 0])
+                count[0] += int((other == tensor).sum())
+                count[1] += tensor.numel()
 
 
 def _ratio(difference: float, power: float) -> float:

@@ -1,9 +1,9 @@
 """What `pn_compiler.freeze_statistics` says about its work."""
 
 import dataclasses
-import json
 
 from pn_compiler.diagnostics import format_table
+from pn_compiler.strict_json import to_json
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -55,7 +55,7 @@ class FreezeReport:
         return sum(site.frozen for site in self.sites)
 
     def to_json(self) -> str:
-        return json.dumps(dataclasses.asdict(self) | {"frozen": self.frozen}, indent=2) + "\n"
+        return to_json(dataclasses.asdict(self) | {"frozen": self.frozen})
 
     def __str__(self) -> str:
         rows = [

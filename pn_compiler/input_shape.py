@@ -11,7 +11,7 @@ from pn_compiler.errors import ConfigError, first_line
 from pn_compiler.evaluation import untouched
 from pn_compiler.graph_utils import called_module
 from pn_compiler.inputs import Inputs
-from pn_compiler.memory import refuse_giant_tensors
+from pn_compiler.memory import refuse_giant_tensors, total_memory
 
 GUESSED_PIXELS = 224
 _MOST_GUESSED = 2**28  # elements of an input whose shape nobody gave
@@ -43,10 +43,7 @@ def choose_inputs(
             raise ConfigError(f"input shape {shape} ({source}): expected positive sizes")
         if source != "given" and math.prod(shape) > _MOST_GUESSED:
             raise ConfigError(f"input shape {shape} ({source}) is too large to be right: {_ASK}")
-        try:
-            inputs = random_inputs(model, [shape])
-        except RuntimeError as error:
-            raise ConfigError(f"input shape {shape} ({source}): {first_line(error)}") from error
+        inputs = random_inputs(model, [shape])
     refuse_giant_tensors(model, inputs)
     try:
         with untouched(model, keep_state=True):
@@ -73,7 +70,14 @@ def stated_inputs(model: nn.Module, input_shape: tuple[int, ...] | None) -> Inpu
 
 
 def random_inputs(model: nn.Module, shapes: Sequence[tuple[int, ...]]) -> Inputs:
-    """A standard normal tensor for each of `shapes`, in the dtype of the model's parameters."""
+    """A standard normal tensor for each of `shapes`, in the dtype of the model's parameters.
+
+    Raises:
+        ConfigError: it would be larger than the memory of this machine.
+    """
+    for shape in shapes:
+        if torch.float32.itemsize * math.prod(shape) > total_memory():
+            raise ConfigError(f"input shape {shape}: a tensor of that size does not fit into memory")
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
     generator = torch.Generator().manual_seed(0)
     return Inputs(tuple(torch.randn(shape, generator=generator).to(dtype) for shape in shapes))

@@ -34,10 +34,14 @@ class Interruption:
         raise KeyboardInterrupt
 
     def enter(self, stage: str) -> None:
-        """Notes what begins. Raises KeyboardInterrupt again if a library swallowed it."""
+        """Notes what begins, after a `check`."""
+        self.check()
+        self.writing = self.writing or stage in _WRITING
+
+    def check(self) -> None:
+        """Raises KeyboardInterrupt again if a library swallowed it."""
         if self.requested:
             raise KeyboardInterrupt
-        self.writing = self.writing or stage in _WRITING
 
     @property
     def message(self) -> str:
@@ -65,6 +69,7 @@ def interruptible() -> Iterator[Interruption]:
     try:
         yield interruption
     finally:
+        exec("")  # Python would end with the signal if the exception crossed code that exec made of a text
         sys.unraisablehook = report
         for number, handler in previous.items():
             signal.signal(number, handler)

@@ -1,7 +1,7 @@
 """How far the outputs of a student are from those of its teacher."""
 
 import dataclasses
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from pn_compiler.errors import ConfigError
+from pn_compiler.option_checks import one_of
 
 TEMPERATURE = 4.0
 PIXEL_TEMPERATURE = 1.0
@@ -37,6 +38,7 @@ def output_loss(student: Any, teacher: Any, logits: Logits = "auto") -> Tensor:
     trained teacher is so sure of its training data that at T = 1 there is little to learn from. Not of all
     pixels: docs/distillation.md has the figures.
     """
+    one_of("logits", logits, get_args(Logits))
     found = pairs(student, teacher)
     return torch.stack([_kl(s, t) if is_logits(t, logits) else _l2(s, t) for s, t in found]).sum()
 
@@ -145,10 +147,11 @@ def _wide(tensor: Tensor) -> Tensor:
 
 
 def _dense(tensor: Tensor) -> Tensor:
-    """`tensor`, of any layout, with one number for each of its places."""
+    """`tensor`, of any layout, with one number for each of its places, and two for a complex one."""
     if tensor.is_quantized:
         return tensor.dequantize()
-    return tensor if tensor.layout in (torch.strided, torch.jagged) else tensor.to_dense()
+    dense = tensor if tensor.layout in (torch.strided, torch.jagged) else tensor.to_dense()
+    return torch.view_as_real(dense.resolve_conj()) if dense.is_complex() else dense
 
 
 def named_outputs(outputs: Any, name: str = "output") -> dict[str, Tensor]:

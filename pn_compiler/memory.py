@@ -24,6 +24,14 @@ class _Largest(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's o
         return result
 
 
+def total_memory() -> int:
+    """Bytes of memory in this machine; a terabyte where the system does not say, as Windows."""
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError, OSError):
+        return 2**40
+
+
 def refuse_giant_tensors(model: nn.Module, inputs: Inputs) -> None:
     """Runs `model` on tensors without values.
 
@@ -39,7 +47,7 @@ def refuse_giant_tensors(model: nn.Module, inputs: Inputs) -> None:
             torch.func.functional_call(model, state, args, kwargs)
     except Exception:  # somebody else's code, on tensors that it may not be made for
         return
-    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    memory = total_memory()
     if largest.bytes > memory:
         shapes = ", ".join(str(list(x.shape)) for x in inputs.tensors())
         raise ConfigError(

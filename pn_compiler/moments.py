@@ -5,13 +5,14 @@ difference.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
 from pn_compiler.activations import has_jumps, pieces_of
 from pn_compiler.errors import ConfigError
+from pn_compiler.option_checks import one_of
 from pn_compiler.piecewise_moments import Moments, by_pieces
 from pn_compiler.quadrature import WIDEST_TO_SHARE, nodes, quantiles, strip_to_share
 
@@ -49,8 +50,12 @@ def proxy_moments(
 
     Source: Labatie et al., NeurIPS 2021, section 5, and its public reference implementation.
     """
-    if method not in ("exact", "quantile", "quadrature"):
-        raise ConfigError(f"method={method!r}: expected one of 'exact', 'quantile', 'quadrature'")
+    one_of("method", method, get_args(Method))
+    if not callable(activation) or isinstance(activation, type):
+        raise ConfigError(f"activation={activation!r:.80}: expected a module or function")
+    for name, value in {"mean": mean, "std": std}.items():
+        if not isinstance(value, Tensor):
+            raise ConfigError(f"{name}={value!r:.80}: expected a tensor")
     dtype = torch.promote_types(torch.promote_types(mean.dtype, std.dtype), torch.float32)
     wide = widest_dtype(mean)
     m, s = torch.broadcast_tensors(mean.to(wide), std.to(wide))  # type: ignore[no-untyped-call]  # torch's

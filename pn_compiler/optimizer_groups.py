@@ -1,7 +1,6 @@
 """Parameter groups for an optimizer, with the weight decay of each."""
 
 import fnmatch
-import math
 from collections.abc import Collection, Iterator
 from typing import Any
 
@@ -10,6 +9,7 @@ from torch import nn
 from pn_compiler.copying import unwrap
 from pn_compiler.errors import ConfigError
 from pn_compiler.nn import ProxyNormAct
+from pn_compiler.option_checks import check_number
 
 _PROXY = {"proxy_weight", "proxy_bias"}
 _NORMALIZERS = (nn.LayerNorm, nn.RMSNorm)  # those whose weight may have more than one axis
@@ -61,9 +61,10 @@ def param_groups(
         "decay": weight_decay,
         "proxy": weight_decay if proxy_weight_decay is None else proxy_weight_decay,
     }
-    for name, value in decays.items():
-        if not 0 <= value < math.inf:
-            raise ConfigError(f"weight decay of {name!r} parameters is {value}: expected 0 or more")
+    check_number("weight_decay of 'decay' parameters", decays["decay"], "0 or more", 0)
+    check_number("proxy_weight_decay of 'proxy' parameters", decays["proxy"], "0 or more", 0)
+    if isinstance(no_weight_decay, str) or not isinstance(no_weight_decay, Collection):
+        raise ConfigError(f"no_weight_decay={no_weight_decay!r:.80}: expected a list of names")
     model = unwrap(model)
     proxy, normalizers = set(_proxy_parameters(model)), set(_normalizer_parameters(model))
     patterns = {*no_weight_decay, *_listed_by_modules(model)}

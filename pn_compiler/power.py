@@ -17,6 +17,7 @@ from pn_compiler.errors import ConfigError
 from pn_compiler.evaluation import batches_of, each_batch, run, untouched
 from pn_compiler.graph_module import is_converted, sites
 from pn_compiler.nn import ProxyNormAct
+from pn_compiler.option_checks import check_flags
 from pn_compiler.tracing import refuse_uninitialised
 from pn_compiler.warm_start import is_trained
 
@@ -66,6 +67,7 @@ def diagnose(
 
     Source: Labatie et al., NeurIPS 2021 (arXiv 2106.03743), the power decomposition and Figure 2.
     """
+    check_flags(batch_statistics=batch_statistics, affine=affine)
     model = unwrap(model)
     refuse_uninitialised(model)
     recorder = _Recorder(batch_statistics=batch_statistics, affine=affine)

@@ -14,7 +14,7 @@ from torch import fx, nn
 from pn_compiler.batch_norms import closed_kind, holds_batch_norm, is_batch_norm
 from pn_compiler.child_uses import children_looked_into, is_called_whole, read_norms
 from pn_compiler.copying import copy_model
-from pn_compiler.diagnostics import Diagnostic
+from pn_compiler.diagnostics import CODES, Diagnostic
 from pn_compiler.errors import ConfigError, TraceError
 from pn_compiler.functional_norms import calls_batch_norm, reaches_batch_norm
 from pn_compiler.graph_module import ConvertedModule, is_converted
@@ -24,6 +24,7 @@ from pn_compiler.inputs import Inputs
 from pn_compiler.nn import put_behind
 from pn_compiler.observed_calls import ObservedCalls
 from pn_compiler.pass_base import live_nodes
+from pn_compiler.trace_failures import whole_note
 from pn_compiler.tracing import NotTracedError, resolve_leaves, trace_module
 from pn_compiler.training_flag import branches_note
 from pn_compiler.weight_writes import may_write_weights
@@ -69,8 +70,9 @@ class Trace:
         root: the copy; a graph if the forward of the model itself can be traced.
         regions: all graphs in it, the outermost first.
         opaque: paths of the modules that stayed whole, the outermost first; "" is the model itself.
-        leaves: paths of modules that the user wants whole.
-        notes: about branches that were fixed.
+        leaves: paths of modules that are not to be traced.
+        asked: those among them that the user named.
+        notes: about branches that were fixed, and why modules stay whole.
         paths: id of each module and parameter -> every path that leads to it, or to its owner.
         entered: paths of the modules whose forward is part of a graph.
         norm_calls: those among them that call batch_norm as a function there.
@@ -84,6 +86,7 @@ class Trace:
     regions: list[Region] = dataclasses.field(default_factory=list)
     opaque: list[str] = dataclasses.field(default_factory=list)
     leaves: frozenset[str] = frozenset()
+    asked: frozenset[str] = frozenset()
     notes: list[Diagnostic] = dataclasses.field(default_factory=list)
     paths: dict[int, list[str]] = dataclasses.field(default_factory=dict)
     entered: set[str] = dataclasses.field(default_factory=set)
@@ -118,7 +121,8 @@ def trace(
     _check_fit(model, inputs)
     calls = ObservedCalls(model, example if inputs is None else lambda: inputs)
     model = model if in_place else copy_model(model)
-    traced = Trace(model, calls, leaves=resolve_leaves(model, leaves))
+    asked = resolve_leaves(model, leaves)
+    traced = Trace(model, calls, leaves=asked, asked=asked)
     for name, module in model.named_modules(remove_duplicate=False):
         for part in (module, *(p for p in module._parameters.values() if p is not None)):
             traced.paths.setdefault(id(part), []).append(name)
@@ -271,6 +275,15 @@ def _take_notes(notes: Sequence[Diagnostic], path: str, traced: Trace) -> None:
         traced.notes.append(dataclasses.replace(note, site=site))
 
 
+def _note_whole(module: nn.Module, path: str, traced: Trace) -> None:
+    """Reports that `module` stays whole, if it holds a BatchNorm and no other note says so."""
+    said = any(note.site == path and CODES[note.code][1].startswith("kept whole") for note in traced.notes)
+    if said or is_batch_norm(module) or closed_kind(module) or not holds_batch_norm(module):
+        return
+    reason = "the code that calls it looks into it, shares it, or may rewrite its weights"
+    traced.notes.append(whole_note("PN128", path, "leaves names it" if path in traced.asked else reason))
+
+
 def _trace_children(owner: nn.Module, path: str, traced: Trace, *, apart: bool = False) -> None:
     """Puts regions in the place of what `owner`, which stays as it is, calls.
 
@@ -279,6 +292,7 @@ def _trace_children(owner: nn.Module, path: str, traced: Trace, *, apart: bool =
     """
     apart = apart or may_write_weights(owner)
     traced.opaque.append(path)
+    _note_whole(owner, path, traced)
     looked_into = children_looked_into(type(owner))  # type: ignore[arg-type]  # classes are hashable
     if looked_into is None:
         return  # its code may look inside any BatchNorm: they are reported as not reached

@@ -14,9 +14,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from pn_compiler.config import one_of
 from pn_compiler.errors import ConfigError, PnCompilerError, SmokeError
 from pn_compiler.golden import Arrays, Golden
+from pn_compiler.option_checks import check_number, check_path, one_of
 
 if TYPE_CHECKING:
     from numpy import ndarray
@@ -53,6 +53,9 @@ def smoke_test(
         SmokeError: the server cannot be reached, is not ready, or answers something else.
     """
     one_of("protocol", protocol, get_args(Protocol))
+    check_path("golden", golden)
+    check_number("timeout", timeout, "seconds, more than 0", sys.float_info.min)
+    check_number("wait", wait, "seconds, 0 or more", 0)
     expected = Golden.load(golden)
     name = model or expected.model
     server = _Server(url, protocol, timeout)

@@ -18,6 +18,7 @@ from pn_compiler.graph_module import is_converted, notes, record, sites
 from pn_compiler.graph_utils import has_hooks, module_calls
 from pn_compiler.inputs import Inputs
 from pn_compiler.losses import is_logits, named_outputs
+from pn_compiler.option_checks import check_number
 from pn_compiler.pass_base import run_pipeline
 from pn_compiler.passes import freeze_pipeline
 from pn_compiler.ranks import infer_ranks
@@ -96,12 +97,10 @@ def freeze_statistics(
 
 
 def _check_options(budget: float | None, held_out: float, max_samples: int) -> None:
-    if budget is not None and not (isinstance(budget, int | float) and 0 <= budget < math.inf):
-        raise ConfigError(f"budget={budget!r}: expected an error of 0 or more, such as 0.01, or None")
-    if not 0 < held_out < 1:
-        raise ConfigError(f"held_out={held_out}: expected a share above 0 and below 1")
-    if max_samples < 2:
-        raise ConfigError(f"max_samples={max_samples}: expected 2 or more")
+    if budget is not None:
+        check_number("budget", budget, "an error of 0 or more, such as 0.01, or None", 0)
+    check_number("held_out", held_out, "a share above 0 and below 1", math.ulp(0), 1)
+    check_number("max_samples", max_samples, "2 or more", 2, whole=True)
 
 
 # Samples and sites ---------------------------------------------------------------------------------

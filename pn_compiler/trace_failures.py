@@ -8,8 +8,6 @@ from torch import fx
 from pn_compiler.diagnostics import Diagnostic
 from pn_compiler.proxies import Untraceable
 
-_KEPT_HINT = "what it calls is converted on its own"
-
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Failure:
@@ -26,9 +24,13 @@ class Failure:
     reason: str
 
     def notes(self) -> set[Diagnostic]:
-        if self.code is None:
-            return set()
-        return {Diagnostic(self.code, self.path, f"the module stays whole: {self.reason}", _KEPT_HINT)}
+        return {whole_note(self.code or "PN128", self.path, self.reason)}
+
+
+def whole_note(code: str, path: str, reason: str) -> Diagnostic:
+    """That the module at `path` is not traced."""
+    hint = "what it calls is converted on its own"
+    return Diagnostic(code, path, f"the module stays whole: {reason}", hint)
 
 
 class RefusingTracer(fx.Tracer):

@@ -4,7 +4,7 @@ What cannot be traced stays whole, and the rest is tried again.
 """
 
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 
 from torch import fx, nn
 from torch.nn.parameter import is_lazy
@@ -183,7 +183,8 @@ class _Tracing:
         if "" in paths or paths <= self.leaves:
             raise NotTracedError(self.model, dataclasses.replace(failure, path=""))
         for path in paths - self.leaves:
-            self.notes |= dataclasses.replace(failure, path=path).notes()
+            if failure.code or holds_batch_norm(self.model.get_submodule(path)):
+                self.notes |= dataclasses.replace(failure, path=path).notes()
             self.reasons[path] = failure.reason
         self.leaves |= paths
 
@@ -256,14 +257,21 @@ def refuse_uninitialised(model: nn.Module) -> None:
             )
 
 
+def _names_modules(leaf: object) -> bool:
+    return isinstance(leaf, str) or (isinstance(leaf, type) and issubclass(leaf, nn.Module))
+
+
 def resolve_leaves(model: nn.Module, leaves: Sequence[str | type[nn.Module]]) -> frozenset[str]:
     """Paths of the submodules of `model` that `leaves` names, by path or by class.
 
     Raises:
         ConfigError: an entry names nothing in `model`.
     """
+    listed = [leaves] if isinstance(leaves, str | type) else () if leaves is None else leaves
+    if not isinstance(listed, Collection) or not all(_names_modules(leaf) for leaf in listed):
+        raise ConfigError(f"leaves={leaves!r:.80}: expected a list of paths and classes of modules")
     paths: set[str] = set()
-    for leaf in (leaves,) if isinstance(leaves, str | type) else leaves or ():
+    for leaf in listed:
         found = {
             name
             for name, module in model.named_modules(remove_duplicate=False)

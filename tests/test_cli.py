@@ -1,6 +1,7 @@
 """The command as a user types it."""
 
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +14,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import pn_compiler
-from pn_compiler import cli
+from pn_compiler import Diagnosis, FreezeReport, FrozenSite, SitePower, cli
+from pn_compiler.export import Report
+from pn_compiler.fidelity import Fidelity
 from pn_compiler.testing import randomize_batch_norms
 
 
@@ -72,6 +75,34 @@ def test_report_and_options(folder: Path, capsys: pytest.CaptureFixture[str]) ->
     assert [s["num_groups"] for s in report["sites"]] == [2]
     assert [s["code"] for s in report["sites"]] == ["PN203"]
     assert (report["opset_version"], report["inputs"][0]["shape"], report["checks"]) == (18, [1, 3, 8, 8], [])
+
+
+def test_the_report_alone_on_the_standard_output(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    status, out, err = run(capsys, "model.pt", "-o", "m.onnx", *SHAPE, "--report", "-")
+    assert (status, err) == (cli.DONE, "")
+    assert json.loads(out)["path"] == "m.onnx"
+    np.save(folder / "data.npy", np.zeros((4, 3, 8, 8)))
+    status, out, _ = run(capsys, "model.pt", "--diagnose", "data.npy", "--report", "-")
+    assert status == cli.DONE
+    assert json.loads(out).keys() == {"as given", "converted"}
+    assert not (folder / "-").exists()
+
+
+def test_reports_are_json_of_the_standard() -> None:
+    """Which knows neither nan nor infinity, as a diverging network has them."""
+
+    def refuse(constant: str) -> None:
+        raise ValueError(constant)
+
+    fidelity = Fidelity("x", True, math.inf, math.nan, 1.0, sites={"1": -math.inf})
+    reports = [
+        Report(tolerance=math.nan, tuning={"portable": math.inf}, fidelity=fidelity),
+        Diagnosis((SitePower("1", "BN", 4, 1.0, math.nan, 0.0, 0.0, 0.0),)),
+        FreezeReport((FrozenSite("1", True, math.inf),), None, math.nan, None, 1, 1, "samples"),
+    ]
+    for report in reports:
+        assert "null" in report.to_json()
+        json.loads(report.to_json(), parse_constant=refuse)
 
 
 def test_a_model_repository(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -268,13 +299,20 @@ def test_a_target_in_a_read_only_file_system(folder: Path, capsys: pytest.Captur
         ("model.pt", "--diagnose", "data", "--resize", "1,2,3"),
         ("model.pt", "--diagnose", "data", "--crop", "0"),
         ("model.pt", "--diagnose", "data", "--std", "0.5,x"),
+        ("model.pt", "-o", "-"),
+        ("model.pt", "-o"),
+        ("model.pt", "-o", "m.onnx", "--opset", "9" * 5000),
+        ("model.pt", "-o", "m.onnx", "one\nmore"),
     ],
 )
 def test_wrong_usage_is_status_2(capsys: pytest.CaptureFixture[str], arguments: tuple[str, ...]) -> None:
     with pytest.raises(SystemExit) as caught:
         cli.main(list(arguments))
     assert caught.value.code == cli.USAGE
-    assert "usage: pn-compile" in capsys.readouterr().err
+    err = capsys.readouterr().err
+    assert err.startswith("pn-compile: error: ")
+    assert "usage: pn-compile" in err
+    assert err.count("\n") == 1
 
 
 def test_an_exported_program_keeps_its_fixed_batch(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,8 +1,11 @@
 """A conversion changes outputs on purpose; by how much is measured and said."""
 
 import copy
+import dataclasses
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -11,7 +14,8 @@ from torch import Tensor, nn
 
 import pn_compiler
 from pn_compiler import cli
-from pn_compiler.errors import VerificationError
+from pn_compiler.errors import ExportError, VerificationError
+from pn_compiler.export import make_session
 from pn_compiler.fidelity import measure
 from pn_compiler.testing import randomize_batch_norms
 
@@ -152,3 +156,156 @@ def test_a_model_that_draws_random_numbers_is_told_so(tmp_path: Path) -> None:
 
     with pytest.raises(VerificationError, match="draws random numbers"):
         pn_compiler.export_onnx(Noisy(), tmp_path / "m.onnx", X)
+
+
+# Outputs of every form ------------------------------------------------------------------------------
+
+
+class Shaped(nn.Module):
+    """Gives the map of a small network in another form."""
+
+    def __init__(self, form: Callable[[Tensor], Any]) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv, self.bn, self.head = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Conv2d(8, 4, 1)
+        self.form = form
+        randomize_batch_norms(self).eval()
+
+    def forward(self, x: Tensor) -> Any:
+        return self.form(self.head(torch.relu(self.bn(self.conv(x)))))
+
+
+class Pair(NamedTuple):
+    maps: Tensor
+    means: Tensor
+
+
+@dataclasses.dataclass
+class Result:
+    maps: Tensor
+    means: Tensor | None = None
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        lambda y: {"out": y, "aux": {"means": y.mean((2, 3))}},
+        lambda y: (y, [y.mean((2, 3)), None], y.flatten(1)),
+        lambda y: Pair(y, y.mean((2, 3))),
+        lambda y: Result(y, y.mean((2, 3))),
+        Result,
+        lambda y: {"out": y, "name": "maps", "count": 3},
+        lambda y: (y, y.argmax(1)),
+        lambda y: torch.fft.fft2(y, norm="ortho"),
+    ],
+)
+@torch.no_grad()
+def test_the_distance_is_that_of_the_worst_output(form: Callable[[Tensor], Any]) -> None:
+    """The means of the network move by less than its maps; a Fourier transform keeps distances."""
+    model, plain = Shaped(form), Shaped(lambda y: y)
+    found = measure(model, pn_compiler.transform(model, X), [X])
+    o, c = plain(X).double(), pn_compiler.transform(plain, X).eval()(X).double()
+    assert found.relative_l2 == pytest.approx(float((c - o).norm() / o.norm()), rel=1e-4)
+    assert found.not_compared == ()
+
+
+@pytest.mark.parametrize(("form", "name"), [(lambda y: y.argmax(1), "int"), (lambda y: y > 0, "bool")])
+@torch.no_grad()
+def test_whole_numbers_are_counted(form: Callable[[Tensor], Tensor], name: str, tmp_path: Path) -> None:
+    model = Shaped(form)
+    found = measure(model, pn_compiler.transform(model, X), [X[:4], X[4:]])
+    same = (model(X) == pn_compiler.transform(model, X).eval()(X)).double().mean()
+    assert found.relative_l2 is None
+    assert found.unchanged == pytest.approx(float(same))
+    assert 0.5 < found.unchanged < 1
+    report = pn_compiler.compile(model, tmp_path / "m.onnx", X)
+    assert f"{100 * found.unchanged:.1f} % of the whole numbers stay the same" in str(report)
+    assert report.outputs[0]["dtype"].startswith(name)
+
+
+@torch.no_grad()
+def test_outputs_that_cannot_be_compared_are_named() -> None:
+    """As boxes, of which there are other numbers after a conversion."""
+    model = Shaped(lambda y: {"boxes": y[y > 0.1], "maps": y})
+    found = measure(model, pn_compiler.transform(model, leaves=["conv"]), [X])
+    assert found.not_compared == ("output['boxes']",)
+    assert "output['boxes']" in str(found)
+    assert found.relative_l2 is not None
+
+
+@pytest.mark.parametrize(
+    ("form", "message"),
+    [
+        (lambda y: None, "returns no tensor"),
+        (lambda y: (), "returns no tensor"),
+        (lambda y: (y, 3), r"output\[1\] is of type int"),
+        (lambda y: {"y": y, "name": "maps"}, r"output\['name'\] is of type str"),
+        (Result, "output is of type Result"),
+    ],
+)
+def test_outputs_that_no_file_gives(form: Callable[[Tensor], Any], message: str, tmp_path: Path) -> None:
+    with pytest.raises(ExportError, match=message):
+        pn_compiler.compile(Shaped(form), tmp_path / "m.onnx", X)
+    assert [*tmp_path.iterdir()] == []
+
+
+def test_complex_outputs_are_verified_as_pairs_of_numbers(tmp_path: Path) -> None:
+    report = pn_compiler.compile(Shaped(torch.fft.fft2), tmp_path / "m.onnx", X)
+    assert report.outputs[0]["shape"] == ["batch", 4, 6, 6, 2]
+    assert report.max_error is not None
+    assert report.max_error < 1e-5
+
+
+def test_outputs_without_values_have_not_stayed_the_same() -> None:
+    """A detector that finds nothing, before and after."""
+    model = Shaped(lambda y: {"boxes": y[:, :0], "labels": y[:, :0].long()})
+    converted = pn_compiler.transform(model, X)
+    found = measure(model, converted, [X])
+    assert (found.relative_l2, found.unchanged) == (None, None)
+    assert "hold no values" in str(found)
+    assert "PN211" in {note.code for note in pn_compiler.notes(converted)}
+
+
+class ManyRanks(nn.Module):
+    """BatchNorms on [N, C], [N, C, L], [N, C, H, W] and [N, C, D, H, W]."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv3, self.bn3 = nn.Conv3d(2, 8, 3, padding=1), nn.BatchNorm3d(8)
+        self.conv2, self.bn2 = nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8)
+        self.conv1, self.bn1 = nn.Conv1d(8, 8, 3, padding=1), nn.BatchNorm1d(8)
+        self.fc, self.bn0, self.head = nn.Linear(8, 6), nn.BatchNorm1d(6), nn.Linear(6, 3)
+        randomize_batch_norms(self).eval()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.bn3(self.conv3(x))).mean(2)
+        x = torch.relu(self.bn2(self.conv2(x))).mean(2)
+        x = torch.relu(self.bn1(self.conv1(x))).mean(2)
+        return self.head(torch.relu(self.bn0(self.fc(x))))
+
+
+@pytest.mark.parametrize("norm", ["layer", "group", "instance"])
+@pytest.mark.parametrize("warm_start", ["auto", "calibrate", "none"])
+@torch.no_grad()
+def test_the_file_moves_outputs_as_the_report_says(norm: Any, warm_start: Any, tmp_path: Path) -> None:
+    model, data = ManyRanks(), torch.randn(6, 2, 4, 6, 6, generator=torch.Generator().manual_seed(1))
+    how: dict[str, Any] = {"example_inputs": data}
+    if warm_start == "calibrate":
+        how = {"calibration": [data], "input_shape": (2, 2, 4, 6, 6)}
+    report = pn_compiler.compile(model, tmp_path / "m.onnx", norm=norm, warm_start=warm_start, **how)
+    session = make_session(str(tmp_path / "m.onnx"))
+    c = torch.as_tensor(session.run(None, {report.inputs[0]["name"]: data.numpy()})[0]).double()
+    o = model(data).double()
+    assert report.fidelity.relative_l2 == pytest.approx(float((c - o).norm() / o.norm()), rel=1e-3)
+    assert {site.name for site in report.sites} == {"bn3", "bn2", "bn1", "bn0"}
+    assert all(site.error is not None for site in report.sites)
+
+
+def test_boxes_are_no_logits() -> None:
+    """There are more rows than samples."""
+    model = Shaped(lambda y: {"boxes": y.movedim(1, -1).flatten(0, 2), "logits": y.mean((2, 3))})
+    plain = Shaped(lambda y: y.mean((2, 3)))
+    found = measure(model, pn_compiler.transform(model, X), [X])
+    alone = measure(plain, pn_compiler.transform(plain, X), [X])
+    assert (found.kl, found.same_class) == (pytest.approx(alone.kl), alone.same_class)

@@ -14,10 +14,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import pn_compiler
 from pn_compiler.errors import LoadError
 from pn_compiler.loading import load_model
 from pn_compiler.loading.program_texts import is_harmless_operator as _is_harmless_operator
 from pn_compiler.loading.size_expressions import is_size_expression as _is_harmless_expression
+from pn_compiler.testing import assert_same_outputs, randomize_batch_norms
 from tests import zoo
 
 
@@ -335,3 +337,17 @@ def test_torchvision_beside_a_cpu_build_of_torch(tmp_path: Path) -> None:
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "layer4.1.bn2" in done.stdout
+
+
+def test_the_program_of_a_converted_network(tmp_path: Path) -> None:
+    """It asks for a common dtype; there is nothing left to convert."""
+    net = randomize_batch_norms(
+        nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 2, 1))
+    )
+    images = torch.randn(2, 3, 6, 6)
+    converted = pn_compiler.transform(net.eval(), images)
+    torch.export.save(torch.export.export(converted, (images,)), tmp_path / "converted.pt2")
+    loaded = load_model(tmp_path / "converted.pt2").model
+    again = pn_compiler.transform(loaded, images)
+    assert [note.code for note in pn_compiler.notes(again)] == ["PN100"]
+    assert_same_outputs(again(images), converted(images))

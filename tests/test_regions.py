@@ -5,6 +5,7 @@ import math
 import pickle
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -207,6 +208,37 @@ def test_notes_carry_whole_paths() -> None:
     assert {n.site for n in pn_compiler.notes(converted) if n.code == "PN205"} == {
         "stem.1", "part.body.1", "part.norm",
     }  # fmt: skip
+
+
+class Branches(nn.Module):
+    """Branches on values, around another part that does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.outer = Calls(), block()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.outer(self.inner(x))
+
+
+@pytest.mark.parametrize(
+    ("model", "leaves", "whole"),
+    [
+        (Branches(), (), {"inner"}),
+        (Branches(), ("outer",), {"inner", "outer"}),
+        (nn.Sequential(block(), Iterates()), (), {"1"}),
+        (Calls(), (), {""}),
+        (nn.Sequential(block(), nn.Sequential(block())), (nn.Sequential,), None),
+    ],
+)
+def test_what_stays_whole_has_a_note_with_a_code(
+    model: nn.Module, leaves: tuple[Any, ...], whole: set[str] | None
+) -> None:
+    converted = pn_compiler.transform(randomize_batch_norms(model).eval(), IMAGES, leaves=leaves)
+    said = {note.site for note in pn_compiler.notes(converted) if note.code == "PN128"}
+    assert said if whole is None else said >= whole
+    if leaves:
+        assert any("leaves names it" in str(note) for note in pn_compiler.notes(converted))
 
 
 class Traceable(nn.Module):

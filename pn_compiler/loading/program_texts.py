@@ -32,6 +32,7 @@ _PRIVATE_OPERATORS = frozenset(
 )  # fmt: skip  # other private ones trust their caller with sizes and indices
 _NO_TENSORS = frozenset(
     ["_assert_scalar", "sym_constrain_range", "sym_constrain_range_for_size", "scalar_tensor"]
+    + ["promote_types", "can_cast"]  # of dtypes, as converted networks ask
 )
 _OTHER_OPERATORS = frozenset(
     [f"torch.ops.higher_order.{n}" for n in ("cond", "wrap_with_set_grad_enabled", "wrap_with_autocast")]

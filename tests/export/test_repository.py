@@ -4,6 +4,9 @@ import errno
 import hashlib
 import json
 import os
+import signal
+import subprocess
+import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -20,7 +23,7 @@ from tritonclient.grpc import model_config_pb2
 
 import pn_compiler
 from pn_compiler.errors import ConfigError, ExportError, PnCompilerError, VerificationError
-from pn_compiler.export import choose_opset, make_session, oldest_onnxruntime, relative_error
+from pn_compiler.export import choose_opset, files, make_session, oldest_onnxruntime, relative_error
 from pn_compiler.export.triton_config import model_config_class
 from pn_compiler.golden import Golden
 
@@ -184,7 +187,10 @@ def test_a_full_disk_leaves_nothing(
     rename = os.rename
 
     def full(source: Any, target: Any) -> None:
-        if Path(target).name in ("net", "1") and Path(source).name != "replaced":
+        if Path(target).name in ("net", "1") and files.REPLACED not in (
+            *Path(source).parts,
+            *Path(target).parts,
+        ):
             raise OSError(errno.ENOSPC, "No space left on device")
         rename(source, target)
 
@@ -194,6 +200,35 @@ def test_a_full_disk_leaves_nothing(
     assert {k: v for k, v in content(folder).items() if "/" in k} == {
         k: v for k, v in before.items() if "/" in k
     }
+
+
+@pytest.mark.parametrize("end", [KeyboardInterrupt, signal.SIGKILL])
+def test_a_replacement_that_is_cut_off_gives_the_old_version_back(folder: Path, file: Path, end: Any) -> None:
+    """By Ctrl-C at once, by SIGKILL at the next run."""
+    pn_compiler.export_model_repository(file, folder, "net")
+    before = content(folder)
+    code = """
+import os, sys
+import pn_compiler
+rename = os.rename
+def cut_off(source, target):
+    rename(source, target)
+    if "old" in str(target).split(os.sep):
+        if sys.argv[3] == "9":
+            os.kill(os.getpid(), 9)
+        raise KeyboardInterrupt
+os.rename = cut_off
+pn_compiler.export_model_repository(sys.argv[1], sys.argv[2], "net", force=True)
+"""
+    command = [sys.executable, "-c", code, str(file), str(folder), "9" if end == signal.SIGKILL else ""]
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+    done = subprocess.run(command, env=environment, capture_output=True, check=False, timeout=200)
+    assert done.returncode != 0
+    if end == signal.SIGKILL:
+        assert not (folder / "net" / "1").exists()
+        files.write_atomically(folder / "other", b"")
+        (folder / "other").unlink()
+    assert content(folder) == before
 
 
 def test_external_data_come_along_in_a_folder(folder: Path, file: Path, tmp_path: Path) -> None:

@@ -58,6 +58,11 @@ def network() -> nn.Sequential:
     return randomize_batch_norms(net).eval()
 
 
+def large_network() -> nn.Sequential:
+    """With more weights than stay in an ONNX file beside which there is another."""
+    return nn.Sequential(nn.Conv2d(3, 32, 3), nn.BatchNorm2d(32), nn.ReLU(), nn.Conv2d(32, 8, 3)).eval()
+
+
 def saved(value: Any, **options: Any) -> bytes:
     content = io.BytesIO()
     torch.save(value, content, **options)

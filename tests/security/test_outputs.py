@@ -1,5 +1,6 @@
 """Where output goes, and what is left when the command is stopped."""
 
+import json
 import os
 import signal
 import socket
@@ -18,7 +19,7 @@ from pn_compiler import cli
 from pn_compiler.errors import ExportError
 from pn_compiler.export import files
 from tests import killed
-from tests.security.files import network, saved
+from tests.security.files import large_network, network, saved
 from tests.security.sandbox import ROOT
 
 SHAPE = ("--input-shape", "1,3,8,8")
@@ -31,10 +32,6 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "model.pt").write_bytes(saved(network()))
     return tmp_path
-
-
-def large_network() -> nn.Module:
-    return nn.Sequential(nn.Conv2d(3, 32, 3), nn.BatchNorm2d(32), nn.ReLU(), nn.Conv2d(32, 8, 3)).eval()
 
 
 def names(folder: Path) -> list[str]:
@@ -119,6 +116,44 @@ def test_names(
     before = (folder / "model.pt").read_bytes()
     assert message in refused(capsys, "model.pt", *arguments, *SHAPE)
     assert (folder / "model.pt").read_bytes() == before
+
+
+NOT_UNICODE = os.fsdecode(b"\xff")
+
+
+@pytest.mark.parametrize("name", [NOT_UNICODE, "a b/\u65e5\u672c \xe9.onnx", "a\nb", "./a b/../m.onnx"])
+def test_names_of_every_kind(folder: Path, capsys: pytest.CaptureFixture[str], name: str) -> None:
+    Path("a b").mkdir()
+    report = f"{name}.json"
+    assert cli.main(["model.pt", "-o", name, "--report", report, *SHAPE]) == cli.DONE
+    assert Path(name).exists()
+    assert json.loads(Path(report).read_text())["path"] == str(Path(name))
+    out, err = capsys.readouterr()
+    assert "verified    largest error" in out
+    assert err == ""
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [("-o", NOT_UNICODE, "--external-data"), ("--model-repository", NOT_UNICODE, "--name", "net")],
+)
+def test_names_that_onnx_does_not_take(
+    folder: Path, capsys: pytest.CaptureFixture[str], arguments: Sequence[str]
+) -> None:
+    assert "not Unicode" in refused(capsys, "model.pt", *arguments, *SHAPE)
+    assert names(folder) == ["model.pt"]
+
+
+def test_a_model_repository_with_a_name_that_is_too_long(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    repository = ("--model-repository", "n" * 300, "--name", "net")
+    assert "File name too long" in refused(capsys, "model.pt", *repository, *SHAPE)
+
+
+def test_shapes_larger_than_memory(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for size in ("9" * 30, str(2**40)):
+        assert "input shape" in refused(capsys, "model.pt", "-o", "m.onnx", "--input-shape", f"{size},3,8,8")
 
 
 def test_a_long_name_that_fits(folder: Path) -> None:
