@@ -8,7 +8,8 @@ from torch import Tensor, fx, nn
 
 from pn_compiler.affine import absorb_affine
 from pn_compiler.aliases import find_aliases
-from pn_compiler.graph_utils import called_module, has_hooks, module_calls
+from pn_compiler.graph_utils import called_module, module_calls
+from pn_compiler.hooked import has_hooks
 from pn_compiler.nn import INPUT_AFFINE
 from pn_compiler.ranks import flattens_channels, flattens_module, rank, reads_batch
 from pn_compiler.spelling import operands, operator_name, reads_shape, reduced_dims

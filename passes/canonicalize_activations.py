@@ -8,7 +8,8 @@ from torch import fx, nn
 from pn_compiler.activations import activation_of, reading_input
 from pn_compiler.aliases import find_aliases, in_place_operator, name_options, returns_target, writes
 from pn_compiler.dtypes import is_floating
-from pn_compiler.graph_utils import add_module, call_module_after, called_module, has_hooks
+from pn_compiler.graph_utils import add_module, call_module_after, called_module
+from pn_compiler.hooked import has_hooks
 from pn_compiler.pass_base import GraphPass, PassResult
 from pn_compiler.ranks import dtype
 from pn_compiler.spelling import operator_name

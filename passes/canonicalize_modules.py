@@ -7,13 +7,8 @@ from torch import fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from pn_compiler.batch_norms import has_plain_forward
-from pn_compiler.graph_utils import (
-    add_module,
-    call_module_after,
-    has_hooks,
-    module_calls,
-    replace_module,
-)
+from pn_compiler.graph_utils import add_module, call_module_after, module_calls, replace_module
+from pn_compiler.hooked import has_hooks
 from pn_compiler.pass_base import GraphPass, PassResult
 from pn_compiler.passes.norm_calls import modularize_norms
 from pn_compiler.spelling import counts_batches, operands, operator_name

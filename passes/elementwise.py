@@ -16,7 +16,9 @@ from torch import Tensor, fx, nn
 from pn_compiler import piecewise
 from pn_compiler.activations import is_activation, kinks_of
 from pn_compiler.aliases import writes
-from pn_compiler.graph_utils import called_module, has_hooks, has_values
+from pn_compiler.fake_tensors import has_values
+from pn_compiler.graph_utils import called_module
+from pn_compiler.hooked import has_hooks
 from pn_compiler.known_activations import piecewise_of
 from pn_compiler.piecewise import NotPiecewiseError, Piecewise
 from pn_compiler.spelling import operator_name

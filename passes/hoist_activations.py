@@ -5,7 +5,8 @@ from torch import fx, nn
 from pn_compiler.activations import is_activation, is_homogeneous
 from pn_compiler.aliases import Aliases, find_aliases, writes
 from pn_compiler.batch_norms import is_batch_norm
-from pn_compiler.graph_utils import call_module_after, called_module, has_hooks
+from pn_compiler.graph_utils import call_module_after, called_module
+from pn_compiler.hooked import has_hooks
 from pn_compiler.pass_base import GraphPass, PassResult
 from pn_compiler.passes.recognize_activations import RecognizeActivations
 from pn_compiler.spelling import moves_values, operator_name, reads_shape

@@ -11,7 +11,9 @@ from pn_compiler.affine import absorb_affine
 from pn_compiler.aliases import find_aliases
 from pn_compiler.config import TransformConfig
 from pn_compiler.diagnostics import Diagnostic, Site
-from pn_compiler.graph_utils import called_module, has_hooks, has_values, module_calls, replace_module
+from pn_compiler.fake_tensors import has_values
+from pn_compiler.graph_utils import called_module, module_calls, replace_module
+from pn_compiler.hooked import has_hooks
 from pn_compiler.nn import ProxyNormAct
 from pn_compiler.pass_base import GraphPass, PassResult
 from pn_compiler.passes.absorption import Blocked, Route, Router

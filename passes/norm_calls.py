@@ -11,7 +11,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from pn_compiler.batch_norms import FixedMode
 from pn_compiler.functional_norms import NAMES
-from pn_compiler.graph_utils import add_module, called_module, has_hooks, module_calls
+from pn_compiler.graph_utils import add_module, called_module, module_calls
+from pn_compiler.hooked import has_hooks
 from pn_compiler.nn import ReadTraining
 from pn_compiler.ranks import rank
 from pn_compiler.spelling import operands, operator_name

@@ -8,7 +8,8 @@ from torch import fx, nn
 from pn_compiler.activations import is_activation, reading_input
 from pn_compiler.aliases import find_aliases
 from pn_compiler.batch_norms import is_batch_norm
-from pn_compiler.graph_utils import add_module, call_module_after, called_module, has_hooks
+from pn_compiler.graph_utils import add_module, call_module_after, called_module
+from pn_compiler.hooked import has_hooks
 from pn_compiler.known_activations import known_by_values, known_module, known_piecewise
 from pn_compiler.pass_base import GraphPass, PassResult
 from pn_compiler.passes.canonicalize_activations import CanonicalizeActivations

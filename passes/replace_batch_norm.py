@@ -17,8 +17,10 @@ from pn_compiler.calibration import LARGE_RESIDUAL, Calibrated
 from pn_compiler.config import TransformConfig, norm_name
 from pn_compiler.diagnostics import Diagnostic, Site, skipped
 from pn_compiler.errors import PostconditionError
+from pn_compiler.fake_tensors import has_values
 from pn_compiler.functional_norms import NAMES, reaches_batch_norm
-from pn_compiler.graph_utils import called_module, has_hooks, has_values, module_calls, replace_module
+from pn_compiler.graph_utils import called_module, module_calls, replace_module
+from pn_compiler.hooked import has_hooks
 from pn_compiler.pass_base import GraphPass, PassResult
 from pn_compiler.passes.canonicalize_modules import CanonicalizeModules
 from pn_compiler.passes.norm_calls import is_norm_call, norm_operands

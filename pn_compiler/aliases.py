@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from pn_compiler.graph_utils import called_module, has_hooks
+from pn_compiler.graph_utils import called_module
+from pn_compiler.hooked import has_hooks
 from pn_compiler.nn import ConstantClamp, ProxyNormAct
 from pn_compiler.spelling import operator_name, reads_shape
 

@@ -14,9 +14,10 @@ from pn_compiler.conversion import (
     measure_conversion,
     prepare,
 )
-from pn_compiler.copying import copy_model, fake_mode, in_mode_of, unwrap
+from pn_compiler.copying import copy_model, unwrap
 from pn_compiler.errors import ConfigError
 from pn_compiler.evaluation import batches_of, check_values, to_eval_mode
+from pn_compiler.fake_tensors import fake_mode, in_mode_of
 from pn_compiler.graph_module import is_converted, notes, record, sites
 from pn_compiler.inputs import Inputs
 from pn_compiler.option_checks import check_flags, check_function

@@ -9,7 +9,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from pn_compiler.diagnostics import Diagnostic
 from pn_compiler.functional_norms import calls_batch_norm
-from pn_compiler.graph_utils import has_hooks
+from pn_compiler.hooked import has_hooks
 
 FROZEN_BATCH_NORMS = ("FrozenBatchNorm2d", "FrozenBatchNormAct2d", "FrozenBatchNorm3d")
 

@@ -17,9 +17,9 @@ from pn_compiler.batch_norms import has_plain_forward
 from pn_compiler.errors import ConfigError
 from pn_compiler.evaluation import batches_of, each_batch, of_each_shard, untouched
 from pn_compiler.least_squares import ChannelFit, merged
+from pn_compiler.model_checks import refuse_uninitialised
 from pn_compiler.output_error import Batches, OutputError, observed, owner, put, values_of
 from pn_compiler.site_constants import Norms
-from pn_compiler.tracing import refuse_uninitialised
 
 EVALUATIONS = 12  # of the error and its gradient; more gain little: docs/calibration.md
 LARGE_RESIDUAL = 0.1  # is reported

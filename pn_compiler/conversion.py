@@ -20,9 +20,9 @@ from pn_compiler.equivalence import (
 )
 from pn_compiler.errors import ConfigError, RefusedError, TraceError
 from pn_compiler.evaluation import check_dense, inputs_of
+from pn_compiler.fake_tensors import has_values
 from pn_compiler.fidelity import Fidelity, measure
 from pn_compiler.graph_module import notes, record, sites
-from pn_compiler.graph_utils import has_values
 from pn_compiler.inputs import Inputs
 from pn_compiler.losses import Logits
 from pn_compiler.pass_base import Progress, run_pipeline

@@ -1,6 +1,5 @@
 """Copies of a user's model, and the model inside its wrappers."""
 
-import contextlib
 import copy
 from typing import Any
 
@@ -12,9 +11,8 @@ from pn_compiler.batch_norms import is_batch_norm
 from pn_compiler.captured import copy_with_functions
 from pn_compiler.errors import UnsupportedModelError, first_line
 from pn_compiler.evaluation import has_graph_for_each_mode
-from pn_compiler.graph_module import check_module
-from pn_compiler.inputs import Inputs
-from pn_compiler.tracing import refuse_uninitialised
+from pn_compiler.fake_tensors import copy_fake
+from pn_compiler.model_checks import check_module, refuse_uninitialised
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -58,7 +56,7 @@ def copy_model(model: nn.Module, *, share_parameters: bool = False) -> nn.Module
             memo[id(module)] = _copy_script(module)
     for tensor in (*model.parameters(), *model.buffers()):
         if isinstance(tensor, FakeTensor) and id(tensor) not in memo:  # their own deepcopy fails
-            memo[id(tensor)] = _copy_fake(tensor)
+            memo[id(tensor)] = copy_fake(tensor)
     try:
         return _in_modes_of(model, copy_with_functions(model, memo))
     except Exception as error:
@@ -85,34 +83,3 @@ def _copy_script(module: torch.jit.ScriptModule) -> torch.jit.ScriptModule:
     for new, old in zip(copied.parameters(), module.parameters(), strict=True):
         new.requires_grad_(old.requires_grad)
     return copied
-
-
-def _copy_fake(tensor: torch.Tensor) -> torch.Tensor:
-    copied = tensor.detach().clone()
-    return nn.Parameter(copied, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else copied
-
-
-def fake_mode(model: nn.Module) -> contextlib.AbstractContextManager[Any]:
-    """The mode in which fake tensors of `model` live, so that new ones are fake, too; else nothing."""
-    first = _first_fake(model)
-    return contextlib.nullcontext() if first is None else first.fake_mode
-
-
-def _first_fake(model: nn.Module) -> FakeTensor | None:
-    return next((t for t in (*model.parameters(), *model.buffers()) if isinstance(t, FakeTensor)), None)
-
-
-def in_mode_of(model: nn.Module, inputs: Inputs | None) -> Inputs | None:
-    """`inputs` as fake tensors of the mode of `model`, if that is made of fake tensors: others do not mix."""
-    like = _first_fake(model)
-    if inputs is None or like is None:
-        return inputs
-
-    def faked(x: torch.Tensor) -> torch.Tensor:
-        if isinstance(x, FakeTensor) and x.fake_mode is like.fake_mode:
-            return x
-        with like.fake_mode:
-            device = like.device if x.is_meta else x.device
-            return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=device)
-
-    return inputs.map(faked)

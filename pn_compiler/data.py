@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, fx, nn
 
 from pn_compiler.array_files import read_arrays
-from pn_compiler.copying import fake_mode, unwrap
+from pn_compiler.copying import unwrap
 from pn_compiler.errors import ConfigError, LoadError, PnCompilerError, named_line
 from pn_compiler.evaluation import inputs_of
+from pn_compiler.fake_tensors import fake_mode
 from pn_compiler.input_shape import guess_shape
 from pn_compiler.inputs import Inputs
 from pn_compiler.loading.admission import import_from_here, resolve

@@ -16,7 +16,7 @@ from torch.utils import _pytree as pytree
 from pn_compiler.errors import ConfigError, TraceError
 from pn_compiler.evaluation import run, seed_everything, untouched
 from pn_compiler.float64 import Float64
-from pn_compiler.graph_utils import has_hooks
+from pn_compiler.hooked import has_hooks
 from pn_compiler.inputs import Inputs
 from pn_compiler.losses import named_outputs
 

@@ -14,10 +14,10 @@ from tqdm import tqdm
 
 from pn_compiler.captured import attributes, reachable
 from pn_compiler.errors import ConfigError, PnCompilerError, first_line
-from pn_compiler.graph_utils import has_values
+from pn_compiler.fake_tensors import has_values
 from pn_compiler.inputs import Inputs
 from pn_compiler.module_state import ModuleState, WrittenParameters
-from pn_compiler.trace_watch import RandomStates
+from pn_compiler.random_states import RandomStates
 
 T = TypeVar("T")
 M = TypeVar("M", bound=nn.Module)

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-from pn_compiler.graph_utils import HOOKS
+from pn_compiler.hooked import HOOKS
 
 NAMES = frozenset(
     [

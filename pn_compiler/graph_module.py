@@ -1,16 +1,14 @@
 """The GraphModule that `transform` and `fold` return: one that remembers its sites."""
 
 import copy
-import os
-from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import fx, nn
 
 from pn_compiler.diagnostics import Diagnostic, Site
 from pn_compiler.errors import ConfigError
-from pn_compiler.graph_utils import HOOKS_AND_OPTIONS
+from pn_compiler.hooked import HOOKS_AND_OPTIONS
+from pn_compiler.model_checks import check_module
 
 _SITES = "pn_compiler.sites"
 _NOTES = "pn_compiler.notes"
@@ -61,23 +59,6 @@ def record(model: nn.Module, sites: tuple[Site, ...], notes: tuple[Diagnostic, .
         model.meta.update(kept)
     else:  # a model whose own forward cannot be traced keeps its class
         model.__dict__[_ATTRIBUTE] = kept
-
-
-def check_module(model: object) -> None:
-    """Raises ConfigError, which says what to give instead, if `model` is no network."""
-    if isinstance(model, nn.Module):
-        return
-    if isinstance(model, type):
-        what, instead = f"the class {model.__name__}", f"make a network of it, {model.__name__}(...)"
-    elif isinstance(model, torch.export.ExportedProgram):
-        what, instead = "an ExportedProgram", "give its module, program.module()"
-    elif isinstance(model, Mapping):
-        what, instead = "a mapping such as a state_dict", "load it into its network"
-    elif isinstance(model, str | os.PathLike):
-        what, instead = repr(str(model)), "load the network first; pn-compile takes files"
-    else:
-        what, instead = f"a value of type {type(model).__name__}", "give the network itself"
-    raise ConfigError(f"expected a torch.nn.Module, got {what}: {instead}")
 
 
 def _meta(model: nn.Module) -> dict[str, Any]:

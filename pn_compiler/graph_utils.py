@@ -3,8 +3,7 @@
 from collections import Counter, defaultdict
 from collections.abc import Iterable
 
-from torch import Tensor, fx, nn
-from torch._subclasses.fake_tensor import FakeTensor
+from torch import fx, nn
 
 
 def called_module(graph: nn.Module, node: fx.Node) -> nn.Module | None:
@@ -19,26 +18,6 @@ def module_calls(graph: fx.GraphModule) -> dict[str, list[fx.Node]]:
         if node.op == "call_module":
             calls[str(node.target)].append(node)
     return dict(calls)
-
-
-HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-HOOKS_AND_OPTIONS = (
-    *HOOKS,
-    "_forward_hooks_with_kwargs",
-    "_forward_hooks_always_called",
-    "_forward_pre_hooks_with_kwargs",
-    "_is_full_backward_hook",
-)
-
-
-def has_hooks(module: nn.Module) -> bool:
-    """Whether something is to be called before or after `module`."""
-    return any(getattr(module, hooks) for hooks in HOOKS)
-
-
-def has_values(tensor: Tensor) -> bool:
-    """Whether `tensor` holds numbers: not on the meta device, and not fake."""
-    return not (tensor.is_meta or isinstance(tensor, FakeTensor))
 
 
 def add_module(graph: fx.GraphModule, path: str, module: nn.Module) -> str:

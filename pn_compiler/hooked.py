@@ -1,4 +1,4 @@
-"""Hooks that a graph would lose, and modules that read what hooks write."""
+"""Hooks of modules: those that a graph would lose, and modules that read what hooks write."""
 
 import dataclasses
 from typing import Any
@@ -14,18 +14,20 @@ from pn_compiler.captured import (
     named_globals,
     reachable,
 )
-from pn_compiler.errors import ConfigError
+
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+HOOKS_AND_OPTIONS = (
+    *HOOKS,
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_forward_pre_hooks_with_kwargs",
+    "_is_full_backward_hook",
+)
 
 
-def refuse_global_hooks() -> None:
-    """Raises ConfigError if hooks on all modules of the process are registered: a graph would lose them."""
-    kinds = ("forward_pre_hooks", "forward_hooks", "backward_pre_hooks", "backward_hooks")
-    found = [kind for kind in kinds if getattr(torch.nn.modules.module, f"_global_{kind}")]
-    if found:
-        raise ConfigError(
-            f"global {found[0].replace('_', ' ')} of torch.nn.modules.module are registered, which would run "
-            "while the model is traced and not in the graph: remove them, and register them afterwards"
-        )
+def has_hooks(module: nn.Module) -> bool:
+    """Whether something is to be called before or after `module`."""
+    return any(getattr(module, hooks) for hooks in HOOKS)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

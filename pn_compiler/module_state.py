@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from pn_compiler.captured import attributes, functions_of, is_library, reachable
 from pn_compiler.containers import Containers
-from pn_compiler.graph_utils import has_values
+from pn_compiler.fake_tensors import has_values
 
 _WRITABLE = (torch.Tensor, int, float, str)
 

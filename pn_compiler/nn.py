@@ -27,7 +27,7 @@ from pn_compiler.consumers import (
     ReadTraining,
 )
 from pn_compiler.errors import ConfigError
-from pn_compiler.graph_utils import has_hooks
+from pn_compiler.hooked import has_hooks
 from pn_compiler.memo import Memo
 from pn_compiler.proxy_statistics import PARAMETERS, SiteAffine, scale_and_shift, site_affine
 

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from pn_compiler.evaluation import untouched
+from pn_compiler.fake_tensors import has_values
 from pn_compiler.fixed_arguments import tensors_in
-from pn_compiler.graph_utils import has_values
 from pn_compiler.inputs import Inputs
 
 

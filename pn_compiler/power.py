@@ -16,9 +16,9 @@ from pn_compiler.diagnosis import Diagnosis, SitePower
 from pn_compiler.errors import ConfigError
 from pn_compiler.evaluation import batches_of, each_batch, run, untouched
 from pn_compiler.graph_module import is_converted, sites
+from pn_compiler.model_checks import refuse_uninitialised
 from pn_compiler.nn import ProxyNormAct
 from pn_compiler.option_checks import check_flags
-from pn_compiler.tracing import refuse_uninitialised
 from pn_compiler.warm_start import is_trained
 
 _NORMALIZERS = (_BatchNorm, _InstanceNorm, nn.GroupNorm, nn.LayerNorm, ProxyNormAct)

@@ -20,8 +20,8 @@ from pn_compiler.graph_utils import called_module
 from pn_compiler.inputs import Inputs
 from pn_compiler.module_state import ModuleState
 from pn_compiler.nn import ChannelAffine, ConstantAffine, ConstantClamp, ProxyNormAct
+from pn_compiler.random_states import RandomStates
 from pn_compiler.spelling import listed_sizes, operands, operator_name, reads_shape, reduced_dims
-from pn_compiler.trace_watch import RandomStates
 
 logger = logging.getLogger(__name__)
 

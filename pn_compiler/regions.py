@@ -19,8 +19,9 @@ from pn_compiler.errors import ConfigError, TraceError
 from pn_compiler.functional_norms import calls_batch_norm, reaches_batch_norm
 from pn_compiler.graph_module import ConvertedModule, is_converted
 from pn_compiler.graph_utils import called_module, module_calls
-from pn_compiler.hooked import HookedModules, refuse_global_hooks, sharing_tensors
+from pn_compiler.hooked import HookedModules, sharing_tensors
 from pn_compiler.inputs import Inputs
+from pn_compiler.model_checks import refuse_global_hooks
 from pn_compiler.nn import put_behind
 from pn_compiler.observed_calls import ObservedCalls
 from pn_compiler.pass_base import live_nodes

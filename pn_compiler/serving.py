@@ -11,8 +11,8 @@ from torch import nn
 from pn_compiler.compilation import export_onnx
 from pn_compiler.config import ModelRepository
 from pn_compiler.errors import ConfigError
-from pn_compiler.graph_module import check_module
 from pn_compiler.inputs import Inputs
+from pn_compiler.model_checks import check_module
 from pn_compiler.pass_base import Progress
 from pn_compiler.repository import add_to_repository
 

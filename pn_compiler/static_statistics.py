@@ -15,7 +15,8 @@ from pn_compiler.errors import ConfigError
 from pn_compiler.evaluation import run, untouched
 from pn_compiler.freeze_report import FreezeReport, FrozenSite
 from pn_compiler.graph_module import is_converted, notes, record, sites
-from pn_compiler.graph_utils import has_hooks, module_calls
+from pn_compiler.graph_utils import module_calls
+from pn_compiler.hooked import has_hooks
 from pn_compiler.inputs import Inputs
 from pn_compiler.losses import is_logits, named_outputs
 from pn_compiler.option_checks import check_number

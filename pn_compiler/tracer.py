@@ -21,9 +21,10 @@ from pn_compiler.known_types import SAMPLE, UNKNOWN, is_python_value, may_return
 from pn_compiler.module_state import ModuleState, hidden, inside_checkpoint
 from pn_compiler.nn import ProxyNormAct, ReadTraining
 from pn_compiler.proxies import PROXIES, TracedProxy, module_proxy
+from pn_compiler.random_states import RandomStates
 from pn_compiler.super_calls import recorded_super_calls, records_super_calls
 from pn_compiler.trace_failures import RefusingTracer
-from pn_compiler.trace_watch import PythonWatch, RandomStates, TensorWatch
+from pn_compiler.trace_watch import PythonWatch, TensorWatch
 from pn_compiler.traced_arguments import TracedArguments
 from pn_compiler.traced_ranks import TracedRanks
 from pn_compiler.traced_writes import TracedWrites

@@ -7,12 +7,11 @@ import dataclasses
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 
 from torch import fx, nn
-from torch.nn.parameter import is_lazy
 
 from pn_compiler.batch_norms import holds_batch_norm, plain_base
 from pn_compiler.containers import Containers
 from pn_compiler.diagnostics import Diagnostic
-from pn_compiler.errors import ConfigError, TraceError, UnsupportedModelError, first_line
+from pn_compiler.errors import ConfigError, TraceError, first_line
 from pn_compiler.fixed_arguments import check_fixed
 from pn_compiler.graph_module import ConvertedModule
 from pn_compiler.hooked import HookedModules
@@ -23,7 +22,7 @@ from pn_compiler.tracer import Tracer
 from pn_compiler.training_flag import branches_note, read_flags_in_graph
 
 # models that were saved before refer to check_fixed by this module
-__all__ = ["check_fixed", "refuse_uninitialised", "resolve_leaves", "trace_module"]
+__all__ = ["check_fixed", "resolve_leaves", "trace_module"]
 
 
 class NotTracedError(TraceError):
@@ -245,16 +244,6 @@ def _rank_note(path: str) -> Diagnostic:
         "the forward asks how many dimensions or pieces a value has: as many as in the example from now on",
         f"leaves=[{path!r}] keeps the module as it is" if path else "convert with inputs of the kind in use",
     )
-
-
-def refuse_uninitialised(model: nn.Module) -> None:
-    """Raises UnsupportedModelError if a lazy module of `model` has not seen data yet."""
-    for name, module in model.named_modules():
-        if any(map(is_lazy, (*module.parameters(recurse=False), *module.buffers(recurse=False)))):
-            raise UnsupportedModelError(
-                f"{name or 'the model'} is an uninitialised {type(module).__name__}: "
-                "run the model once on real data before converting it"
-            )
 
 
 def _names_modules(leaf: object) -> bool:

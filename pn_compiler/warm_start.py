@@ -5,7 +5,7 @@ from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from pn_compiler.config import WarmStart
-from pn_compiler.graph_utils import has_values
+from pn_compiler.fake_tensors import has_values
 
 
 def is_trained(norm: _BatchNorm) -> bool:

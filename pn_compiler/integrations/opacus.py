@@ -25,7 +25,7 @@ from torch.nn.utils._expanded_weights.expanded_weights_impl import ExpandedWeigh
 
 from pn_compiler.affine import channel_affine
 from pn_compiler.errors import ConfigError
-from pn_compiler.graph_module import check_module
+from pn_compiler.model_checks import check_module
 from pn_compiler.nn import INPUT_AFFINE, ChannelAffine, ProxyNormAct
 
 _CONSUMERS = tuple(INPUT_AFFINE.values())
