@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import glyphs
-from pn_compiler.export.files import write_atomically
+from pn_compiler.base.files import write_atomically
 
 Tensors = dict[str, Tensor]
 

@@ -24,7 +24,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from tqdm import tqdm
 
-from pn_compiler.errors import ConfigError
+from pn_compiler.base.errors import ConfigError
 
 Split = Literal["train", "test"]
 CLASSES = string.digits + string.ascii_uppercase + string.ascii_lowercase

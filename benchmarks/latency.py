@@ -31,7 +31,7 @@ from tqdm import tqdm
 from benchmarks import latency_plot, operator_profile
 from benchmarks.runtimes import CRASHES, RUNTIMES, Runtime
 from benchmarks.variants import MODES, RUNTIME_OF, image
-from pn_compiler.export import write_atomically
+from pn_compiler.base.files import write_atomically
 from pn_compiler.export.tuning import WARM_UP, take_turns
 
 NETWORKS = ("resnet18", "resnet50", "mobilenet_v2", "efficientnet_b0", "densenet121", "unet")

@@ -35,8 +35,8 @@ import pn_compiler
 from benchmarks import glyphs, tasks
 from benchmarks.ensemble import MOMENTUM, Ensemble, accuracy, train
 from benchmarks.tasks import Row
-from pn_compiler.errors import ConfigError, PnCompilerError
-from pn_compiler.export.files import check_writable, write_atomically
+from pn_compiler.base.errors import ConfigError, PnCompilerError
+from pn_compiler.base.files import check_writable, write_atomically
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from pn_compiler.errors import ConfigError
+from pn_compiler.base.errors import ConfigError
 
 Row = dict[str, Any]
 

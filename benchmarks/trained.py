@@ -23,7 +23,7 @@ from tqdm import tqdm
 import pn_compiler
 from benchmarks import ensemble, glyphs, networks, scenes
 from benchmarks.cache import cached
-from pn_compiler.errors import ConfigError
+from pn_compiler.base.errors import ConfigError
 
 Pair = tuple[Tensor, Tensor]  # images [N, 1, H, W], and classes [N] or [N, H, W]
 

@@ -27,8 +27,8 @@ import pn_compiler
 from benchmarks import tasks, trained
 from benchmarks.ensemble import MOMENTUM
 from benchmarks.tasks import Row
-from pn_compiler.errors import ConfigError, PnCompilerError
-from pn_compiler.export.files import check_writable, write_atomically
+from pn_compiler.base.errors import ConfigError, PnCompilerError
+from pn_compiler.base.files import check_writable, write_atomically
 
 GROUPS = (1, 4, 8, 32)
 CALIBRATION = (64, 256, 1024)  # samples

@@ -31,8 +31,8 @@ from torch import nn
 from tqdm import tqdm
 
 import pn_compiler
-from pn_compiler.batch_norms import batch_norms
-from pn_compiler.graph_utils import count_parameters
+from pn_compiler.graph.graph_utils import count_parameters
+from pn_compiler.inspection.batch_norms import batch_norms
 from pn_compiler.testing import randomize_batch_norms
 from tests import zoo
 

@@ -1,12 +1,9 @@
 """From a folded PyTorch graph to a verified ONNX file, and the report about it."""
 
-from pn_compiler.export.files import check_writable, write_atomically
-from pn_compiler.export.golden_calls import golden_calls
-from pn_compiler.export.half import DType
 from pn_compiler.export.onnx_file import OnnxFile
 from pn_compiler.export.options import ExportOptions
 from pn_compiler.export.report import Check, Report, count_onnx_operators
-from pn_compiler.export.repository import check_repository, write_repository
+from pn_compiler.export.rewrites.half import DType
 from pn_compiler.export.runtimes import DEFAULT_OPSET, check_loadable, choose_opset, oldest_onnxruntime
 from pn_compiler.export.sessions import load_session, make_session
 from pn_compiler.export.targets import TARGETS, TargetName
@@ -33,13 +30,10 @@ __all__ = [
     "Report",
     "TargetName",
     "check_loadable",
-    "check_repository",
-    "check_writable",
     "choose_opset",
     "count_onnx_operators",
     "default_tolerance",
     "expect",
-    "golden_calls",
     "imitate",
     "load_session",
     "make_session",
@@ -48,7 +42,5 @@ __all__ = [
     "timed",
     "verified_batches",
     "verify_onnx",
-    "write_atomically",
     "write_onnx",
-    "write_repository",
 ]

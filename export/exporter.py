@@ -15,14 +15,14 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
-from pn_compiler.errors import ExportError, first_line
-from pn_compiler.evaluation import untouched
+from pn_compiler.base.errors import ExportError, first_line
 from pn_compiler.export.external_data import move_weights_out
 from pn_compiler.export.names import rename
 from pn_compiler.export.options import ExportOptions
-from pn_compiler.export.simplify import freeze_reshapes
+from pn_compiler.export.rewrites.simplify import freeze_reshapes
 from pn_compiler.export.verify import imitate
-from pn_compiler.inputs import Inputs
+from pn_compiler.running.evaluation import untouched
+from pn_compiler.running.inputs import Inputs
 
 
 def export_graph(

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 import onnx_ir
 
-from pn_compiler.errors import ConfigError
+from pn_compiler.base.errors import ConfigError
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

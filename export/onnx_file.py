@@ -10,7 +10,7 @@ import numpy as np
 import onnx
 from google.protobuf.message import DecodeError
 
-from pn_compiler.errors import ExportError
+from pn_compiler.base.errors import ExportError
 from pn_compiler.export.report import describe_values
 
 

@@ -6,8 +6,8 @@ from typing import Any
 
 import onnx
 
-from pn_compiler.diagnostics import Diagnostic, Site, format_sites, format_table
-from pn_compiler.strict_json import to_json
+from pn_compiler.base.diagnostics import Diagnostic, Site, format_sites, format_table
+from pn_compiler.base.strict_json import to_json
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -2,7 +2,7 @@
 
 import re
 
-from pn_compiler.errors import ConfigError, ExportError
+from pn_compiler.base.errors import ConfigError, ExportError
 
 #: The newest opset whose GroupNorm lowering has CPU kernels; with IR 9, onnxruntime 1.17 and later load it.
 DEFAULT_OPSET = 20

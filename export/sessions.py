@@ -2,7 +2,7 @@
 
 import onnxruntime
 
-from pn_compiler.errors import ExportError, first_line
+from pn_compiler.base.errors import ExportError, first_line
 
 
 def session_options(*, optimized: bool = True, threads: int = 0) -> onnxruntime.SessionOptions:

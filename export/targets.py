@@ -5,10 +5,10 @@ from typing import Literal
 
 import onnx
 
-from pn_compiler.errors import ConfigError
-from pn_compiler.export.depthwise_affine import use_depthwise_affines
-from pn_compiler.export.normalizers import expand_group_norms, use_two_stage_sums
-from pn_compiler.export.prelu import expand_prelus, use_leaky_relus
+from pn_compiler.base.errors import ConfigError
+from pn_compiler.export.rewrites.depthwise_affine import use_depthwise_affines
+from pn_compiler.export.rewrites.normalizers import expand_group_norms, use_two_stage_sums
+from pn_compiler.export.rewrites.prelu import expand_prelus, use_leaky_relus
 
 TargetName = Literal["portable", "ort-cpu", "openvino", "cuda", "tensorrt", "auto"]
 GROUP_NORM_OPSET = 21  # the first whose GroupNormalization has a weight for each channel

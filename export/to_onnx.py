@@ -13,11 +13,8 @@ from pathlib import Path
 import onnx
 from torch import nn
 
-from pn_compiler.errors import ExportError, PnCompilerError, VerificationError
-from pn_compiler.export.blocked import in_blocked_layout
-from pn_compiler.export.exporter import export_graph
-from pn_compiler.export.external_data import data_file, needs_external_data
-from pn_compiler.export.files import (
+from pn_compiler.base.errors import ExportError, PnCompilerError, VerificationError
+from pn_compiler.base.files import (
     check_plain,
     check_unicode,
     check_writable,
@@ -26,16 +23,19 @@ from pn_compiler.export.files import (
     staging_folder,
     write_atomically,
 )
-from pn_compiler.export.half import DTYPES, in_half
-from pn_compiler.export.normalizers import use_two_stage_sums
+from pn_compiler.export.exporter import export_graph
+from pn_compiler.export.external_data import data_file, needs_external_data
 from pn_compiler.export.options import ExportOptions
 from pn_compiler.export.report import Report, count_onnx_operators, describe_values
+from pn_compiler.export.rewrites.blocked import in_blocked_layout
+from pn_compiler.export.rewrites.half import DTYPES, in_half
+from pn_compiler.export.rewrites.normalizers import use_two_stage_sums
 from pn_compiler.export.targets import CANDIDATES, PORTABLE, TARGETS, Target
 from pn_compiler.export.tuning import Memory, fingerprint, milliseconds
 from pn_compiler.export.verify import Expected, Verification, expect, verify_onnx
-from pn_compiler.graph_utils import count_parameters
-from pn_compiler.inputs import Inputs
-from pn_compiler.pass_base import Progress
+from pn_compiler.graph.graph_utils import count_parameters
+from pn_compiler.graph.pass_base import Progress
+from pn_compiler.running.inputs import Inputs
 
 logger = logging.getLogger(__name__)
 

@@ -16,8 +16,8 @@ import numpy as np
 import onnx
 import onnxruntime
 
-from pn_compiler.errors import ExportError
-from pn_compiler.export.files import write_atomically
+from pn_compiler.base.errors import ExportError
+from pn_compiler.base.files import write_atomically
 from pn_compiler.export.sessions import make_session
 
 ROUNDS = 5

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from pn_compiler.errors import VerificationError, first_line
-from pn_compiler.evaluation import seed_everything, untouched
+from pn_compiler.base.errors import VerificationError, first_line
 from pn_compiler.export.report import Check
 from pn_compiler.export.sessions import make_session
-from pn_compiler.float64 import Float64
-from pn_compiler.inputs import Inputs
+from pn_compiler.running.evaluation import seed_everything, untouched
+from pn_compiler.running.float64 import Float64
+from pn_compiler.running.inputs import Inputs
 
 #: Relative to the largest magnitude of an output. onnxruntime's InstanceNormalization sums in float32: deep
 #: networks were seen to reach 1.1e-5 (fcn_resnet50, maxvit_t at 224 pixels).

@@ -4,25 +4,25 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from pn_compiler.calibration import Calibrated
-from pn_compiler.config import TransformConfig
-from pn_compiler.pass_base import GraphPass
-from pn_compiler.passes.absorb_constants import AbsorbConstants
-from pn_compiler.passes.canonicalize_activations import CanonicalizeActivations
-from pn_compiler.passes.canonicalize_modules import CanonicalizeModules
-from pn_compiler.passes.fold_proxy_norm import FoldProxyNorm
-from pn_compiler.passes.freeze_normalizers import FreezeNormalizers
-from pn_compiler.passes.hoist_activations import HoistActivations
-from pn_compiler.passes.insert_proxy_norm import InsertProxyNorm
-from pn_compiler.passes.recognize_activations import RecognizeActivations
+from pn_compiler.base.config import TransformConfig
+from pn_compiler.graph.pass_base import GraphPass
+from pn_compiler.graph.warm_start import Calibrated
+from pn_compiler.passes.convert.insert_proxy_norm import InsertProxyNorm
+from pn_compiler.passes.convert.replace_batch_norm import ReplaceBatchNorm
+from pn_compiler.passes.convert.share_statistics import ShareStatistics
+from pn_compiler.passes.fold.fold_proxy_norm import FoldProxyNorm
+from pn_compiler.passes.fold.sink_affine import SinkAffine
+from pn_compiler.passes.fold.unshare_statistics import UnshareStatistics
+from pn_compiler.passes.freeze.absorb_constants import AbsorbConstants
+from pn_compiler.passes.freeze.freeze_normalizers import FreezeNormalizers
+from pn_compiler.passes.freeze.split_clips import SplitClips
+from pn_compiler.passes.freeze.split_gates import SplitGates
+from pn_compiler.passes.prepare.canonicalize_activations import CanonicalizeActivations
+from pn_compiler.passes.prepare.canonicalize_modules import CanonicalizeModules
+from pn_compiler.passes.prepare.hoist_activations import HoistActivations
+from pn_compiler.passes.prepare.recognize_activations import RecognizeActivations
 from pn_compiler.passes.remove_dead_modules import RemoveDeadModules
-from pn_compiler.passes.replace_batch_norm import ReplaceBatchNorm
 from pn_compiler.passes.route_affine import RouteAffine
-from pn_compiler.passes.share_statistics import ShareStatistics
-from pn_compiler.passes.sink_affine import SinkAffine
-from pn_compiler.passes.split_clips import SplitClips
-from pn_compiler.passes.split_gates import SplitGates
-from pn_compiler.passes.unshare_statistics import UnshareStatistics
 
 
 def preparation_pipeline() -> tuple[GraphPass, ...]:

@@ -6,13 +6,13 @@ from collections import Counter
 import torch
 from torch import Tensor, fx, nn
 
-from pn_compiler.affine import absorb_affine
-from pn_compiler.aliases import find_aliases
-from pn_compiler.graph_utils import called_module, module_calls
-from pn_compiler.hooked import has_hooks
+from pn_compiler.graph.aliases import find_aliases
+from pn_compiler.graph.graph_utils import called_module, module_calls
+from pn_compiler.graph.ranks import flattens_channels, flattens_module, rank, reads_batch
+from pn_compiler.inspection.hooks import has_hooks
 from pn_compiler.nn import INPUT_AFFINE
-from pn_compiler.ranks import flattens_channels, flattens_module, rank, reads_batch
-from pn_compiler.spelling import operands, operator_name, reads_shape, reduced_dims
+from pn_compiler.numerics.affine import absorb_affine
+from pn_compiler.operators.spelling import operands, operator_name, reads_shape, reduced_dims
 
 # A scale r > 0 and a shift v per channel commute with an operator L if L(a r + v) = L(a) r + v. Max
 # pooling pads with -inf; dropout belongs here as padding does: what it drops is a, before the shift.

@@ -10,11 +10,11 @@ from typing import Any
 
 from torch import fx, nn
 
-from pn_compiler.activations import activation_of, is_activation
-from pn_compiler.graph_utils import called_module
+from pn_compiler.graph.graph_utils import called_module
+from pn_compiler.graph.ranks import rank, reads_batch, size_of
 from pn_compiler.nn import ChannelAffine, ProxyNormAct
-from pn_compiler.ranks import rank, reads_batch, size_of
-from pn_compiler.spelling import listed_sizes, operands, operator_name
+from pn_compiler.operators.activations import activation_of, is_activation
+from pn_compiler.operators.spelling import listed_sizes, operands, operator_name
 
 _PADS = (
     nn.modules.padding._ReflectionPadNd,

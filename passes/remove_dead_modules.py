@@ -2,7 +2,7 @@
 
 from torch import fx
 
-from pn_compiler.pass_base import GraphPass, PassResult
+from pn_compiler.graph.pass_base import GraphPass, PassResult
 
 
 class RemoveDeadModules(GraphPass):

@@ -2,11 +2,11 @@
 
 from torch import fx
 
-from pn_compiler.graph_utils import add_module, call_module_after, module_calls
+from pn_compiler.graph.graph_utils import add_module, call_module_after, module_calls
+from pn_compiler.graph.pass_base import GraphPass, PassResult
 from pn_compiler.nn import INPUT_AFFINE, ChannelAffine, Output, ProxyNormAct
-from pn_compiler.pass_base import GraphPass, PassResult
 from pn_compiler.passes.absorption import Route, Router, gate_of
-from pn_compiler.passes.insert_proxy_norm import InsertProxyNorm
+from pn_compiler.passes.convert.insert_proxy_norm import InsertProxyNorm
 from pn_compiler.passes.site_outputs import read_outputs, site_outputs
 
 

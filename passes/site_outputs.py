@@ -5,8 +5,8 @@ from collections.abc import Iterable
 
 from torch import fx
 
-from pn_compiler.diagnostics import Diagnostic
-from pn_compiler.graph_utils import called_module
+from pn_compiler.base.diagnostics import Diagnostic
+from pn_compiler.graph.graph_utils import called_module
 from pn_compiler.nn import Output, ProxyNormAct
 
 

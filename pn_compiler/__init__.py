@@ -5,26 +5,30 @@ torch is there.
 """
 
 import importlib
+import sys
 from typing import TYPE_CHECKING, Any
+
+from pn_compiler.base.renamed import RenamedModules
 
 if TYPE_CHECKING:
     from pn_compiler import nn
-    from pn_compiler.api import fold, transform
-    from pn_compiler.checkpoints import convert_state_dict
+    from pn_compiler.analysis.diagnosis import Diagnosis, SitePower
+    from pn_compiler.analysis.power import diagnose
+    from pn_compiler.api import transform
+    from pn_compiler.base.diagnostics import Diagnostic, Site
+    from pn_compiler.base.errors import PnCompilerError
     from pn_compiler.compilation import compile, export_onnx  # noqa: A004
-    from pn_compiler.config import ModelRepository
-    from pn_compiler.diagnosis import Diagnosis, SitePower
-    from pn_compiler.diagnostics import Diagnostic, Site
-    from pn_compiler.distillation import DistillReport, distill
-    from pn_compiler.errors import PnCompilerError
-    from pn_compiler.freeze_report import FreezeReport, FrozenSite
-    from pn_compiler.graph_module import notes, sites
-    from pn_compiler.losses import output_loss, relative_l2
-    from pn_compiler.moments import proxy_moments
-    from pn_compiler.optimizer_groups import param_groups
-    from pn_compiler.power import diagnose
+    from pn_compiler.graph.graph_module import notes, sites
+    from pn_compiler.numerics.moments import proxy_moments
+    from pn_compiler.pipeline.folding import fold
+    from pn_compiler.recovery.checkpoints import convert_state_dict
+    from pn_compiler.recovery.distillation import DistillReport, distill
+    from pn_compiler.recovery.freeze_report import FreezeReport, FrozenSite
+    from pn_compiler.recovery.optimizer_groups import param_groups
+    from pn_compiler.recovery.static_statistics import freeze_statistics
+    from pn_compiler.repository.options import ModelRepository
+    from pn_compiler.running.losses import output_loss, relative_l2
     from pn_compiler.serving import export_model_repository
-    from pn_compiler.static_statistics import freeze_statistics
 
 __all__ = [
     "Diagnosis",
@@ -55,23 +59,25 @@ __all__ = [
 ]
 
 _MODULES = {
-    "api": ("fold", "transform"),
-    "checkpoints": ("convert_state_dict",),
+    "api": ("transform",),
+    "pipeline.folding": ("fold",),
+    "recovery.checkpoints": ("convert_state_dict",),
     "compilation": ("compile", "export_onnx"),
-    "config": ("ModelRepository",),
-    "diagnosis": ("Diagnosis", "SitePower"),
-    "diagnostics": ("Diagnostic", "Site"),
-    "distillation": ("DistillReport", "distill"),
-    "errors": ("PnCompilerError",),
-    "freeze_report": ("FreezeReport", "FrozenSite"),
-    "graph_module": ("notes", "sites"),
-    "losses": ("output_loss", "relative_l2"),
-    "moments": ("proxy_moments",),
-    "optimizer_groups": ("param_groups",),
-    "power": ("diagnose",),
+    "repository.options": ("ModelRepository",),
+    "analysis.diagnosis": ("Diagnosis", "SitePower"),
+    "base.diagnostics": ("Diagnostic", "Site"),
+    "recovery.distillation": ("DistillReport", "distill"),
+    "base.errors": ("PnCompilerError",),
+    "recovery.freeze_report": ("FreezeReport", "FrozenSite"),
+    "graph.graph_module": ("notes", "sites"),
+    "running.losses": ("output_loss", "relative_l2"),
+    "numerics.moments": ("proxy_moments",),
+    "recovery.optimizer_groups": ("param_groups",),
+    "analysis.power": ("diagnose",),
     "serving": ("export_model_repository",),
-    "static_statistics": ("freeze_statistics",),
+    "recovery.static_statistics": ("freeze_statistics",),
 }
+sys.meta_path.append(RenamedModules())
 _HOMES = {name: module for module, names in _MODULES.items() for name in names}
 
 

@@ -7,7 +7,7 @@ import os
 import signal
 import sys
 
-_STATUS = 130  # as pn_compiler.interruption has it, which is not imported yet
+_STATUS = 130  # as pn_compiler.base.interruption has it, which is not imported yet
 
 
 def main() -> int:

@@ -1,30 +1,21 @@
 """The public functions transform and fold."""
 
-import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import nn
 
-from pn_compiler.config import Norm, ProxyPadding, TransformConfig, WarmStart
-from pn_compiler.conversion import (
-    calibrate_prepared,
-    convert,
-    first_sample,
-    measure_conversion,
-    prepare,
-)
-from pn_compiler.copying import copy_model, unwrap
-from pn_compiler.errors import ConfigError
-from pn_compiler.evaluation import batches_of, check_values, to_eval_mode
-from pn_compiler.fake_tensors import fake_mode, in_mode_of
-from pn_compiler.graph_module import is_converted, notes, record, sites
-from pn_compiler.inputs import Inputs
-from pn_compiler.option_checks import check_flags, check_function
-from pn_compiler.pass_base import Progress, run_pipeline
-from pn_compiler.passes import fold_pipeline
-from pn_compiler.ranks import infer_ranks
-from pn_compiler.regions import trace
+from pn_compiler.base.config import Norm, ProxyPadding, TransformConfig, WarmStart
+from pn_compiler.base.errors import ConfigError
+from pn_compiler.base.option_checks import check_flags
+from pn_compiler.graph.graph_module import is_converted
+from pn_compiler.inspection.fake_tensors import fake_mode
+from pn_compiler.pipeline.conversion import convert, first_sample, measure_conversion, prepare
+from pn_compiler.recovery.calibration import calibrate_prepared
+from pn_compiler.regions.regions import trace
+from pn_compiler.running.copying import unwrap
+from pn_compiler.running.evaluation import batches_of, check_values
+from pn_compiler.running.inputs import Inputs, in_mode_of
 
 
 def transform(
@@ -116,39 +107,3 @@ def transform(
         convert(traced, model, config, calibrated, strict=strict)
     measure_conversion(model, traced.root, inputs, calibration)
     return traced.root
-
-
-def fold(model: nn.Module, *, progress: Progress | None = None) -> nn.Module:
-    """Makes the proxy statistics constants and folds them away, for inference.
-
-    What remains is normalizers, activations and linear operators of ``torch.nn``, with the scale and
-    shift of proxy normalization in their weights, biases and bounds. The outputs are those of
-    ``model.eval()`` to float32 rounding.
-
-    Args:
-        model: a result of `transform`, or any module that torch.fx can trace. It is left untouched.
-
-    Returns:
-        A torch.fx.GraphModule (see `transform`) in eval mode whose parameters need no gradient. It must
-        stay in eval mode.
-
-    Raises:
-        TraceError: torch.fx cannot follow the forward of `model`.
-    """
-    check_function("progress", progress)
-    return fold_in_place(copy_model(unwrap(model)), progress=progress)
-
-
-def fold_in_place(model: nn.Module, *, progress: Progress | None = None) -> nn.Module:
-    """`fold` without a copy: `model` cannot be used afterwards."""
-    with fake_mode(model):
-        traced = trace(to_eval_mode(model), in_place=True)
-        went: dict[str, list[str]] = {}
-        for region in traced.regions:
-            infer_ranks(region.graph)
-            for note in run_pipeline(fold_pipeline(), region.graph, progress).notes:
-                went.setdefault(region.prefix + note.site, []).append(note.message)
-    if is_converted(model):
-        found = (dataclasses.replace(s, affine=", ".join(went.get(s.name, ()))) for s in sites(model))
-        record(traced.root, tuple(found), notes(model))
-    return traced.root.requires_grad_(False)

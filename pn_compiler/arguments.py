@@ -6,7 +6,7 @@ import math
 from pathlib import Path
 from typing import NoReturn
 
-from pn_compiler.errors import printable
+from pn_compiler.base.errors import printable
 
 REPOSITORY_OPTIONS = ("name", "force", "max_batch_size")
 DATA_OPTIONS = ("mean", "std", "resize", "crop", "allow_data_code")

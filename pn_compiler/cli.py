@@ -12,14 +12,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pn_compiler.arguments import DATA_OPTIONS, REPOSITORY_OPTIONS, make_parser
-from pn_compiler.errors import ConfigError, PnCompilerError, RefusedError, named_line, printable
-from pn_compiler.interruption import STATUS as INTERRUPTED
-from pn_compiler.interruption import Interruption, interruptible
+from pn_compiler.base.errors import ConfigError, PnCompilerError, RefusedError, named_line, printable
+from pn_compiler.base.interruption import STATUS as INTERRUPTED
+from pn_compiler.base.interruption import Interruption, interruptible
 
 if TYPE_CHECKING:
-    from pn_compiler.config import ModelRepository
-    from pn_compiler.data import Batches
+    from pn_compiler.data.sources import Batches
     from pn_compiler.loading import LoadedModel
+    from pn_compiler.repository.options import ModelRepository
 
 _STDOUT = Path("-")
 DONE, FAILED, USAGE, REFUSED = 0, 1, 2, 3
@@ -119,7 +119,7 @@ def _run(arguments: argparse.Namespace, interruption: Interruption) -> int:
         else:
             text, content = _compile(loaded, arguments, say)
         if content is not None and report is not None:
-            from pn_compiler.export import write_atomically
+            from pn_compiler.base.files import write_atomically
 
             write_atomically(report, content.encode())
         interruption.check()
@@ -167,7 +167,7 @@ def _check_files(arguments: argparse.Namespace, report: Path | None) -> None:
     """Raises PnCompilerError if a file cannot be written, or is another one that is named, too."""
     for path in (arguments.output, report):
         if path is not None and not arguments.dry_run:
-            from pn_compiler.export import check_writable
+            from pn_compiler.base.files import check_writable
 
             check_writable(path)
     data = [Path(source) for source in (arguments.diagnose, arguments.calibrate) if source is not None]
@@ -198,7 +198,7 @@ def _identity(path: Path) -> object:
 
 
 def _transform_options(loaded: "LoadedModel", arguments: argparse.Namespace) -> dict[str, Any]:
-    from pn_compiler.graph_module import is_converted
+    from pn_compiler.graph.graph_module import is_converted
 
     names = ("norm", "num_groups", "proxy", "proxy_padding", "strict", "leaves")
     options = {name: getattr(arguments, name) for name in names}
@@ -213,7 +213,7 @@ def _example_inputs(loaded: "LoadedModel", arguments: argparse.Namespace) -> tup
     """What the model is compiled with: the shapes that the user gave, else what the file brings."""
     if not arguments.input_shape:
         return None if loaded.inputs is None else loaded.inputs.args
-    from pn_compiler.input_shape import random_inputs
+    from pn_compiler.data.input_shape import random_inputs
 
     batch = arguments.input_shape[0][0]
     if loaded.fixed_batch not in (None, batch):
@@ -256,7 +256,7 @@ def _compile(
 
 
 def _repository(arguments: argparse.Namespace) -> "ModelRepository | None":
-    from pn_compiler.config import ModelRepository
+    from pn_compiler.repository.options import ModelRepository
 
     if arguments.model_repository is None:
         return None
@@ -266,7 +266,7 @@ def _repository(arguments: argparse.Namespace) -> "ModelRepository | None":
 
 def _dry_run(loaded: "LoadedModel", arguments: argparse.Namespace) -> str:
     import pn_compiler
-    from pn_compiler.diagnostics import format_sites
+    from pn_compiler.base.diagnostics import format_sites
 
     converted = pn_compiler.transform(
         loaded.model, _example_inputs(loaded, arguments), **_transform_options(loaded, arguments)
@@ -277,7 +277,7 @@ def _dry_run(loaded: "LoadedModel", arguments: argparse.Namespace) -> str:
 
 def _batches(loaded: "LoadedModel", source: str, arguments: argparse.Namespace) -> "Batches":
     """The samples of DATA, in batches that the model takes."""
-    from pn_compiler.data import BATCH_SIZE, load_batches
+    from pn_compiler.data.sources import BATCH_SIZE, load_batches
 
     return load_batches(
         source,
@@ -299,8 +299,8 @@ def _diagnose(
     import json
 
     import pn_compiler
-    from pn_compiler.graph_module import is_converted
-    from pn_compiler.strict_json import to_json
+    from pn_compiler.base.strict_json import to_json
+    from pn_compiler.graph.graph_module import is_converted
 
     batches = _batches(loaded, arguments.diagnose, arguments)
     say("diagnose")
@@ -318,7 +318,7 @@ def _diagnose(
 
 
 def _list_passes() -> int:
-    from pn_compiler.config import TransformConfig
+    from pn_compiler.base.config import TransformConfig
     from pn_compiler.passes import fold_pipeline, freeze_pipeline, transform_pipeline
 
     pipelines = {

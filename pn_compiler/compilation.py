@@ -9,30 +9,26 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from torch import nn
 
-from pn_compiler.api import fold_in_place
-from pn_compiler.config import ModelRepository, Norm, ProxyPadding, TransformConfig, WarmStart
-from pn_compiler.conversion import (
-    calibrate_prepared,
-    convert,
-    first_sample,
-    measure_conversion,
-    prepare,
-)
-from pn_compiler.copying import copy_model, unwrap
-from pn_compiler.distillation import distill
-from pn_compiler.errors import ConfigError, ExportError, VerificationError
-from pn_compiler.evaluation import batches_of, check_dense, check_values, to_eval_mode
-from pn_compiler.graph_module import is_converted, notes, record, sites
-from pn_compiler.graph_utils import count_operators, count_parameters
-from pn_compiler.input_shape import choose_inputs, stated_inputs
-from pn_compiler.inputs import Inputs
-from pn_compiler.losses import Logits
+from pn_compiler.base.config import Norm, ProxyPadding, TransformConfig, WarmStart
+from pn_compiler.base.errors import ConfigError, ExportError, VerificationError
+from pn_compiler.base.option_checks import check_flags, check_function, check_number, check_path, one_of
+from pn_compiler.data.input_shape import choose_inputs, stated_inputs
+from pn_compiler.graph.graph_module import is_converted, notes, record, sites
+from pn_compiler.graph.graph_utils import count_operators, count_parameters
+from pn_compiler.graph.pass_base import Progress
 from pn_compiler.nn import ProxyNormAct
-from pn_compiler.option_checks import check_flags, check_function, check_number, check_path, one_of
-from pn_compiler.pass_base import Progress
-from pn_compiler.regions import trace
-from pn_compiler.repository import add_to_repository
-from pn_compiler.static_statistics import freeze_statistics
+from pn_compiler.pipeline.conversion import convert, first_sample, measure_conversion, prepare
+from pn_compiler.pipeline.folding import fold_in_place
+from pn_compiler.recovery.calibration import calibrate_prepared
+from pn_compiler.recovery.distillation import distill
+from pn_compiler.recovery.static_statistics import freeze_statistics
+from pn_compiler.regions.regions import trace
+from pn_compiler.repository.adding import add_to_repository
+from pn_compiler.repository.options import ModelRepository
+from pn_compiler.running.copying import copy_model, unwrap
+from pn_compiler.running.evaluation import batches_of, check_dense, check_values, to_eval_mode
+from pn_compiler.running.inputs import Inputs
+from pn_compiler.running.losses import Logits
 
 if TYPE_CHECKING:
     from pn_compiler.export import DType, ExportOptions, Report, TargetName
@@ -239,7 +235,8 @@ def _check_destinations(
     path: str | os.PathLike[str] | None, repository: ModelRepository | None, target: "TargetName"
 ) -> None:
     """Raises ConfigError if nothing is to be written, ExportError if it cannot be."""
-    from pn_compiler.export import check_repository, check_writable
+    from pn_compiler.base.files import check_writable
+    from pn_compiler.repository.writing import check_repository
 
     if path is None and repository is None:
         raise ConfigError("nothing would be written: give a path or a repository")

@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from pn_compiler.base.errors import ConfigError
 from pn_compiler.compilation import export_onnx
-from pn_compiler.config import ModelRepository
-from pn_compiler.errors import ConfigError
-from pn_compiler.inputs import Inputs
-from pn_compiler.model_checks import check_module
-from pn_compiler.pass_base import Progress
-from pn_compiler.repository import add_to_repository
+from pn_compiler.graph.pass_base import Progress
+from pn_compiler.inspection.model_checks import check_module
+from pn_compiler.repository.adding import add_to_repository
+from pn_compiler.repository.options import ModelRepository
+from pn_compiler.running.inputs import Inputs
 
 if TYPE_CHECKING:
     from pn_compiler.export import DType, OnnxFile, Report
@@ -93,7 +93,8 @@ def _add_file(
     target_ort: str | None,
     progress: Progress | None,
 ) -> "Report":
-    from pn_compiler.export import OnnxFile, Report, check_loadable, check_repository
+    from pn_compiler.export import OnnxFile, Report, check_loadable
+    from pn_compiler.repository.writing import check_repository
 
     check_repository(repository)
     file = OnnxFile.read(path)

@@ -14,9 +14,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from pn_compiler.errors import ConfigError, PnCompilerError, SmokeError
-from pn_compiler.golden import Arrays, Golden
-from pn_compiler.option_checks import check_number, check_path, one_of
+from pn_compiler.base.errors import ConfigError, PnCompilerError, SmokeError
+from pn_compiler.base.option_checks import check_number, check_path, one_of
+from pn_compiler.repository.golden import Arrays, Golden
 
 if TYPE_CHECKING:
     from numpy import ndarray

@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 
-from pn_compiler.export import files
+from pn_compiler.base import files
 
 
 def exit_code(function: Callable[..., object], *args: object) -> int | None:

@@ -13,7 +13,7 @@ import pn_compiler
 from benchmarks import ensemble, glyphs, small_batch, tasks
 from benchmarks.small_batch import RECIPES, Recipe
 from pn_compiler import param_groups
-from pn_compiler.errors import ConfigError
+from pn_compiler.base.errors import ConfigError
 from pn_compiler.testing import assert_same_outputs
 
 SMALL = dataclasses.replace(

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 import pn_compiler
 from pn_compiler import Diagnosis, FreezeReport, FrozenSite, SitePower, cli
 from pn_compiler.export import Report
-from pn_compiler.fidelity import Fidelity
+from pn_compiler.pipeline.fidelity import Fidelity
 from pn_compiler.testing import randomize_batch_norms
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, fx, nn
 from torch.fx.passes.split_module import split_module
 
 import pn_compiler
-from pn_compiler.errors import ConfigError, PnCompilerError, TraceError, VerificationError
+from pn_compiler.base.errors import ConfigError, PnCompilerError, TraceError, VerificationError
 from pn_compiler.export import make_session
 from pn_compiler.integrations.opacus import prepare
 from pn_compiler.testing import assert_same_outputs, count_modules, randomize_batch_norms

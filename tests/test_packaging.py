@@ -1,6 +1,7 @@
 """The package as it is shipped: what the wheel holds, and that it works outside the repository."""
 
 import ast
+import re
 import subprocess
 import sys
 import venv
@@ -13,21 +14,19 @@ import torch
 from torch import nn
 
 import pn_compiler
-from pn_compiler.diagnostics import CODES
+from pn_compiler.base.diagnostics import CODES
 from pn_compiler.testing import randomize_batch_norms
 
 ROOT = Path(__file__).parent.parent
+TOP = ("pn_compiler", "passes", "export")
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 
 
 def test_every_folder_with_code_is_listed() -> None:
-    on_disk = {"pn_compiler"} | {
-        "pn_compiler." + ".".join(p.parent.relative_to(ROOT).parts)
-        for top in ("passes", "export")
-        for p in (ROOT / top).rglob("__init__.py")
-    }
-    on_disk |= {f"pn_compiler.{p.parent.name}" for p in (ROOT / "pn_compiler").glob("*/__init__.py")}
-    assert set(PROJECT["tool"]["setuptools"]["packages"]) == on_disk
+    folders = [p.parent.relative_to(ROOT) for top in TOP for p in (ROOT / top).rglob("__init__.py")]
+    packages = [".".join(folder.parts) for folder in folders]
+    expected = {name if name.startswith("pn_compiler") else f"pn_compiler.{name}" for name in packages}
+    assert set(PROJECT["tool"]["setuptools"]["packages"]) == expected
 
 
 def test_public_names() -> None:
@@ -43,13 +42,17 @@ def test_importing_is_light() -> None:
     assert done.stdout.strip() == "[]"
 
 
-def test_readme_folder_map_names_what_is_there() -> None:
+def test_readme_folder_map_is_the_tree() -> None:
     readme = (ROOT / "README.md").read_text()
-    section = readme[readme.index("## Folder map") :]
-    for folder in ("pn_compiler", "passes", "export"):
-        for module in (ROOT / folder).glob("*.py"):
-            if module.name != "__init__.py":
-                assert f"`{module.name}`" in section, f"{folder}/{module.name} is not in the README"
+    section = readme[readme.index("## Folder map") : readme.index("## How to add a pass")]
+    rows = re.findall(r"^\| `([\w/]+)/` \| .* \| (.*)\|$", section, re.MULTILINE)
+    documented = {folder: sorted(re.findall(r"`(\w+)`", files)) for folder, files in rows}
+    actual: dict[str, list[str]] = {"tests": []}
+    for top in (*TOP, "examples", "benchmarks"):
+        for init in (ROOT / top).rglob("__init__.py"):
+            names = (module.stem for module in init.parent.glob("*.py"))
+            actual[str(init.parent.relative_to(ROOT))] = sorted(n for n in names if not n.startswith("__"))
+    assert documented == actual
 
 
 def test_every_diagnostic_is_documented() -> None:
@@ -99,8 +102,8 @@ def test_wheel_holds_one_package_and_all_of_it(wheel: Path) -> None:
     assert {
         "pn_compiler/passes/__init__.py",
         "pn_compiler/export/__init__.py",
-        "pn_compiler/export/templates/ray_app.py",
-        "pn_compiler/export/templates/ort_runtime.py",
+        "pn_compiler/repository/templates/ray_app.py",
+        "pn_compiler/repository/templates/ort_runtime.py",
         "pn_compiler/py.typed",
     } <= set(names)
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from pn_compiler import smoke
-from pn_compiler.golden import Golden
+from pn_compiler.repository.golden import Golden
 from tests.serving.processes import free_ports
 
 

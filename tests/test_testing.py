@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pn_compiler.errors import first_line
+from pn_compiler.base.errors import first_line
 from pn_compiler.export import relative_error as array_error
 from pn_compiler.testing import assert_batch_independent, assert_same_outputs, relative_error
 

@@ -14,8 +14,8 @@ from torch.func import functional_call, grad, jvp, stack_module_state, vmap
 from torch.utils.checkpoint import checkpoint, checkpoint_sequential
 
 import pn_compiler
-from pn_compiler.affine import absorb_affine
 from pn_compiler.nn import ProxyNormAct
+from pn_compiler.numerics.affine import absorb_affine
 from pn_compiler.testing import assert_same_outputs, randomize_batch_norms, relative_error
 from tests.training_step import (
     NETWORKS,

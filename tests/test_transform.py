@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor, fx, nn
 
 import pn_compiler
-from pn_compiler.errors import ConfigError, RefusedError, TraceError, UnsupportedModelError
+from pn_compiler.base.errors import ConfigError, RefusedError, TraceError, UnsupportedModelError
 from pn_compiler.testing import (
     assert_batch_independent,
     assert_same_outputs,

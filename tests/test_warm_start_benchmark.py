@@ -14,7 +14,7 @@ import pn_compiler
 from benchmarks import scenes, tasks, trained, warm_start
 from benchmarks.cache import cached
 from benchmarks.trained import RECIPES
-from pn_compiler.errors import ConfigError
+from pn_compiler.base.errors import ConfigError
 from pn_compiler.testing import assert_same_outputs, randomize_batch_norms
 
 KINDS = {  # sites behind which proxy normalization stands after a warm start, and those without

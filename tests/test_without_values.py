@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import pn_compiler
-from pn_compiler.errors import ConfigError
+from pn_compiler.base.errors import ConfigError
 
 MODE = FakeTensorMode()
 

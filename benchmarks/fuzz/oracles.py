@@ -24,10 +24,10 @@ from benchmarks.fuzz.build import build, dtype_of, inputs_of
 from benchmarks.fuzz.compare import difference, first, gradients, identical, run, snapshot
 from benchmarks.fuzz.program import Program
 from benchmarks.fuzz.reference import ByHand
-from pn_compiler.errors import ExportError, PnCompilerError, VerificationError
+from pn_compiler.base.errors import ExportError, PnCompilerError, VerificationError
 from pn_compiler.export import write_onnx
 from pn_compiler.export.options import ExportOptions
-from pn_compiler.inputs import Inputs
+from pn_compiler.running.inputs import Inputs
 
 #: "unexportable": torch.onnx refuses the network as it came, too
 Outcome = Literal["ok", "wrong", "crash", "refused", "unexportable", "invalid"]

@@ -23,10 +23,10 @@ from opacus.validators.utils import register_module_validator
 from torch import Tensor, nn
 from torch.nn.utils._expanded_weights.expanded_weights_impl import ExpandedWeight
 
-from pn_compiler.affine import channel_affine
-from pn_compiler.errors import ConfigError
-from pn_compiler.model_checks import check_module
+from pn_compiler.base.errors import ConfigError
+from pn_compiler.inspection.model_checks import check_module
 from pn_compiler.nn import INPUT_AFFINE, ChannelAffine, ProxyNormAct
+from pn_compiler.numerics.affine import channel_affine
 
 _CONSUMERS = tuple(INPUT_AFFINE.values())
 _GRADS = "_opacus_grads"  # of a site: the gradients of its outputs but the first

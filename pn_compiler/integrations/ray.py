@@ -20,10 +20,10 @@ import ray
 import torch
 from torch import nn
 
-from pn_compiler.errors import ConfigError, PnCompilerError
-from pn_compiler.evaluation import Shards, each_batch, untouched
-from pn_compiler.least_squares import ChannelFit, merged
-from pn_compiler.site_constants import Constants, solved, sums
+from pn_compiler.base.errors import ConfigError, PnCompilerError
+from pn_compiler.numerics.least_squares import ChannelFit, merged
+from pn_compiler.recovery.site_constants import Constants, solved, sums
+from pn_compiler.running.evaluation import Shards, each_batch, untouched
 
 T = TypeVar("T")
 

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from pn_compiler.activations import activation_functions
-from pn_compiler.errors import LoadError, first_line
+from pn_compiler.base.errors import LoadError, first_line
+from pn_compiler.operators.activations import activation_functions
 
 _LIBRARIES = ("torch.nn", "torchvision.models", "torchvision.ops", "timm.models", "timm.layers")
 _DOTTED = re.compile(r"(?!_*__)[A-Za-z_]\w*(\.(?!__)[A-Za-z_]\w*)+", re.ASCII)

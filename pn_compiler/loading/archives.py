@@ -15,8 +15,8 @@ from collections import Counter
 from pathlib import Path
 from typing import BinaryIO
 
-from pn_compiler.errors import LoadError
-from pn_compiler.regular_files import why_unreadable
+from pn_compiler.base.errors import LoadError
+from pn_compiler.base.regular_files import why_unreadable
 
 _PART = re.compile(r"[^/\\\x00-\x1f]{1,255}")  # of the name of an entry
 _ENCRYPTED = 0x1 | 0x40 | 0x2000

@@ -10,7 +10,7 @@ from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING  # of Python 2, whose na
 from collections.abc import Callable
 from typing import Any
 
-from pn_compiler.errors import LoadError
+from pn_compiler.base.errors import LoadError
 
 _LONGEST = 10_000_000  # opcodes
 

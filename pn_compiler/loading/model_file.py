@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from pn_compiler.errors import LoadError, first_line
-from pn_compiler.inputs import Inputs
+from pn_compiler.base.errors import LoadError, first_line
 from pn_compiler.loading.admission import admit, import_from_here, refusal, resolve
 from pn_compiler.loading.archives import Archive
 from pn_compiler.loading.pickle_audit import ON_REQUEST, audit_pickle, names_in
 from pn_compiler.loading.program_audit import audit_program
+from pn_compiler.running.inputs import Inputs
 
 _STATE_DICT_KEYS = ("state_dict", "model_state_dict", "model")
 _TRAINING_ARGUMENTS = {"aten.dropout.default": (2, "train"), "aten.batch_norm.default": (5, "training")}

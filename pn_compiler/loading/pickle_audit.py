@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from pn_compiler.errors import LoadError
+from pn_compiler.base.errors import LoadError
 from pn_compiler.loading.admission import is_module_class
 from pn_compiler.loading.archives import Archive
 from pn_compiler.loading.inert_pickle import Call, Mapping, Name, Stored, parse_pickle

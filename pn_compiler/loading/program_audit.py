@@ -17,7 +17,7 @@ from typing import Any
 
 from torch._export.serde import schema, union
 
-from pn_compiler.errors import LoadError
+from pn_compiler.base.errors import LoadError
 from pn_compiler.loading.archives import Archive
 from pn_compiler.loading.pickle_audit import audit_pickle, fits
 from pn_compiler.loading.program_arithmetic import is_bounded

@@ -12,10 +12,11 @@ import torch
 from torch import nn
 
 import pn_compiler
-from pn_compiler.errors import ExportError
-from pn_compiler.export import blocked, make_session
-from pn_compiler.export.blocked import DOMAIN, block_size, in_blocked_layout
-from pn_compiler.export.normalizers import use_two_stage_sums
+from pn_compiler.base.errors import ExportError
+from pn_compiler.export import make_session
+from pn_compiler.export.rewrites import blocked
+from pn_compiler.export.rewrites.blocked import DOMAIN, block_size, in_blocked_layout
+from pn_compiler.export.rewrites.normalizers import use_two_stage_sums
 from pn_compiler.testing import randomize_batch_norms
 
 BLOCK = block_size()

@@ -8,7 +8,7 @@ from torch import nn
 
 import pn_compiler
 from pn_compiler.export import make_session
-from pn_compiler.export.depthwise_affine import use_depthwise_affines
+from pn_compiler.export.rewrites.depthwise_affine import use_depthwise_affines
 
 
 def model(

@@ -14,20 +14,20 @@ import torch
 from torch import nn
 
 import pn_compiler
-from pn_compiler.errors import ExportError, VerificationError
+from pn_compiler.base import files
+from pn_compiler.base.errors import ExportError, VerificationError
 from pn_compiler.export import (
     TARGETS,
     ExportOptions,
     Report,
     external_data,
-    files,
     make_session,
     to_onnx,
     verify_onnx,
 )
 from pn_compiler.export.exporter import export_graph
 from pn_compiler.export.verify import Verification
-from pn_compiler.inputs import Inputs
+from pn_compiler.running.inputs import Inputs
 from pn_compiler.testing import randomize_batch_norms
 from tests import killed
 

@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import pn_compiler
+from pn_compiler.base.errors import ConfigError, VerificationError
 from pn_compiler.cli import main
-from pn_compiler.errors import ConfigError, VerificationError
 from pn_compiler.export import DType, to_onnx
 from pn_compiler.testing import randomize_batch_norms
 

@@ -12,7 +12,7 @@ from torch import nn
 
 import pn_compiler
 from pn_compiler.export import make_session
-from pn_compiler.export.normalizers import expand_group_norms, use_two_stage_sums
+from pn_compiler.export.rewrites.normalizers import expand_group_norms, use_two_stage_sums
 
 CHANNELS = 8
 

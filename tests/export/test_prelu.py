@@ -14,7 +14,7 @@ from torch import nn
 
 import pn_compiler
 from pn_compiler.export import make_session
-from pn_compiler.export.prelu import expand_prelus, use_leaky_relus
+from pn_compiler.export.rewrites.prelu import expand_prelus, use_leaky_relus
 
 X = np.random.default_rng(0).normal(size=(2, 3, 5, 4)).astype(np.float32)
 

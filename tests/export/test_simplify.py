@@ -2,7 +2,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper
 
-from pn_compiler.export.simplify import freeze_reshapes
+from pn_compiler.export.rewrites.simplify import freeze_reshapes
 
 
 def model(shape: list[int | str], *, gathered: bool = False) -> onnx.ModelProto:

@@ -12,10 +12,10 @@ from onnx.reference import ReferenceEvaluator
 from torch import nn
 
 import pn_compiler
+from pn_compiler.base.errors import ConfigError, ExportError, VerificationError
 from pn_compiler.cli import main
-from pn_compiler.config import ModelRepository
-from pn_compiler.errors import ConfigError, ExportError, VerificationError
 from pn_compiler.export import TARGETS, make_session, relative_error, to_onnx, tuning
+from pn_compiler.repository.options import ModelRepository
 from pn_compiler.testing import randomize_batch_norms
 
 IMAGES = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))

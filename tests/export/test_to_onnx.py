@@ -19,12 +19,13 @@ import torch
 from torch import Tensor, nn
 
 import pn_compiler
-from pn_compiler.errors import ConfigError, ExportError, TraceError, VerificationError
-from pn_compiler.export import make_session, relative_error, verify_onnx, write_atomically, write_onnx
+from pn_compiler.base.errors import ConfigError, ExportError, TraceError, VerificationError
+from pn_compiler.base.files import write_atomically
+from pn_compiler.export import make_session, relative_error, verify_onnx, write_onnx
 from pn_compiler.export.exporter import export_graph
 from pn_compiler.export.options import ExportOptions
 from pn_compiler.export.verify import expect
-from pn_compiler.inputs import Inputs
+from pn_compiler.running.inputs import Inputs
 from pn_compiler.testing import randomize_batch_norms
 
 IMAGES = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))

@@ -19,7 +19,7 @@ from benchmarks.fuzz.oracles import check
 from benchmarks.fuzz.program import Options, Program, Statement, source
 from benchmarks.fuzz.reference import ByHand
 from benchmarks.fuzz.shrink import shrink
-from pn_compiler.passes import replace_batch_norm
+from pn_compiler.passes.convert import replace_batch_norm
 
 CHUNK = 40  # networks, about 6 seconds
 DEFAULT = Options()

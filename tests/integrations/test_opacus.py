@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import pn_compiler
-from pn_compiler.errors import ConfigError
-from pn_compiler.hooked import has_hooks
+from pn_compiler.base.errors import ConfigError
+from pn_compiler.inspection.hooks import has_hooks
 from pn_compiler.integrations.opacus import prepare, release
 from pn_compiler.nn import ChannelAffine, InputAffineConv2d, ProxyNormAct, ProxyStatistics
 from pn_compiler.testing import assert_same_outputs, count_modules, randomize_batch_norms

@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch import Tensor, fx, nn
 
+from pn_compiler.graph.ranks import infer_ranks
 from pn_compiler.nn import ConstantAffine
-from pn_compiler.passes.absorb_constants import AbsorbConstants
-from pn_compiler.ranks import infer_ranks
+from pn_compiler.passes.freeze.absorb_constants import AbsorbConstants
 from pn_compiler.testing import assert_same_outputs, count_modules
-from pn_compiler.tracing import trace_module
+from pn_compiler.tracing.trace_module import trace_module
 
 
 def affine(channels: int, *, positive: bool = False) -> ConstantAffine:

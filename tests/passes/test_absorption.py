@@ -5,9 +5,9 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
+from pn_compiler.graph.ranks import infer_ranks
 from pn_compiler.passes.absorption import Router, commutes
-from pn_compiler.ranks import infer_ranks
-from pn_compiler.tracing import trace_module
+from pn_compiler.tracing.trace_module import trace_module
 
 
 class Readers(nn.Module):

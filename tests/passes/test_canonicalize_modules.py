@@ -8,11 +8,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import pn_compiler
-from pn_compiler.passes.canonicalize_activations import CanonicalizeActivations
-from pn_compiler.passes.canonicalize_modules import CanonicalizeModules
-from pn_compiler.ranks import infer_ranks
+from pn_compiler.graph.ranks import infer_ranks
+from pn_compiler.passes.prepare.canonicalize_activations import CanonicalizeActivations
+from pn_compiler.passes.prepare.canonicalize_modules import CanonicalizeModules
 from pn_compiler.testing import assert_same_outputs, count_modules, randomize_batch_norms
-from pn_compiler.tracing import trace_module
+from pn_compiler.tracing.trace_module import trace_module
 from tests import zoo
 
 IMAGES = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))

@@ -10,11 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import pn_compiler
+from pn_compiler.graph.ranks import infer_ranks, rank
 from pn_compiler.nn import ProxyNormAct
 from pn_compiler.passes.channels import channels_of
-from pn_compiler.ranks import infer_ranks, rank
 from pn_compiler.testing import assert_same_outputs, randomize_batch_norms
-from pn_compiler.tracing import trace_module
+from pn_compiler.tracing.trace_module import trace_module
 
 X = torch.randn(2, 3, 4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 

@@ -4,9 +4,9 @@ import torch
 from torch import nn
 
 from pn_compiler.nn import ConstantAffine
-from pn_compiler.passes.freeze_normalizers import FreezeNormalizers
+from pn_compiler.passes.freeze.freeze_normalizers import FreezeNormalizers
 from pn_compiler.testing import assert_same_outputs, count_modules
-from pn_compiler.tracing import trace_module
+from pn_compiler.tracing.trace_module import trace_module
 
 
 def test_only_those_with_constants() -> None:

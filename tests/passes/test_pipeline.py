@@ -7,15 +7,15 @@ import pytest
 import torch
 from torch import fx, nn
 
-from pn_compiler.config import TransformConfig
-from pn_compiler.errors import PassError, PostconditionError
-from pn_compiler.pass_base import GraphPass, PassResult, check_order, run_pipeline
+from pn_compiler.base.config import TransformConfig
+from pn_compiler.base.errors import PassError, PostconditionError
+from pn_compiler.graph.pass_base import GraphPass, PassResult, check_order, run_pipeline
+from pn_compiler.graph.ranks import infer_ranks
 from pn_compiler.passes import fold_pipeline, freeze_pipeline, transform_pipeline
-from pn_compiler.passes.insert_proxy_norm import InsertProxyNorm
-from pn_compiler.passes.replace_batch_norm import ReplaceBatchNorm
-from pn_compiler.ranks import infer_ranks
+from pn_compiler.passes.convert.insert_proxy_norm import InsertProxyNorm
+from pn_compiler.passes.convert.replace_batch_norm import ReplaceBatchNorm
 from pn_compiler.testing import assert_same_outputs, randomize_batch_norms
-from pn_compiler.tracing import trace_module
+from pn_compiler.tracing.trace_module import trace_module
 
 CONSTANTS = {"1": (torch.tensor([1.0, -1, 2, 0.5]), torch.tensor([1.0, 0, -1, 2]))}
 

@@ -9,8 +9,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import pn_compiler
 from pn_compiler.nn import ProxyNormAct, ProxyStatistics
-from pn_compiler.passes.share_statistics import ShareStatistics
-from pn_compiler.passes.unshare_statistics import UnshareStatistics
+from pn_compiler.passes.convert.share_statistics import ShareStatistics
+from pn_compiler.passes.fold.unshare_statistics import UnshareStatistics
 from pn_compiler.testing import assert_same_outputs, count_modules, randomize_batch_norms
 from tests import zoo
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 import pn_compiler
 from pn_compiler.nn import ConstantAffine, ConstantClamp, ProxyNormAct
-from pn_compiler.passes.sink_affine import SinkAffine
+from pn_compiler.passes.fold.sink_affine import SinkAffine
 from pn_compiler.testing import randomize_batch_norms
 
 TOLERANCE = 1e-6  # in float64: fold and forward evaluate the moments of SiLU in two ways, 1e-8 apart

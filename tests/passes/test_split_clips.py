@@ -7,9 +7,9 @@ import torch
 from torch import Tensor, fx, nn
 
 from pn_compiler.nn import ConstantAffine, ConstantClamp
-from pn_compiler.passes.split_clips import SplitClips
+from pn_compiler.passes.freeze.split_clips import SplitClips
 from pn_compiler.testing import assert_same_outputs, count_modules
-from pn_compiler.tracing import trace_module
+from pn_compiler.tracing.trace_module import trace_module
 
 X = torch.randn(2, 3, 4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 

@@ -6,12 +6,12 @@ import pytest
 import torch
 from torch import Tensor, fx, nn
 
-from pn_compiler.inputs import Inputs
+from pn_compiler.graph.ranks import infer_ranks
 from pn_compiler.nn import ConstantAffine
-from pn_compiler.passes.split_gates import SplitGates
-from pn_compiler.ranks import infer_ranks
+from pn_compiler.passes.freeze.split_gates import SplitGates
+from pn_compiler.running.inputs import Inputs
 from pn_compiler.testing import assert_same_outputs
-from pn_compiler.tracing import trace_module
+from pn_compiler.tracing.trace_module import trace_module
 
 X = torch.randn(2, 3, 4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 

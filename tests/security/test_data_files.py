@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from torch import nn
 
-from pn_compiler.data import load_batches
-from pn_compiler.errors import ConfigError
-from pn_compiler.image_folder import read_image
+from pn_compiler.base.errors import ConfigError
+from pn_compiler.data.image_folder import read_image
+from pn_compiler.data.sources import load_batches
 from tests.security.files import CANARY, Payload
 
 

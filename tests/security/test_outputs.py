@@ -16,8 +16,8 @@ import torch
 from torch import nn
 
 from pn_compiler import cli
-from pn_compiler.errors import ExportError
-from pn_compiler.export import files
+from pn_compiler.base import files
+from pn_compiler.base.errors import ExportError
 from tests import killed
 from tests.security.files import large_network, network, saved
 from tests.security.sandbox import ROOT

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import tritonclient.http
 
-from pn_compiler.golden import Golden
+from pn_compiler.repository.golden import Golden
 from tests.serving.processes import ROOT, free_ports, running, smoke, wait_for
 
 pytestmark = pytest.mark.servers

@@ -5,9 +5,9 @@ import torch
 from torch import Tensor, nn
 
 import pn_compiler
-from pn_compiler.errors import ConfigError
-from pn_compiler.inputs import Inputs
-from pn_compiler.site_constants import estimate
+from pn_compiler.base.errors import ConfigError
+from pn_compiler.recovery.site_constants import estimate
+from pn_compiler.running.inputs import Inputs
 from pn_compiler.testing import randomize_batch_norms, relative_error
 from tests.serving import ray_cluster
 from tests.serving.ray_cluster import ray

@@ -22,7 +22,7 @@ from google.protobuf import text_format
 from tritonclient.grpc import model_config_pb2
 
 import pn_compiler
-from pn_compiler.golden import Golden
+from pn_compiler.repository.golden import Golden
 from tests.serving import triton
 from tests.serving.conftest import IMAGES, digits_network
 from tests.serving.processes import children, free_ports, running, smoke, wait_for

@@ -1,0 +1,1 @@
+"""Rewrites of an ONNX graph, each in its own file."""

@@ -1,0 +1,1 @@
+"""BatchNorm in, normalizers and proxy normalization out."""

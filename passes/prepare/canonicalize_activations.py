@@ -1,0 +1,89 @@
+"""The pass that turns every spelling of an activation into a module without side effect."""
+
+import operator
+from collections.abc import Collection
+
+from torch import fx, nn
+
+from pn_compiler.graph.aliases import find_aliases, in_place_operator, name_options, returns_target, writes
+from pn_compiler.graph.dtypes import is_floating
+from pn_compiler.graph.graph_utils import add_module, call_module_after, called_module
+from pn_compiler.graph.pass_base import GraphPass, PassResult
+from pn_compiler.graph.ranks import dtype
+from pn_compiler.inspection.hooks import has_hooks
+from pn_compiler.operators.activations import activation_of, reading_input
+from pn_compiler.operators.spelling import operator_name
+
+
+class CanonicalizeActivations(GraphPass):
+    """Turns activation functions and methods into modules, and in-place effects into edges.
+
+    Given:   y = bn(x); F.relu_(y); z = y + w         Result:  y = bn(x); r = relu(y); z = r + w
+             y += w; y.size(0)                                 z = y + w; z.size(0)
+             nn.Identity()(x)                                  x
+    Leaves alone: functions that are no activation, or whose bounds are computed in the graph; those of
+        integers and booleans, and clamps of what may be; writes that are seen through a view, by the
+        caller or by code that is not traced; y += w of other dtypes.
+    Outputs: preserved exactly.
+    """
+
+    preserves_outputs = True
+
+    def run(self, graph: fx.GraphModule) -> PassResult:
+        rewritten = 0
+        for node in list(graph.graph.nodes):
+            module = called_module(graph, node)
+            if isinstance(module, nn.Identity) and node.args and not has_hooks(module):
+                node.replace_all_uses_with(node.all_input_nodes[0])
+                graph.graph.erase_node(node)
+                rewritten += 1
+                continue
+            name_options(node)
+            rewritten += _redirect_later_users(graph, node)
+        pinned = find_aliases(graph).pinned
+        calls = [node for node in graph.graph.nodes if node.op in ("call_function", "call_method")]
+        free = [node for node in calls if pinned.isdisjoint(writes(graph, node))]
+        rewritten += sum(map(_without_writing, free))
+        overwritten = find_aliases(graph).overwritten
+        return PassResult(rewritten + sum(_rewrite(graph, node, overwritten) for node in free))
+
+
+def _redirect_later_users(graph: fx.GraphModule, node: fx.Node) -> int:
+    """What reads a tensor after `node` has overwritten and returned it, reads the result: the same tensor."""
+    target = returns_target(graph, node)
+    later = [] if target is None else [user for user in target.users if user > node]
+    for user in later:
+        user.replace_input_with(target, node)  # type: ignore[arg-type]  # no users of None
+    return len(later)
+
+
+def _rewrite(graph: fx.GraphModule, node: fx.Node, overwritten: Collection[fx.Node]) -> int:
+    module = activation_of(node)
+    if module is None or not _takes(graph, node.all_input_nodes[0], module):
+        return 0
+    if node in overwritten and "relu" not in operator_name(node):
+        module = reading_input(module)  # as clamp does; a relu cannot be trained there in any case
+    path = add_module(graph, node.name, module.train(graph.training))
+    call = call_module_after(graph, node, path, (node.all_input_nodes[0],))
+    call.meta = dict(node.meta)
+    node.replace_all_uses_with(call)
+    graph.graph.erase_node(node)
+    return 1
+
+
+def _takes(graph: fx.GraphModule, value: fx.Node, module: nn.Module) -> bool:
+    """Whether `module` computes of `value` what the function does: bounds of Hardtanh are no integers."""
+    floating = is_floating(graph, value)
+    return not isinstance(module, nn.Hardtanh) if floating is None else floating
+
+
+def _without_writing(node: fx.Node) -> int:
+    """Writes ``y += w``, which nothing else sees, as y + w: hooks and other passes know no other sum."""
+    name = in_place_operator(node)
+    if name is None or len(node.args) != 2 or len({dtype(source) for source in node.all_input_nodes}) > 1:
+        return 0  # in place the dtype is that of y
+    node.op, node.target = "call_function", getattr(operator, _PLAIN.get(name, name))
+    return 1
+
+
+_PLAIN = {"and": "and_", "or": "or_"}

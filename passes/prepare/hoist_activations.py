@@ -1,0 +1,89 @@
+"""The pass that moves an activation next to the BatchNorm that it follows."""
+
+from torch import fx, nn
+
+from pn_compiler.graph.aliases import Aliases, find_aliases, writes
+from pn_compiler.graph.graph_utils import call_module_after, called_module
+from pn_compiler.graph.pass_base import GraphPass, PassResult
+from pn_compiler.inspection.batch_norms import is_batch_norm
+from pn_compiler.inspection.hooks import has_hooks
+from pn_compiler.operators.activations import is_activation, is_homogeneous
+from pn_compiler.operators.spelling import moves_values, operator_name, reads_shape
+from pn_compiler.passes.prepare.recognize_activations import RecognizeActivations
+
+_DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
+_DROPOUT_NAMES = ("dropout", "dropout1d", "dropout2d", "dropout3d")
+
+
+class HoistActivations(GraphPass):
+    """Moves an activation before the views and dropouts that stand between it and a BatchNorm.
+
+    Given:   act(flatten(bn(x)))                     Result:  flatten(act(bn(x)))
+             y = bn(x); conv(act(y)); y.shape                 y = bn(x); conv(act(y)); x.shape
+    Leaves alone: chains with other readers in between; a dropout before an activation that is not
+        homogeneous, since relu(k y) = k relu(y) for the k of a dropout, and silu(k y) is another value;
+        a dropout in place; a slope per channel (PReLU) behind a view.
+    Outputs: preserved exactly.
+    """
+
+    preserves_outputs = True
+    runs_after = (RecognizeActivations,)
+
+    def run(self, graph: fx.GraphModule) -> PassResult:
+        rewritten = 0
+        aliases = find_aliases(graph)  # shape readers move, and activations of what is not pinned
+        for node in list(graph.graph.nodes):
+            module = called_module(graph, node)
+            if module is None:
+                continue
+            if is_batch_norm(module) and node.args:
+                rewritten += _read_shape_of_input(node, aliases)
+            elif is_activation(module) and not has_hooks(module):
+                rewritten += _hoist(graph, node, module, aliases)
+        return PassResult(rewritten)
+
+
+def _read_shape_of_input(norm: fx.Node, aliases: Aliases) -> int:
+    """Who asks for the shape of a BatchNorm's output gets that of its input, which is the same.
+
+    Not of an input that is overwritten: ``squeeze_`` and its like change its shape later.
+    """
+    if norm.all_input_nodes[0] in aliases.overwritten:
+        return 0
+    readers = [user for user in norm.users if reads_shape(user)]
+    for user in readers:
+        user.replace_input_with(norm, norm.all_input_nodes[0])
+    return len(readers)
+
+
+def _hoist(graph: fx.GraphModule, activation: fx.Node, module: nn.Module, aliases: Aliases) -> int:
+    source, chain = activation.all_input_nodes[0], []
+    while _passes(graph, source, module) and _read_once(source):
+        chain.append(source)
+        source = source.all_input_nodes[0]
+    norm = called_module(graph, source)
+    if not chain or norm is None or not is_batch_norm(norm) or not _read_once(source):
+        return 0
+    if source in aliases.pinned:
+        return 0
+    moved = call_module_after(graph, source, str(activation.target), (source,))
+    chain[-1].replace_input_with(source, moved)
+    activation.replace_all_uses_with(chain[0])
+    graph.graph.erase_node(activation)
+    return 1
+
+
+def _passes(graph: fx.GraphModule, node: fx.Node, activation: nn.Module) -> bool:
+    """Whether `activation` can be applied before `node` instead of after it."""
+    module = called_module(graph, node)
+    if module is not None and has_hooks(module):
+        return False
+    if moves_values(node, module):
+        return all(parameter.numel() == 1 for parameter in activation.parameters())
+    drops = type(module) in _DROPOUTS or operator_name(node) in _DROPOUT_NAMES
+    in_place = bool(writes(graph, node))  # over the output of the activation, which its gradient needs
+    return drops and not in_place and is_homogeneous(activation)
+
+
+def _read_once(node: fx.Node) -> bool:
+    return sum(not reads_shape(user) for user in node.users) == 1

@@ -1,0 +1,170 @@
+"""The pass that finds activations which a model writes out by hand."""
+
+from collections.abc import Collection, Iterator
+
+import torch
+from torch import fx, nn
+
+from pn_compiler.graph.aliases import find_aliases
+from pn_compiler.graph.graph_utils import add_module, call_module_after, called_module
+from pn_compiler.graph.pass_base import GraphPass, PassResult
+from pn_compiler.inspection.batch_norms import is_batch_norm
+from pn_compiler.inspection.hooks import has_hooks
+from pn_compiler.operators.activations import is_activation, reading_input
+from pn_compiler.operators.known_activations import known_by_values, known_module, known_piecewise
+from pn_compiler.operators.piecewise import Piecewise, identity
+from pn_compiler.operators.spelling import moves_values, reads_shape
+from pn_compiler.passes.prepare.canonicalize_activations import CanonicalizeActivations
+from pn_compiler.passes.prepare.elementwise import Value, constant_of, value_of
+
+_KEEPING_OUTPUT = (nn.Sigmoid, nn.Tanh)  # for the gradient, and nothing like them does otherwise
+_LONGEST = 16  # operators; the tanh form of GELU takes 8
+
+
+class RecognizeActivations(GraphPass):
+    """Turns an activation that is written out behind a BatchNorm into the module of torch.nn it equals.
+
+    Given:   y = bn(x); y * torch.sigmoid(y)         Result:  y = bn(x); silu(y)
+             y = bn(x); MySwish()(y)                          y = bn(x); silu(y)
+             y = bn(x); y.clamp_min(0).clamp_max(40)          y = bn(x); hardtanh(y, 0, 40)
+    Clamps, comparisons, sums and products are composed exactly; others are compared by values up to 1e6.
+    Leaves alone: expressions that equal no activation of the table on the whole real line.
+    Outputs: preserved to rounding.
+    """
+
+    preserves_outputs = True
+    runs_after = (CanonicalizeActivations,)
+
+    def run(self, graph: fx.GraphModule) -> PassResult:
+        rewritten = 0
+        behind: set[fx.Node] = set()
+        aliases = find_aliases(graph)
+        for node in list(graph.graph.nodes):
+            module = called_module(graph, node)
+            moved = moves_values(node, module) and node.all_input_nodes[0] in behind
+            if moved or (module is not None and is_batch_norm(module)):
+                behind.add(node)
+                rewritten += 0 if node in aliases.pinned else _rewrite(graph, node, aliases.overwritten)
+        return PassResult(rewritten)
+
+
+def _rewrite(graph: fx.GraphModule, source: fx.Node, overwritten: Collection[fx.Node]) -> int:
+    """Replaces what is computed of `source` alone, if it is an activation."""
+    readers = [user for user in source.users if not reads_shape(user)]
+    if len(readers) == 1:
+        module = called_module(graph, readers[0])
+        if module is not None and not is_activation(module):
+            return _rewrite_leaf(graph, readers[0], module)
+    known = [
+        (inside, act)
+        for inside, value in _expressions(graph, source)
+        for act in [_activation(graph, source, inside, value)]
+        if act is not None
+    ]
+    if not known:
+        return 0
+    inside, activation = known[-1]
+    result = inside[-1]
+    if result in overwritten:
+        if isinstance(activation, _KEEPING_OUTPUT):
+            return 0
+        activation = reading_input(activation)
+    path = add_module(graph, result.name, activation.train(graph.training))
+    call = call_module_after(graph, result, path, (source,))
+    call.meta = dict(source.meta)
+    result.replace_all_uses_with(call)
+    for node in reversed(inside):
+        graph.graph.erase_node(node)
+    return 1
+
+
+def _activation(
+    graph: fx.GraphModule, source: fx.Node, inside: list[fx.Node], value: Value
+) -> nn.Module | None:
+    """The activation that the last node of `inside` computes, if it is one on the whole real line."""
+    function = _as_module(graph, source, inside)
+    if isinstance(value, Piecewise):
+        found = known_piecewise(value)
+    else:
+        found = known_by_values(function)
+        switches = {0.0, float(found.threshold)} if isinstance(found, nn.Softplus) else {0.0}
+        if not value.edges <= switches:
+            return None  # a bend elsewhere, however small
+    dtypes = {p.dtype for p in graph.parameters() if p.is_floating_point()}
+    return found if found is not None and all(_keeps(function, dtype) for dtype in dtypes) else None
+
+
+@torch.no_grad()
+def _keeps(function: nn.Module, dtype: torch.dtype) -> bool:
+    """Whether it gives the dtype that it gets: y * (y > 0).float() makes float32 of float16."""
+    try:
+        return bool(function(torch.ones(1, dtype=dtype)).dtype == dtype)
+    except RuntimeError:  # constants elsewhere
+        return False
+
+
+def _rewrite_leaf(graph: fx.GraphModule, call: fx.Node, module: nn.Module) -> int:
+    """Replaces a module without state that torch.fx did not enter, if it is an activation."""
+    own = not type(module).__module__.startswith("torch.")
+    stateless = next(module.parameters(), None) is None and next(module.buffers(), None) is None
+    if not (own and stateless) or has_hooks(module) or len(call.args) != 1 or call.kwargs:
+        return 0
+    activation = known_module(module)
+    if activation is None:
+        return 0
+    path = add_module(graph, call.name, activation.train(graph.training))
+    call.target = path
+    return 1
+
+
+def _expressions(graph: fx.GraphModule, source: fx.Node) -> Iterator[tuple[list[fx.Node], Value]]:
+    """Sets of nodes that compute one value of `source` alone and that nothing else reads, smallest first.
+
+    Each with what its last node computes.
+    """
+    values: dict[fx.Node, Value] = {source: identity()}
+    inside: list[fx.Node] = []
+    node = source.next
+    while node.op != "root" and len(inside) < _LONGEST:
+        value = _next_value(graph, node, values)
+        if value is not None:
+            values[node] = value
+            inside.append(node)
+            needed = _ancestors(node, inside)
+            others = {user for n in (source, *needed) for user in n.users if n is not node}
+            written = len(needed) > 1 or called_module(graph, node) is None
+            if written and {user for user in others if not reads_shape(user)} <= set(needed):
+                yield needed, value
+        node = node.next
+
+
+def _next_value(graph: fx.GraphModule, node: fx.Node, values: dict[fx.Node, Value]) -> Value | None:
+    """What `node` computes of `values`, and of constants that it may read beside them."""
+    inputs = node.all_input_nodes
+    if not any(i in values for i in inputs):
+        return None
+    constants = {i: v for i in inputs for v in [constant_of(graph, i)] if v is not None}
+    return value_of(graph, node, {**values, **constants})
+
+
+def _ancestors(node: fx.Node, inside: list[fx.Node]) -> list[fx.Node]:
+    """Those of `inside` from which `node` is computed, itself included, in order."""
+    needed = {node}
+    for candidate in reversed(inside):
+        if any(user in needed for user in candidate.users):
+            needed.add(candidate)
+    return [n for n in inside if n in needed]
+
+
+def _as_module(graph: fx.GraphModule, source: fx.Node, inside: list[fx.Node]) -> fx.GraphModule:
+    """What `inside` computes of `source`, as a module of one argument."""
+    expression = fx.Graph()
+    values = {source: expression.placeholder("x")}
+
+    def copied(n: fx.Node) -> fx.Node:
+        return values[n] if n in values else expression.node_copy(n)  # else a constant
+
+    for node in inside:
+        values[node] = expression.node_copy(node, copied)
+    expression.output(values[inside[-1]])
+    return fx.GraphModule(graph, expression)

@@ -1,0 +1,134 @@
+"""What `pn_compiler.diagnose` returns: a table, JSON, and the paper's power plot."""
+
+import dataclasses
+import io
+import os
+from pathlib import Path
+
+from pn_compiler.base.diagnostics import format_table
+from pn_compiler.base.errors import ConfigError
+from pn_compiler.base.strict_json import to_json
+
+COLLAPSED = 0.5  # share of P1 above which a site is said to be collapsed: most of its power is a constant
+UNIFORM = 1e-3  # share of P2 + P4 below which its instance statistics are said not to vary
+
+_NAMED = 5  # sites in a line of text
+_LABELS = ("P1 constant per channel", "P2 instance mean", "P3 within an instance", "P4 instance deviation")
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class SitePower:
+    """Power decomposition at one call of one normalizer; see `diagnose` for the definitions.
+
+    Attributes:
+        name: path of the module; its second call within a forward is ``name:2``.
+        kind: "BN", "LN", "GN" or "IN" by what is normalized over, with "+PN" for proxy normalization.
+        channels: C.
+        samples: how many instances were seen.
+        p1, p2, p3, p4: the four powers, averaged over channels.
+    """
+
+    name: str
+    kind: str
+    channels: int
+    samples: int
+    p1: float
+    p2: float
+    p3: float
+    p4: float
+
+    @property
+    def power(self) -> float:
+        """P1 + P2 + P3 + P4, the mean square of y: 1, less what eps takes, if y was normalized just here."""
+        return self.p1 + self.p2 + self.p3 + self.p4
+
+    @property
+    def shares(self) -> tuple[float, float, float, float]:
+        """The four powers relative to their sum; zeros if y is zero."""
+        power = self.power or 1.0
+        return self.p1 / power, self.p2 / power, self.p3 / power, self.p4 / power
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Diagnosis:
+    """Result of `pn_compiler.diagnose`; ``str`` of it is a table.
+
+    Attributes:
+        sites: in the order in which the forward calls them, that is, by depth.
+        notes: what was left out, or has to be known to read the figures.
+    """
+
+    sites: tuple[SitePower, ...]
+    notes: tuple[str, ...] = ()
+
+    @property
+    def collapsed(self) -> tuple[SitePower, ...]:
+        """Sites where P1 has more than half of the power: channel-wise constant functions (LayerNorm)."""
+        return tuple(site for site in self.sites if site.shares[0] > COLLAPSED)
+
+    @property
+    def uniform(self) -> tuple[SitePower, ...]:
+        """Sites where P2 + P4 is less than 0.1 % of what is not P1: instance statistics do not vary."""
+        return tuple(s for s in self.sites if s.power and s.p2 + s.p4 < UNIFORM * (s.power - s.p1))
+
+    def to_json(self) -> str:
+        sites = [
+            dataclasses.asdict(site) | {"power": site.power, "shares": site.shares} for site in self.sites
+        ]
+        flagged = {name: [s.name for s in getattr(self, name)] for name in ("collapsed", "uniform")}
+        return to_json({"sites": sites, **flagged, "notes": self.notes})
+
+    def __str__(self) -> str:
+        header = ("site", "kind", "channels", "power", "P1 %", "P2 %", "P3 %", "P4 %")
+        rows = [
+            (s.name, s.kind, str(s.channels), f"{s.power:.3f}", *(f"{100 * p:.1f}" for p in s.shares))
+            for s in self.sites
+        ]
+        lines = [format_table(header, rows)] if rows else []
+        lines += _verdict("channel-wise collapse (P1 above 50 %)", self.collapsed, len(self.sites))
+        lines += _verdict("instance statistics hardly vary (P2 + P4)", self.uniform, len(self.sites))
+        return "\n".join([*lines, *self.notes])
+
+    def plot(self, path: str | os.PathLike[str]) -> None:
+        """Draws the paper's power plot: shares of the power, stacked, by depth.
+
+        Args:
+            path: the file to write; its ending gives the format, such as ``.png``, ``.pdf`` or ``.svg``.
+
+        Raises:
+            ConfigError: matplotlib is missing or does not know the format, or there is no site.
+            ExportError: the file cannot be written.
+        """
+        from pn_compiler.base.files import write_atomically  # onnx is only imported when it is needed
+
+        try:
+            from matplotlib.figure import Figure  # without pyplot: no global state, no display
+        except ImportError as error:
+            raise ConfigError("plots need matplotlib: pip install matplotlib (pn-compiler[plot])") from error
+        if not self.sites:
+            raise ConfigError("there is no site to plot")
+        figure = Figure(figsize=(7, 3.5), layout="constrained")
+        kind = Path(path).suffix.removeprefix(".").lower()
+        known = figure.canvas.get_supported_filetypes()
+        if kind not in known:
+            raise ConfigError(f"cannot plot to {path}: expected an ending out of {', '.join(sorted(known))}")
+        axes = figure.add_subplot(
+            xlabel="depth (normalized layers)", ylabel="share of power",
+            xlim=(0.5, len(self.sites) + 0.5), ylim=(0, 1),
+        )  # fmt: skip
+        axes.locator_params("x", integer=True)
+        edges = [depth + 0.5 for depth in range(len(self.sites) + 1)]
+        rows = [[*shares, shares[-1]] for shares in zip(*(s.shares for s in self.sites), strict=True)]
+        axes.stackplot(edges, rows, labels=_LABELS, step="post")
+        handles, labels = axes.get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside upper center", ncols=2, frameon=False)
+        content = io.BytesIO()
+        figure.savefig(content, format=kind)
+        write_atomically(Path(path), content.getvalue())
+
+
+def _verdict(title: str, found: tuple[SitePower, ...], total: int) -> list[str]:
+    if not found:
+        return []
+    names = [site.name for site in found[:_NAMED]] + (["..."] if len(found) > _NAMED else [])
+    return [f"{title} at {len(found)} of {total} sites: {', '.join(names)}"]

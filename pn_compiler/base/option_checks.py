@@ -1,0 +1,54 @@
+"""Whether options of the public functions have possible values: each error names its option."""
+
+import math
+import numbers
+import os
+from typing import Any
+
+import numpy as np
+
+from pn_compiler.base.errors import ConfigError
+
+
+def one_of(name: str, value: object, choices: tuple[str, ...]) -> None:
+    """Raises ConfigError if the option `name` has a `value` that is none of its `choices`."""
+    if not isinstance(value, str) or value not in choices:
+        raise _impossible(name, value, f"one of {', '.join(map(repr, choices))}")
+
+
+def check_flags(**flags: object) -> None:
+    """Raises ConfigError if one is neither True nor False: the text "False" would count as true."""
+    for name, value in flags.items():
+        if not isinstance(value, bool | np.bool_):
+            raise _impossible(name, value, "True or False")
+
+
+def check_number(
+    name: str, value: Any, expected: str, low: float, high: float = math.inf, *, whole: bool = False
+) -> None:
+    """Raises ConfigError unless `value` is a number, or a `whole` one, with low <= value < high."""
+    if not is_number(value, low, high, whole=whole):
+        raise _impossible(name, value, expected)
+
+
+def is_number(value: Any, low: float, high: float, *, whole: bool = False) -> bool:
+    """Whether `value` is a number, or a `whole` one, with low <= value < high."""
+    kind = numbers.Integral if whole else numbers.Real
+    fits = isinstance(value, kind) and not isinstance(value, bool)
+    return fits and bool(low <= value < high)
+
+
+def check_function(name: str, value: object) -> None:
+    """Raises ConfigError unless `value` is None or can be called; a class, which makes objects, cannot."""
+    if value is not None and (not callable(value) or isinstance(value, type)):
+        raise _impossible(name, value, "a function, or None")
+
+
+def check_path(name: str, value: object) -> None:
+    """Raises ConfigError unless `value` names a file or folder."""
+    if not isinstance(value, str | os.PathLike) or not os.fspath(value):
+        raise _impossible(name, value, "the name of a file or folder")
+
+
+def _impossible(name: str, value: object, expected: str) -> ConfigError:
+    return ConfigError(f"{name}={value!r:.80}: expected {expected}")

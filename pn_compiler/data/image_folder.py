@@ -1,0 +1,201 @@
+"""A folder of images as samples, prepared as torchvision's transforms prepare them. Imports Pillow."""
+
+import dataclasses
+import math
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+
+from pn_compiler.base.errors import ConfigError, first_line
+from pn_compiler.base.regular_files import why_unreadable
+
+EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")  # torchvision's
+_FORMATS = ("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP")  # of these; Pillow runs Ghostscript for others
+GRAY, RGB = 1, 3  # channels
+
+Size = int | Sequence[int]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Preprocessing:
+    """What torchvision's ``Resize``, ``CenterCrop``, ``ToTensor`` and ``Normalize`` do, in this order.
+
+    Attributes:
+        channels: 1 (gray) or 3 (RGB).
+        mean: one for each channel or for all, on the scale 0 to 1; goes with `std`.
+        std: values become (pixel / 255 - mean) / std. Without both they stay between 0 and 1.
+        resize: pixels of the shorter side, or (height, width); bilinear, with antialiasing.
+        crop: side of the square that is cut from the centre, or (height, width); black around smaller images.
+
+    Raises:
+        ConfigError: a value makes no sense.
+    """
+
+    channels: int
+    mean: Sequence[float] | None = None
+    std: Sequence[float] | None = None
+    resize: Size | None = None
+    crop: Size | None = None
+
+    def __post_init__(self) -> None:
+        if self.channels not in (GRAY, RGB):
+            raise ConfigError(f"the model takes {self.channels} channels, and images have 1 or 3")
+        if (self.mean is None) != (self.std is None):
+            raise ConfigError("mean and std go together: give both or neither")
+        for name, size in (("resize", self.resize), ("crop", self.crop)):
+            if size is not None and not _is_size(size):
+                raise ConfigError(f"{name} {size!r}: expected pixels, or (height, width)")
+        for name, values in (("mean", self.mean), ("std", self.std)):
+            if values is not None and len(values) not in (1, self.channels):
+                raise ConfigError(f"{name} has {len(values)} values, and the images {self.channels} channels")
+        if not all(0 <= value <= 1 for value in self.mean or ()):
+            raise ConfigError(f"mean {self.mean}: expected values of pixels on the scale 0 to 1, not to 255")
+        if not all(0 < value < math.inf for value in self.std or ()):
+            raise ConfigError(f"std {self.std}: expected positive values, for pixels on the scale 0 to 1")
+
+    def pixels(self, image: Image.Image) -> NDArray[np.uint8]:
+        """[H, W, C] of an RGB image: gray, resized and cropped as asked for."""
+        if self.channels == GRAY:
+            image = image.convert("L")
+        if self.resize is not None:
+            image = image.resize(_resized(image.size, self.resize), Image.Resampling.BILINEAR)
+        if self.crop is not None:
+            image = image.crop(_box(image.size, self.crop))
+        return np.array(image).reshape(image.height, image.width, self.channels)
+
+    def values(self, pixels: Tensor) -> Tensor:
+        """uint8 [N, H, W, C] -> float32 [N, C, H, W]."""
+        values = pixels.permute(0, 3, 1, 2).contiguous().to(torch.float32).div(255)
+        if self.mean is None or self.std is None:
+            return values
+        mean, std = (torch.tensor(x, dtype=torch.float32).view(-1, 1, 1) for x in (self.mean, self.std))
+        return values.sub_(mean).div_(std)
+
+
+def _is_size(size: Size) -> bool:
+    if isinstance(size, int):
+        return size > 0
+    return len(size) == 2 and all(isinstance(side, int) and side > 0 for side in size)
+
+
+def _resized(size: tuple[int, int], to: Size) -> tuple[int, int]:
+    """(width, height) -> (width, height), with torchvision's rounding."""
+    if not isinstance(to, int):
+        return to[1], to[0]
+    width, height = size
+    return (to, int(to * height / width)) if width <= height else (int(to * width / height), to)
+
+
+def _box(size: tuple[int, int], crop: Size) -> tuple[int, int, int, int]:
+    """Left, top, right, bottom of the centre of an image of (width, height), with torchvision's rounding."""
+    height, width = (crop, crop) if isinstance(crop, int) else crop
+    left, top = (
+        round((old - new) / 2) if old >= new else -((new - old) // 2)
+        for old, new in zip(size, (width, height), strict=True)
+    )
+    return left, top, left + width, top + height
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class ImageFolder:
+    """Images [N, C, H, W], float32, which are decoded when rows are asked for.
+
+    Attributes:
+        paths: of the files, sorted.
+        preprocessing: of each image.
+        size: (height, width) that the first image has after it, and all must have.
+    """
+
+    paths: Sequence[str]
+    preprocessing: Preprocessing
+    size: tuple[int, int]
+
+    @classmethod
+    def open(cls, folder: Path, preprocessing: Preprocessing) -> "ImageFolder":
+        """All images in `folder` and the folders in it. The first is decoded.
+
+        Raises:
+            ConfigError: there is none, or the first cannot be read.
+        """
+        paths = find_images(folder)
+        if not paths:
+            raise ConfigError(f"{folder} holds no images: expected files {', '.join(EXTENSIONS)}")
+        height, width, _ = preprocessing.pixels(read_image(paths[0])).shape
+        return cls(paths, preprocessing, (height, width))
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return len(self), self.preprocessing.channels, *self.size
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return torch.float32
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, rows: slice) -> Tensor:
+        """[rows, C, H, W]. Raises ConfigError where an image cannot be read or has another size."""
+        pixels = [self._pixels(path) for path in self.paths[rows]]
+        return self.preprocessing.values(torch.from_numpy(np.stack(pixels)))
+
+    def _pixels(self, path: str) -> NDArray[np.uint8]:
+        pixels = self.preprocessing.pixels(read_image(path))
+        if pixels.shape[:2] != self.size:
+            how = "--resize H,W or --crop" if self.preprocessing.resize else "--resize and --crop"
+            (h1, w1), (h2, w2) = self.size, pixels.shape[:2]
+            raise ConfigError(
+                f"images differ in size (height x width): {self.paths[0]} has {h1}x{w1} and {path} {h2}x{w2} "
+                f"pixels: make them equal with {how}"
+            )
+        return pixels
+
+
+def find_images(folder: Path) -> list[str]:
+    """The images in `folder` and the folders in it, told by their extensions, sorted; not the hidden ones.
+
+    Raises:
+        ConfigError: a folder cannot be read.
+    """
+    found, seen = [], set()
+    for root, folders, files in os.walk(folder, onerror=_refuse, followlinks=True):
+        place = os.path.realpath(root)
+        if place in seen:  # a link back to a folder above it
+            folders.clear()
+            continue
+        seen.add(place)
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        names = (name for name in files if name.lower().endswith(EXTENSIONS) and not name.startswith("."))
+        found += [os.path.join(root, name) for name in names]
+    return sorted(found)
+
+
+def _refuse(error: OSError) -> None:
+    raise ConfigError(f"cannot read the folder {error.filename}: {error.strerror}") from error
+
+
+def read_image(path: str) -> Image.Image:
+    """In RGB, as torchvision's default loader reads it.
+
+    Palettes are looked up. Transparency is dropped. The orientation in EXIF is not applied. Of an image with
+    several frames it is the first. 16-bit gray is cut off at 255, which leaves hardly more than white.
+
+    Raises:
+        ConfigError: there is no such file, or it is damaged or not an image.
+    """
+    if reason := why_unreadable(path):
+        raise ConfigError(f"cannot read the image {path}: {reason}")
+    try:
+        with open(path, "rb") as file:
+            return Image.open(file, formats=_FORMATS).convert("RGB")
+    except UnidentifiedImageError as error:
+        raise ConfigError(f"cannot read the image {path}: it is damaged, or not an image") from error
+    except Exception as error:  # whatever a damaged file provokes
+        cause = getattr(error, "strerror", None) or first_line(error)
+        raise ConfigError(f"cannot read the image {path}: {cause}") from error

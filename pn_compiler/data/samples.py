@@ -1,0 +1,189 @@
+"""Samples of a data set in memory, drawn in any order and put together to batches."""
+
+import dataclasses
+import hashlib
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from pn_compiler.base.errors import ConfigError
+from pn_compiler.running.evaluation import batches_of, each_batch, run
+from pn_compiler.running.inputs import Inputs
+from pn_compiler.running.losses import named_outputs, relative_l2
+
+_HELD_BYTES = 2**30  # of samples
+_KEPT_BYTES = 2**28  # of a teacher's outputs
+_SAME = 1e-2  # relative difference that the rounding of float16 explains
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Samples:
+    """What a model is called with, cut into pieces.
+
+    Attributes:
+        pieces: (args, kwargs) of each, a batch of one sample, or a whole batch.
+        whole: whether they are the batches as they were given, which cannot be cut or put together.
+    """
+
+    pieces: list[Any]
+    whole: bool
+
+    @classmethod
+    def read(cls, batches: Any, model: nn.Module, most: int, title: str = "distillation data") -> "Samples":
+        """The first samples in `batches`, on the device of `model`: `most`, or those that fill 1 GB.
+
+        They are cut where `model` computes the same for two samples together as for each alone. Other
+        batches stay whole: images of unlike size, lists of images, an output for the whole batch.
+
+        Args:
+            batches: as for `batches_of` in `evaluation`; read once, and no further than needed.
+            model: runs on two samples, as it is.
+            most: samples; a batch whose tensors have no first axis in common counts as one.
+            title: of the progress bar, and in messages.
+
+        Raises:
+            ConfigError: there is no batch, or one holds values that are nan or infinite.
+        """
+        read: list[Any] = []
+        pieces: list[Any] = []
+        size = 0
+        for _, inputs in each_batch(model, batches_of(batches), title):
+            arguments = (inputs.args, dict(inputs.kwargs))
+            parts = cut(arguments) or [arguments]
+            read.append(arguments)
+            pieces += parts[: most - len(pieces)]
+            size += sum(tensor.nbytes for tensor in inputs.tensors())
+            if len(pieces) >= most or size >= _HELD_BYTES:
+                break
+        if _alike(pieces) and len(pieces) > 1 and _independent(model, pieces[:2]):
+            return cls(pieces, whole=False)
+        return cls(read, whole=True)
+
+    def __len__(self) -> int:
+        return len(self.pieces)
+
+    def divide(self, held_out: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """(numbers of the held-out samples, numbers of the others), in random order, at least one of each.
+
+        Raises:
+            ConfigError: there is one sample only.
+        """
+        if len(self) < 2:
+            what = "batch, which cannot be cut into samples" if self.whole else "sample"
+            raise ConfigError(f"there is one {what}: at least two are needed, one of them to be held out")
+        count = min(max(1, round(held_out * len(self))), len(self) - 1)
+        order = torch.randperm(len(self), generator=generator)
+        return order[:count], order[count:]
+
+    def inputs(self, rows: Iterable[int]) -> Inputs:
+        """One batch of the pieces `rows`: copies, which the model may overwrite."""
+        return Inputs(*join([self.pieces[row] for row in rows]))
+
+    def digest(self) -> str:
+        """A hash of all values."""
+        return digest(value for piece in self.pieces for value in pytree.tree_leaves(piece))
+
+
+class Outputs:
+    """What a teacher gives for samples: computed once where all of it takes at most 256 MB.
+
+    Args:
+        teacher: called as it is.
+        samples: what it is called with.
+        size: how many are put together in a call.
+
+    Raises:
+        ConfigError: the teacher does not run on them, or gives values that are nan or infinite.
+    """
+
+    def __init__(self, teacher: nn.Module, samples: Samples, size: int) -> None:
+        self._teacher, self._samples = teacher, samples
+        self._kept = self._keep(size)
+
+    def __call__(self, rows: Sequence[int]) -> Any:
+        """The outputs for a batch of the samples `rows`."""
+        return self._compute(rows) if self._kept is None else join([self._kept[row] for row in rows])
+
+    def _compute(self, rows: Sequence[int]) -> Any:
+        outputs = run(self._teacher, self._samples.inputs(rows), "a batch for the teacher")
+        for name, tensor in named_outputs(outputs).items():
+            if not tensor.isfinite().all():
+                raise ConfigError(f"{name} of the teacher holds nan or infinite values")
+        return outputs
+
+    def _keep(self, size: int) -> list[Any] | None:
+        """The outputs of each sample; None if they are too large, or no nesting of tensors."""
+        kept: list[Any] = []
+        held = 0
+        total = len(self._samples)
+        for rows in torch.split(torch.arange(total), size):
+            outputs = self._compute(rows.tolist())
+            parts = [outputs] if len(rows) == 1 else cut(outputs)
+            held += sum(tensor.nbytes for tensor in named_outputs(outputs).values())
+            expected = held / (len(kept) + len(rows)) * total  # so that little is computed for nothing
+            if parts is None or len(parts) != len(rows) or expected > _KEPT_BYTES:
+                return None
+            kept += parts
+        return kept
+
+
+def cut(values: Any) -> list[Any] | None:
+    """One structure for each entry of the first axis; None if its tensors have no such axis in common."""
+    leaves, spec = pytree.tree_flatten(values)
+    if not all(isinstance(leaf, Tensor | bool | int | float | None) for leaf in leaves):
+        return None
+    lengths = {leaf.shape[0] if leaf.ndim else 0 for leaf in leaves if isinstance(leaf, Tensor)}
+    if len(lengths) != 1 or lengths == {0}:
+        return None
+    (length,) = lengths
+    columns = [torch.split(leaf, 1) if isinstance(leaf, Tensor) else (leaf,) * length for leaf in leaves]
+    return [pytree.tree_unflatten(row, spec) for row in zip(*columns, strict=True)]
+
+
+def join(pieces: Sequence[Any]) -> Any:
+    """The inverse of `cut`, in copies; a single piece may be anything."""
+    if len(pieces) == 1:
+        return pytree.tree_map_only(Tensor, torch.clone, pieces[0])
+    columns = zip(*map(pytree.tree_leaves, pieces), strict=True)
+    joined = [torch.cat(column) if isinstance(column[0], Tensor) else column[0] for column in columns]
+    return pytree.tree_unflatten(joined, pytree.tree_structure(pieces[0]))
+
+
+def digest(values: Iterable[Any]) -> str:
+    """A hash of tensors, with their shapes and dtypes, and of other values by their repr."""
+    found = hashlib.sha256()
+    for value in values:
+        if isinstance(value, Tensor):
+            found.update(f"{value.dtype} {list(value.shape)}".encode())
+            found.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        else:
+            found.update(repr(value).encode())
+    return found.hexdigest()
+
+
+def _alike(pieces: list[Any]) -> bool:
+    """Whether they differ in nothing but the values of tensors, so that any of them can be put together."""
+
+    def form(piece: Any) -> list[Any]:
+        leaves, spec = pytree.tree_flatten(piece)
+        return [spec, *((x.shape, x.dtype) if isinstance(x, Tensor) else x for x in leaves)]
+
+    first = form(pieces[0])
+    return all(form(piece) == first for piece in pieces)
+
+
+def _independent(model: nn.Module, pieces: list[Any]) -> bool:
+    """Whether `model` computes the same for `pieces` together as for each alone."""
+    try:
+        alone = [named_outputs(Inputs(*join([piece])).call(model)) for piece in pieces]
+        together = named_outputs(Inputs(*join(pieces)).call(model))
+        differences = [
+            relative_l2(torch.cat([outputs[name] for outputs in alone]).double(), tensor.double())
+            for name, tensor in together.items()
+        ]
+    except Exception:  # the first axis was no batch: whatever a model says to half of its input
+        return False
+    return all(bool(difference <= _SAME**2) for difference in differences)

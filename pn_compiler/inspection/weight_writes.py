@@ -1,0 +1,112 @@
+"""Whether the forward of a module that stays whole may write into weights: then nothing goes into them.
+
+What is traced is seen to write. Behind a branch on values, only the code tells.
+"""
+
+import dis
+import inspect
+import types
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from pn_compiler.inspection.captured import attributes, functions_of, held_by, is_library
+
+_WRITES = frozenset(
+    [
+        "__setattr__", "backward", "load_state_dict", "register_parameter", "setattr", "swap_tensors",
+        "vector_to_parameters",
+    ]
+)  # fmt: skip
+_READS = frozenset(
+    ["_parameters", "data", "get_parameter", "named_parameters", "parameters", "state_dict"]
+)  # fmt: skip
+
+
+def may_write_weights(module: nn.Module) -> bool:
+    """Whether the forward of `module` itself, or code that it calls, may write into a parameter.
+
+    Code counts that names parameters, and has an operator in place, whatever that is applied to.
+    """
+    if isinstance(module, torch.jit.ScriptModule):
+        return False
+    names = {name.rpartition(".")[2] for name, _ in module.named_parameters()}
+    named: set[str] = set()
+    in_place = False
+    for code in _reached(module):
+        used = set(code.co_names)
+        steps = list(dis.get_instructions(code))
+        stored = {step.argval for step in steps if step.opname == "STORE_ATTR"}
+        if used & _WRITES or stored & {"data", *names}:
+            return True
+        named |= used
+        in_place = in_place or any(map(_is_in_place, steps)) or any(map(_names_a_write, used))
+    return in_place and bool(named & (_READS | names))
+
+
+def _is_in_place(step: dis.Instruction) -> bool:
+    binary = step.opname == "BINARY_OP" and step.argrepr.endswith("=")
+    return binary or step.opname.startswith("INPLACE_") or step.opname in ("STORE_SUBSCR", "STORE_SLICE")
+
+
+def _names_a_write(name: str) -> bool:
+    return name.endswith("_") and not name.startswith("_")
+
+
+def _reached(module: nn.Module) -> Iterator[types.CodeType]:
+    """The code of the forward of `module` and of the user's functions and methods that it names."""
+    owners = {type(m) for m in module.modules() if not is_library(type(m))}
+    methods: dict[str, list[types.FunctionType]] = {}
+    for method in (method for owner in owners for method in functions_of(owner)):
+        methods.setdefault(method.__name__, []).append(method)
+    hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
+    remaining = [*_forwards(type(module)), *attributes(module), *hooks]
+    seen: set[int] = set()
+    while remaining:
+        function = _function(remaining.pop())
+        if function is None or id(function) in seen:
+            continue
+        seen.add(id(function))
+        for code in _codes(function.__code__):
+            yield code
+            named = {name for name in code.co_names if name != "forward"}
+            remaining += (found for name in named for found in methods.get(name, ()))
+            remaining += _named_values(function, named)
+
+
+def _forwards(cls: type) -> Iterator[Any]:
+    return (vars(base)["forward"] for base in cls.__mro__ if "forward" in vars(base) and not is_library(base))
+
+
+def _function(value: Any) -> types.FunctionType | None:
+    """The function of the user's that `value` is or calls, or None."""
+    if isinstance(value, nn.Module):
+        return None
+    value = getattr(value, "func", value)  # of a partial
+    value = getattr(value, "__func__", value)
+    if not isinstance(value, types.FunctionType):
+        return None
+    value = inspect.unwrap(value)
+    top = str(getattr(value, "__module__", "")).partition(".")[0]
+    return value if isinstance(value, types.FunctionType) and top not in ("torch", "pn_compiler") else None
+
+
+def _named_values(function: types.FunctionType, names: Iterable[str]) -> Iterator[Any]:
+    """Globals, closed-over values and contents of modules that the code of `function` may name."""
+    scope = function.__globals__
+    yield from held_by(function)
+    for name in names:
+        value = scope.get(name)
+        if isinstance(value, types.ModuleType) and value.__name__.partition(".")[0] != "torch":
+            yield from (vars(value).get(other) for other in names)
+        else:
+            yield value
+
+
+def _codes(code: types.CodeType) -> Iterator[types.CodeType]:
+    yield code
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):
+            yield from _codes(constant)

@@ -1,0 +1,1 @@
+"""What operators are: their names in a graph, activations as functions, and their exact pieces."""

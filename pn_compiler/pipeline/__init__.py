@@ -1,0 +1,1 @@
+"""A conversion step by step: prepare, compare with the model, convert, measure; and folding."""

@@ -1,0 +1,1 @@
+"""Getting back what a conversion costs: calibration, distillation, static statistics, checkpoints."""

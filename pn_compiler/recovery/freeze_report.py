@@ -1,0 +1,74 @@
+"""What `pn_compiler.freeze_statistics` says about its work."""
+
+import dataclasses
+
+from pn_compiler.base.diagnostics import format_table
+from pn_compiler.base.strict_json import to_json
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class FrozenSite:
+    """One normalizer of the model.
+
+    Attributes:
+        name: its path.
+        frozen: whether it became a constant scale and shift.
+        damage: error of the network's output with this site frozen and no other; None if it cannot be frozen.
+        reason: why it cannot be frozen; empty if it can.
+    """
+
+    name: str
+    frozen: bool
+    damage: float | None
+    reason: str = ""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class FreezeReport:
+    """What was frozen, and what it costs; ``str`` of it is for people, ``to_json()`` for machines.
+
+    An error is that of the output on the held-out samples: the difference to the network that is not frozen,
+    relative to its output, both as root mean squares over all samples and values. With several outputs it
+    is that of the worst.
+
+    Attributes:
+        sites: the one that does least damage first, as they were frozen; last those that cannot be frozen.
+        budget: the largest error that was accepted; None if there was no limit.
+        error: of the result.
+        agreement: share of held-out samples to which the result gives the same class as before, from 0 to 1;
+            None if the output is not a single tensor of logits, [N, K] with K > 1.
+        estimation, held_out: number of samples that constants and errors were taken from.
+        unit: "samples", or "batches" if these could not be cut into samples: then those are counted.
+    """
+
+    sites: tuple[FrozenSite, ...]
+    budget: float | None
+    error: float
+    agreement: float | None
+    estimation: int
+    held_out: int
+    unit: str
+
+    @property
+    def frozen(self) -> int:
+        """Number of sites that were frozen."""
+        return sum(site.frozen for site in self.sites)
+
+    def to_json(self) -> str:
+        return to_json(dataclasses.asdict(self) | {"frozen": self.frozen})
+
+    def __str__(self) -> str:
+        rows = [
+            (s.name, "frozen" if s.frozen else "-", "-" if s.damage is None else f"{s.damage:.1e}", s.reason)
+            for s in self.sites
+        ]
+        lines = [format_table(("site", "statistics", "damage", "remark"), rows)] if rows else []
+        of_budget = "no budget" if self.budget is None else f"budget {100 * self.budget:.3g} %"
+        lines.append(f"frozen      {self.frozen} of {len(self.sites)} sites")
+        lines.append(f"error       {100 * self.error:.2f} % of the output (relative L2, {of_budget})")
+        if self.agreement is not None:
+            lines.append(f"agreement   {100 * self.agreement:.1f} % of the samples keep their class")
+        lines.append(
+            f"measured    on {self.held_out} {self.unit}, held out of the {self.estimation} estimated from"
+        )
+        return "\n".join(lines)

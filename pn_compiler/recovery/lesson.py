@@ -1,0 +1,273 @@
+"""A distillation while it goes on: its steps, the best of them on held-out samples, and its checkpoint."""
+
+import dataclasses
+import io
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+from tqdm import tqdm
+
+from pn_compiler.base.errors import ConfigError, LoadError
+from pn_compiler.data.samples import Outputs, Samples, digest
+from pn_compiler.running.evaluation import run
+from pn_compiler.running.losses import Logits, agreement
+
+Loss = Callable[[Any, Any], Tensor]  # of (outputs of the student, outputs of the teacher)
+
+EVALUATE_EVERY = 25  # steps
+SAVE_EVERY = 5.0  # seconds
+SLOWER = 0.25  # of the learning rate is left after a retreat
+_KIND = "pn_compiler.distill, version 2"
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Grade:
+    """How well the student does on the held-out samples.
+
+    Attributes:
+        step: after which step.
+        loss: mean over the samples.
+        agreement: share of them, or of their pixels, to which it gives the class of the teacher; None without
+            logits.
+        watched: mean of a second loss; 0 without one.
+    """
+
+    step: int
+    loss: float
+    agreement: float | None
+    watched: float
+
+
+class Lesson:
+    """Adam from some state of the student to the best one.
+
+    A grade worse than that at the start says that the steps are too long: it goes back to the best state, and
+    on from there with a new Adam at a quarter of the learning rate.
+
+    Args:
+        student: trained in place, in the mode in which it is.
+        teacher, samples: what it has to give, and for what.
+        loss: a scalar.
+        watched: another one, by which the result is no worse than the start either; or None.
+        lr: learning rate at first; it falls to zero along a cosine.
+        logits: which outputs `agreement` compares.
+        seed: of torch's random numbers, for a student that draws some.
+        batches: the samples of each step.
+        held_out: samples that grade it, in batches.
+
+    Attributes:
+        step: how many steps are done.
+        start, result: grade of the student as it was given, and the best one so far.
+        retreats: how often it went back.
+        seconds: time in steps and grades.
+        stopped: why it ended before its time, or "".
+
+    Raises:
+        ConfigError: the student does not fit its teacher or the samples.
+    """
+
+    def __init__(
+        self,
+        student: nn.Module,
+        teacher: Outputs,
+        samples: Samples,
+        loss: Loss,
+        *,
+        watched: Loss | None,
+        lr: float,
+        logits: Logits,
+        seed: int,
+        batches: Sequence[Tensor],
+        held_out: Sequence[Tensor],
+    ) -> None:
+        self._student, self._teacher, self._samples, self._loss = student, teacher, samples, loss
+        self._watched, self._lr, self._logits, self._seed = watched, lr, logits, seed
+        self._batches, self._held_out = batches, held_out
+        self._parameters = [p for p in student.parameters() if p.requires_grad]
+        self._optimizer = torch.optim.Adam(self._parameters)
+        self._best = self._copies()
+        self.step, self.retreats, self.seconds, self.stopped = 0, 0, 0.0, ""
+        self.start = self.result = self._grade()
+        if not math.isfinite(self.start.loss):
+            raise ConfigError("the loss is nan or infinite before the first step: so are the model's outputs")
+
+    def train(self, checkpoint: "Checkpoint | None" = None) -> None:
+        """Makes the steps that are left, and leaves the student in its best state."""
+        total = len(self._batches)
+        with tqdm(total=total, initial=self.step, desc="distillation", disable=None, leave=False) as bar:
+            while self.step < total and not self.stopped:
+                began = time.monotonic()
+                self._advance()
+                self.seconds += time.monotonic() - began
+                bar.set_postfix_str(f"held-out loss {self.result.loss:.4g}", refresh=False)
+                bar.update()
+                if checkpoint is not None:
+                    checkpoint.save(self, last=self.step == total or bool(self.stopped))
+        self._optimizer.zero_grad()
+        self._assign(self._best)
+
+    def _advance(self) -> None:
+        """One step, and a grade if it is time."""
+        number = self.step + 1
+        torch.manual_seed(self._seed + number)  # so that a resumed run draws the same
+        self._optimizer.zero_grad()
+        with torch.enable_grad():
+            loss = self._loss_on(self._batches[self.step])[0]
+            if not loss.requires_grad:
+                raise ConfigError("the loss does not depend on any parameter that requires gradients")
+            torch.autograd.backward(loss)
+        norm = nn.utils.get_total_norm(p.grad for p in self._parameters if p.grad is not None)
+        if not (loss.isfinite() and norm.isfinite()):
+            self.stopped = f"loss or gradient of step {number} is nan or infinite"
+            return
+        for group in self._optimizer.param_groups:
+            group["lr"] = self._rate()
+        self._optimizer.step()
+        self.step = number
+        if number % EVALUATE_EVERY and number < len(self._batches):
+            return
+        grade = self._grade()
+        if not math.isfinite(grade.loss):
+            self.stopped = f"the held-out loss is nan or infinite after step {number}"
+        elif grade.loss < self.result.loss and grade.watched <= self.start.watched:
+            self.result, self._best = grade, self._copies()
+        elif grade.loss > self.start.loss or grade.watched > self.start.watched:
+            self.retreats += 1
+            self._assign(self._best)
+            self._optimizer = torch.optim.Adam(self._parameters)
+
+    def _rate(self) -> float:
+        """Learning rate of the next step."""
+        share = (1 + math.cos(math.pi * self.step / len(self._batches))) / 2
+        return self._lr * SLOWER**self.retreats * share
+
+    def _loss_on(self, rows: Tensor) -> tuple[Tensor, Any, Any]:
+        """Loss on the samples `rows`, and the outputs of student and teacher."""
+        numbers = rows.tolist()
+        wanted = self._teacher(numbers)
+        outputs = run(self._student, self._samples.inputs(numbers), "a batch for the student")
+        loss = self._loss(outputs, wanted)
+        if not (isinstance(loss, Tensor) and loss.numel() == 1 and loss.is_floating_point()):
+            raise ConfigError("the loss function must return one floating-point number, as a tensor")
+        return loss, outputs, wanted
+
+    @torch.no_grad()
+    def _grade(self) -> Grade:
+        total = watched = same = 0.0
+        count = sum(map(len, self._held_out))
+        classes = True
+        for rows in self._held_out:
+            loss, outputs, wanted = self._loss_on(rows)
+            share = agreement(outputs, wanted, self._logits)
+            total += float(loss) * len(rows)
+            watched += float(self._watched(outputs, wanted)) * len(rows) if self._watched else 0.0
+            same += (share or 0.0) * len(rows)
+            classes = share is not None
+        return Grade(self.step, total / count, same / count if classes else None, watched / count)
+
+    def _copies(self) -> list[Tensor]:
+        return [p.detach().clone() for p in self._parameters]
+
+    @torch.no_grad()
+    def _assign(self, values: Sequence[Tensor]) -> None:
+        for parameter, value in zip(self._parameters, values, strict=True):
+            parameter.copy_(value)
+
+    def state(self) -> dict[str, Any]:
+        """Everything that changes from step to step."""
+        return {
+            "step": self.step,
+            "parameters": [p.detach() for p in self._parameters],
+            "best": self._best,
+            "optimizer": self._optimizer.state_dict(),
+            "start": dataclasses.astuple(self.start),
+            "result": dataclasses.astuple(self.result),
+            "retreats": self.retreats,
+            "seconds": self.seconds,
+            "stopped": self.stopped,
+        }
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Goes on from what `state` returned in another run of the same lesson."""
+        self._assign(state["parameters"])
+        self._best = [value.to(p.device) for value, p in zip(state["best"], self._parameters, strict=True)]
+        self._optimizer.load_state_dict(state["optimizer"])
+        watched = self.start.watched  # the file may be from another loss of equal values
+        self.start, self.result = Grade(*state["start"]), Grade(*state["result"])
+        self.start = dataclasses.replace(self.start, watched=watched)
+        self.step, self.retreats = state["step"], state["retreats"]
+        self.seconds, self.stopped = state["seconds"], state["stopped"]
+
+
+class Checkpoint:
+    """The file of a lesson.
+
+    Raises:
+        ExportError: it cannot be written.
+    """
+
+    def __init__(self, path: Path) -> None:
+        from pn_compiler.base.files import check_writable  # onnx is only imported when it is needed
+
+        check_writable(path)
+        self._path = path
+        self._identity: dict[str, Any] = {}
+        self._saved = time.monotonic()
+
+    def resume(self, lesson: Lesson, identity: Mapping[str, Any]) -> None:
+        """Brings `lesson` to where the file is, if there is one.
+
+        Args:
+            lesson: at its start.
+            identity: what makes it this lesson and no other; name -> a number or text.
+
+        Raises:
+            ConfigError: the file is of another lesson.
+            LoadError: it cannot be read.
+        """
+        self._identity = dict(identity)
+        if not self._path.exists():
+            return
+        stored = self._read()
+        other = [name for name, value in identity.items() if stored["identity"].get(name) != value]
+        if other:
+            raise ConfigError(
+                f"{self._path} is the checkpoint of another distillation, which differs in "
+                f"{', '.join(other)}: give the same, or another file"
+            )
+        if not math.isclose(stored["start"][1], lesson.start.loss, rel_tol=1e-3, abs_tol=1e-9):
+            raise ConfigError(
+                f"{self._path} is the checkpoint of another distillation: its loss began at "
+                f"{stored['start'][1]:.4g}, here it is {lesson.start.loss:.4g}"
+            )
+        lesson.load_state(stored)
+
+    def _read(self) -> dict[str, Any]:
+        try:
+            stored: Any = torch.load(self._path, map_location="cpu", weights_only=True)
+        except OSError as error:
+            raise LoadError(f"cannot read {self._path}: {error.strerror or error}") from error
+        except Exception as error:  # whatever a damaged file provokes
+            raise LoadError(f"{self._path} is damaged or no checkpoint: remove it to begin anew") from error
+        if not isinstance(stored, dict) or stored.get("kind") != _KIND:
+            raise LoadError(f"{self._path} is no checkpoint of a distillation: give another file")
+        if stored.pop("digest", "") != digest(pytree.tree_leaves(stored)):  # torch.load does not look
+            raise LoadError(f"{self._path} is damaged: remove it to begin anew")
+        return stored
+
+    def save(self, lesson: Lesson, *, last: bool) -> None:
+        """Writes the file if it is the last time, or some seconds have passed."""
+        from pn_compiler.base.files import write_atomically
+
+        if last or time.monotonic() - self._saved >= SAVE_EVERY:
+            content = io.BytesIO()
+            stored = {"kind": _KIND, "identity": self._identity, **lesson.state()}
+            torch.save({**stored, "digest": digest(pytree.tree_leaves(stored))}, content)
+            write_atomically(self._path, content.getvalue())
+            self._saved = time.monotonic()

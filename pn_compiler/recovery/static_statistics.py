@@ -1,0 +1,259 @@
+"""Constants in the place of instance statistics: normalizers that fold as BatchNorm does."""
+
+import copy
+import dataclasses
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from pn_compiler.base.errors import ConfigError
+from pn_compiler.base.option_checks import check_number
+from pn_compiler.data.samples import Samples
+from pn_compiler.graph.graph_module import is_converted, notes, record, sites
+from pn_compiler.graph.graph_utils import module_calls
+from pn_compiler.graph.pass_base import run_pipeline
+from pn_compiler.graph.ranks import infer_ranks
+from pn_compiler.inspection.hooks import has_hooks
+from pn_compiler.passes import freeze_pipeline
+from pn_compiler.pipeline.folding import fold
+from pn_compiler.recovery.freeze_report import FreezeReport, FrozenSite
+from pn_compiler.recovery.site_constants import Constants, Norms, estimate, replaced
+from pn_compiler.regions.regions import named_graphs
+from pn_compiler.running.evaluation import run, untouched
+from pn_compiler.running.inputs import Inputs
+from pn_compiler.running.losses import is_logits, named_outputs
+
+_BATCH = 16  # samples: of one batch the outputs of all sites are held
+
+
+def freeze_statistics(
+    model: nn.Module,
+    calibration: Any,
+    *,
+    budget: float | None = None,
+    held_out: float = 0.25,
+    max_samples: int = 1024,
+) -> tuple[nn.Module, FreezeReport]:
+    """Replaces normalizers by constants, in the order of least damage, within an error budget.
+
+    A frozen normalizer is a scale and a shift per channel, as BatchNorm is in inference, and goes into the
+    convolution before it. The network gets faster. But an instance is no longer normalized by its own
+    statistics, which changes the output: by how much, the report states.
+
+    First each site is frozen alone, to measure its damage. Then sites are frozen in the order of least
+    damage, as many as the budget allows; that number is found by bisection. The constants are the least
+    squares of what a site gave on what it gets, per channel, behind the sites that are frozen with it.
+
+    Args:
+        model: a result of `transform` or `fold`, or any other module that torch.fx can trace; the sites are
+            its ``nn.GroupNorm``. It is left untouched. Proxy normalization is folded.
+        calibration: batches of inputs like those that the model will see, such as a DataLoader or a list.
+            Of a tuple or list the first element is the input, as in (images, labels); a mapping holds
+            arguments by name; anything else is the one argument. They are read once, and held in memory.
+        budget: the largest error of the output, such as 0.01; see `FreezeReport`. None freezes all sites.
+        held_out: share of the samples on which errors are measured, and from which nothing is estimated.
+        max_samples: no more samples are read, and no more than fill 1 GB.
+
+    Returns:
+        (the network with constants, a torch.fx.GraphModule in eval mode for `export_onnx`; the report).
+
+    Raises:
+        ConfigError: an impossible option; fewer than two samples; the model does not run on them, or values
+            are nan or infinite.
+        TraceError: torch.fx cannot follow the forward of `model`.
+        UnsupportedModelError: the model cannot be copied.
+
+    Source: docs/static.md.
+    """
+    _check_options(budget, held_out, max_samples)
+    network = fold(model)
+    with untouched(network):
+        samples = Samples.read(calibration, network, max_samples, "calibration")
+        data = _Data(samples, *samples.divide(held_out, torch.Generator().manual_seed(0)))
+        norms, refused = _find_sites(network)
+        alone = estimate(network, norms, data.batches(data.estimation, "statistics"), frozen=False)
+        refused |= _unusable(norms, alone)
+        constants = {name: alone[name] for name in norms if name not in refused}
+        damages = _damages(network, norms, constants, data)
+        order = sorted(constants, key=damages.__getitem__)
+        best, count = _longest(
+            len(order),
+            lambda length: _freeze(network, {name: norms[name] for name in order[:length]}, data),
+            math.inf if budget is None else budget,
+        )
+    frozen = set(order[:count])
+    if is_converted(network):
+        table = tuple(dataclasses.replace(s, static=s.static or s.name in frozen) for s in sites(network))
+        record(best.network, table, notes(network))
+    rows = [FrozenSite(name, name in frozen, damages[name]) for name in order]
+    rows += [FrozenSite(name, False, None, reason) for name, reason in refused.items()]
+    return best.network, FreezeReport(
+        tuple(rows), budget, best.errors.relative_l2, best.errors.agreement,
+        len(data.estimation), len(data.held_out), "batches" if samples.whole else "samples",
+    )  # fmt: skip
+
+
+def _check_options(budget: float | None, held_out: float, max_samples: int) -> None:
+    if budget is not None:
+        check_number("budget", budget, "an error of 0 or more, such as 0.01, or None", 0)
+    check_number("held_out", held_out, "a share above 0 and below 1", math.ulp(0), 1)
+    check_number("max_samples", max_samples, "2 or more", 2, whole=True)
+
+
+# Samples and sites ---------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Data:
+    """Samples, and which of them are for what, by their numbers."""
+
+    samples: Samples
+    held_out: Tensor
+    estimation: Tensor
+
+    def batches(self, rows: Tensor, title: str) -> Iterator[Inputs]:
+        """The samples `rows`, under a progress bar."""
+        size = 1 if self.samples.whole else _BATCH
+        for part in tqdm(torch.split(rows, size), desc=title, disable=None, leave=False):
+            yield self.samples.inputs(part.tolist())
+
+
+def _find_sites(network: nn.Module) -> tuple[Norms, dict[str, str]]:
+    """(the normalizers that can be frozen, in the order of their calls, why others cannot), by path."""
+    found = {name: module for name, module in network.named_modules() if type(module) is nn.GroupNorm}
+    called = [
+        f"{path}.{name}" if path else name
+        for path, graph in named_graphs(network)
+        for name in module_calls(graph)
+    ]
+    refused = {}
+    for name, norm in found.items():
+        if name not in called:
+            refused[name] = "it is called by code that torch.fx cannot trace, or not at all"
+        elif has_hooks(norm):
+            refused[name] = "it has hooks"
+    return {name: found[name] for name in called if name in found.keys() - refused.keys()}, refused
+
+
+def _unusable(norms: Norms, constants: Constants) -> dict[str, str]:
+    """Why there are no constants for a site, by path."""
+    reasons = {name: "the calibration data does not reach it" for name in norms if name not in constants}
+    for name, values in constants.items():
+        if not all(bool(value.isfinite().all()) for value in values):
+            reasons[name] = "the calibration data makes values that are nan or infinite there"
+    return reasons
+
+
+# Errors --------------------------------------------------------------------------------------------
+
+
+class _Errors:
+    """How far outputs are from those of the network that is not frozen, on batches that come in turn."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, tuple[float, float]] = {}  # of squares: of the difference, and as it was
+        self._same = self._classified = 0
+
+    def add(self, outputs: Any, before: Any) -> None:
+        """Takes in the outputs for one batch. Raises ConfigError if there is nothing to compare with."""
+        found, wanted = _floating(outputs), _floating(before)
+        for name, tensor in wanted.items():
+            if not tensor.isfinite().all():
+                raise ConfigError(f"{name} of the model holds nan or infinite values on the calibration data")
+            old = self._sums.get(name, (0.0, 0.0))
+            self._sums[name] = old[0] + _power(found[name] - tensor), old[1] + _power(tensor)
+        if len(wanted) == 1 and is_logits(tensor):
+            self._same += int((found[name].argmax(1) == tensor.argmax(1)).sum())
+            self._classified += len(tensor)
+
+    @property
+    def relative_l2(self) -> float:
+        """Of the worst output; infinite where it is nan."""
+        errors = [
+            math.sqrt(difference / power) if power else math.inf if difference else 0.0
+            for difference, power in self._sums.values()
+        ]
+        return max(math.inf if math.isnan(error) else error for error in errors)
+
+    @property
+    def agreement(self) -> float | None:
+        return self._same / self._classified if self._classified else None
+
+
+def _floating(outputs: Any) -> dict[str, Tensor]:
+    """The floating-point tensors of an output, in float32 or wider. Raises ConfigError if there is none."""
+    tensors = {name: tensor for name, tensor in named_outputs(outputs).items() if tensor.is_floating_point()}
+    if not tensors:
+        raise ConfigError("the output holds no floating-point tensor: there is no error to measure")
+    return {name: x.to(torch.promote_types(x.dtype, torch.float32)) for name, x in tensors.items()}
+
+
+def _power(tensor: Tensor) -> float:
+    return float(tensor.cpu().square().sum(dtype=torch.float64))
+
+
+def _damages(network: nn.Module, norms: Norms, constants: Constants, data: _Data) -> dict[str, float]:
+    """Error of the output with one site frozen, for each."""
+    errors = {name: _Errors() for name in constants}
+    for inputs in data.batches(data.held_out, "damage of each site"):
+        before = run(network, inputs.map(torch.clone), "the calibration data")
+        for name in tqdm(constants, desc="sites", disable=None, leave=False):
+            with replaced(norms, {name: constants[name]}):
+                errors[name].add(run(network, inputs.map(torch.clone), "the calibration data"), before)
+    return {name: found.relative_l2 for name, found in errors.items()}
+
+
+# Freezing ------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Frozen:
+    """A network with constants, and its errors on the held-out samples."""
+
+    network: nn.Module
+    errors: _Errors
+
+
+def _freeze(network: nn.Module, norms: Norms, data: _Data) -> _Frozen:
+    """A copy of `network` with all of `norms` frozen."""
+    title = f"{len(norms)} sites frozen"
+    constants = estimate(network, norms, data.batches(data.estimation, title), frozen=True)
+    frozen = copy.deepcopy(network)
+    for path, graph in named_graphs(frozen):
+        prefix = f"{path}." if path else ""
+        infer_ranks(graph, None if path else data.samples.inputs([0]))
+        own = {name.removeprefix(prefix): pair for name, pair in constants.items() if name.startswith(prefix)}
+        if own:
+            run_pipeline(freeze_pipeline(own), graph)
+    errors = _Errors()
+    for inputs in data.batches(data.held_out, title):
+        before = run(network, inputs.map(torch.clone), "the calibration data")
+        errors.add(run(frozen, inputs, "the calibration data"), before)
+    return _Frozen(frozen.requires_grad_(False), errors)
+
+
+def _longest(total: int, freeze: Callable[[int], _Frozen], budget: float) -> tuple[_Frozen, int]:
+    """The result with the most sites whose error is at most `budget`, and their number.
+
+    It has been measured, and so has one site more, whose error is above the budget. That still more sites
+    would be within it again is not looked for.
+    """
+    best, low, high = freeze(total), total, total + 1
+    if not _fits(best, budget):
+        best, low, high = freeze(0), 0, total
+    while high - low > 1:
+        middle = (low + high) // 2
+        tried = freeze(middle)
+        if _fits(tried, budget):
+            best, low = tried, middle
+        else:
+            high = middle
+    return best, low
+
+
+def _fits(tried: _Frozen, budget: float) -> bool:
+    return math.isfinite(tried.errors.relative_l2) and tried.errors.relative_l2 <= budget
