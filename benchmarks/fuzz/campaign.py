@@ -1,6 +1,7 @@
 """Many random networks: how many fail, for which causes, and the smallest network for each."""
 
 import collections
+import contextlib
 import dataclasses
 import itertools
 import logging
@@ -142,12 +143,13 @@ def campaign(
     onnx_share: float = 0.0,
     progress: Callable[[Tally], object] = lambda tally: None,
 ) -> Tally:
-    """Checks the networks of `seeds` in `jobs` processes, and begins no more behind `seconds`."""
+    """Checks the networks of `seeds` in `jobs` processes; begins no more behind `seconds` or Ctrl-C."""
     until, total, left = time.time() + seconds, Tally(), iter(seeds)
-    while suspects := _run_pool(left, jobs, until, onnx_share, total, progress):
-        for seed in suspects:  # one of them ended its process: which, each shows in a process of its own
-            alone = _run_pool(iter([seed]), 1, until, onnx_share, total, progress)
-            total.add(_died(seed) if alone else Tally())
+    with contextlib.suppress(KeyboardInterrupt):  # what is known by then is worth its print
+        while suspects := _run_pool(left, jobs, until, onnx_share, total, progress):
+            for seed in suspects:  # one of them ended its process: which, each shows in a process of its own
+                alone = _run_pool(iter([seed]), 1, until, onnx_share, total, progress)
+                total.add(_died(seed) if alone else Tally())
     return total
 
 
