@@ -42,7 +42,7 @@ class InsertProxyNorm(GraphPass):
     Source: Labatie et al., NeurIPS 2021, section 5; docs/method.md, "Keeping the function".
     """
 
-    runs_after = (ReplaceBatchNorm, CanonicalizeActivations)
+    requires = (ReplaceBatchNorm, CanonicalizeActivations)
 
     def __init__(self, config: TransformConfig) -> None:
         self.config = config

@@ -46,7 +46,7 @@ class ReplaceBatchNorm(GraphPass):
     Source: docs/method.md, "Warm start".
     """
 
-    runs_after = (CanonicalizeModules,)
+    requires = (CanonicalizeModules,)
 
     def __init__(
         self,

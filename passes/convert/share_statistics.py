@@ -25,7 +25,8 @@ class ShareStatistics(GraphPass):
         of size [C]; between two convolutions they run from cold caches, at several times their cost.
     """
 
-    runs_after = (InsertProxyNorm, RouteAffine)
+    runs_after = (RouteAffine,)
+    requires = (InsertProxyNorm,)
     preserves_outputs = True
 
     def run(self, graph: fx.GraphModule) -> PassResult:

@@ -27,7 +27,7 @@ class SplitClips(GraphPass):
     Source: docs/static.md.
     """
 
-    runs_after = (FreezeNormalizers,)
+    requires = (FreezeNormalizers,)
     preserves_outputs = True
 
     def run(self, graph: fx.GraphModule) -> PassResult:

@@ -24,7 +24,7 @@ class SplitGates(GraphPass):
     Source: docs/static.md.
     """
 
-    runs_after = (FreezeNormalizers,)
+    requires = (FreezeNormalizers,)
     preserves_outputs = True
 
     def run(self, graph: fx.GraphModule) -> PassResult:

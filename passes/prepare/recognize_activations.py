@@ -33,7 +33,7 @@ class RecognizeActivations(GraphPass):
     """
 
     preserves_outputs = True
-    runs_after = (CanonicalizeActivations,)
+    requires = (CanonicalizeActivations,)
 
     def run(self, graph: fx.GraphModule) -> PassResult:
         rewritten = 0

@@ -29,10 +29,6 @@ class PassError(PnCompilerError):
     """A pass failed; the message names the pass, its place and the cause."""
 
 
-class PreconditionError(PassError):
-    """A graph does not have the form that a pass needs."""
-
-
 class PostconditionError(PassError):
     """A pass left a graph that breaks its own promise."""
 

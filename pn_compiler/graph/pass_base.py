@@ -4,7 +4,7 @@ import abc
 import dataclasses
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import ClassVar, final
 
 from torch import fx
@@ -29,29 +29,12 @@ class PassResult:
     notes: tuple[Diagnostic, ...] = ()
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class Stage:
-    """One pass of a finished pipeline run."""
-
-    name: str
-    rewritten: int
-    seconds: float
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class PipelineResult:
-    notes: tuple[Diagnostic, ...]
-    stages: tuple[Stage, ...]
-
-
 class GraphPass(abc.ABC):
     """A rewrite of a traced graph, in place: match, refuse or rewrite, and say what was done."""
 
-    runs_after: ClassVar[tuple[type["GraphPass"], ...]] = ()
+    runs_after: ClassVar[tuple[type["GraphPass"], ...]] = ()  # those of them that are in the pipeline
+    requires: ClassVar[tuple[type["GraphPass"], ...]] = ()  # must be in the pipeline, before this pass
     preserves_outputs: ClassVar[bool] = False
-
-    def requires(self, graph: fx.GraphModule) -> None:  # noqa: B027  # optional by design
-        """Raises PreconditionError if `graph` is not in the form that this pass needs."""
 
     @abc.abstractmethod
     def run(self, graph: fx.GraphModule) -> PassResult:
@@ -62,7 +45,6 @@ class GraphPass(abc.ABC):
 
     @final
     def __call__(self, graph: fx.GraphModule) -> PassResult:
-        self.requires(graph)
         result = self.run(graph)
         if result.rewritten:
             live = live_nodes(graph)
@@ -92,17 +74,26 @@ def _asserts(node: fx.Node) -> bool:
 Progress = Callable[[str], None]
 
 
+class PassGroup(GraphPass):
+    """Several passes, in order, as one."""
+
+    def __init__(self, *passes: GraphPass) -> None:
+        self.passes = passes
+
+    def run(self, graph: fx.GraphModule) -> PassResult:
+        return run_pipeline(self.passes, graph)
+
+
 def run_pipeline(
     passes: Sequence[GraphPass], graph: fx.GraphModule, progress: Progress | None = None
-) -> PipelineResult:
-    """Runs `passes` in order on `graph`, in place.
+) -> PassResult:
+    """Runs `passes` in order on `graph`, in place; what it returns is about all of them.
 
     Raises:
         PassError: the order breaks a ``runs_after`` (before any work), or a pass fails.
     """
     check_order(passes)
-    notes: list[Diagnostic] = []
-    stages: list[Stage] = []
+    results: list[PassResult] = []
     for position, graph_pass in enumerate(passes, start=1):
         name = type(graph_pass).__name__
         if progress is not None:
@@ -113,22 +104,40 @@ def run_pipeline(
         except PnCompilerError:
             raise
         except Exception as error:
+            done = ", ".join(type(earlier).__name__ for earlier in passes[: position - 1])
+            behind = f" (behind {done})" if done else ""
             raise PassError(
-                f"pass {position} of {len(passes)}, {name}: {type(error).__name__}: {error}"
+                f"pass {position} of {len(passes)}, {name}{behind}: {type(error).__name__}: {error}"
             ) from error
-        seconds = time.perf_counter() - start
-        logger.debug("%s: %d rewritten, %.3f s", name, result.rewritten, seconds)
-        notes.extend(result.notes)
-        stages.append(Stage(name, result.rewritten, seconds))
-    return PipelineResult(tuple(notes), tuple(stages))
+        logger.debug("%s: %d rewritten, %.3f s", name, result.rewritten, time.perf_counter() - start)
+        results.append(result)
+    notes = tuple(note for result in results for note in result.notes)
+    return PassResult(sum(result.rewritten for result in results), notes)
 
 
-def check_order(passes: Sequence[GraphPass]) -> None:
-    """Raises PassError if a pass stands before one that it ``runs_after``."""
-    seen: set[type[GraphPass]] = set()
-    present = {type(graph_pass) for graph_pass in passes}
+def flatten(passes: Iterable[GraphPass]) -> Iterator[GraphPass]:
+    """Each pass of `passes` and of the groups among them, in order."""
     for graph_pass in passes:
-        for earlier in graph_pass.runs_after:
-            if earlier in present and earlier not in seen:
-                raise PassError(f"{type(graph_pass).__name__} must run after {earlier.__name__}")
+        if isinstance(graph_pass, PassGroup):
+            yield from flatten(graph_pass.passes)
+        else:
+            yield graph_pass
+
+
+def check_order(passes: Iterable[GraphPass]) -> None:
+    """Raises PassError if a pass stands before one that it ``runs_after`` or ``requires``."""
+    kinds = [type(graph_pass) for graph_pass in flatten(passes)]
+    for position, kind in enumerate(kinds):
+        for earlier in (*kind.runs_after, *kind.requires):
+            if earlier in kinds[position:] and earlier not in kinds[:position]:
+                raise PassError(f"{kind.__name__} must run after {earlier.__name__}")
+
+
+def check_complete(passes: Iterable[GraphPass]) -> None:
+    """Raises PassError if a pass of the whole pipeline `passes` stands behind none that it ``requires``."""
+    seen: set[type[GraphPass]] = set()
+    for graph_pass in flatten(passes):
+        for needed in graph_pass.requires:
+            if needed not in seen:
+                raise PassError(f"{type(graph_pass).__name__} requires {needed.__name__} before it")
         seen.add(type(graph_pass))

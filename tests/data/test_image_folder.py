@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 from pn_compiler.base.errors import ConfigError
 from pn_compiler.data import image_folder
-from pn_compiler.data.sources import load_batches
 from pn_compiler.data.image_folder import Preprocessing, read_image
 from pn_compiler.data.sources import load_batches
 from pn_compiler.loading import load_model
