@@ -44,3 +44,12 @@ def where_it_went(site: str, how: str, places: Iterable[fx.Node]) -> Diagnostic:
     names = list(dict.fromkeys(str(p.target if p.op == "call_module" else p.name) for p in places))
     more = f" and {len(names) - 2} more" if len(names) > 3 else ""
     return Diagnostic("PN210", site, f"{how} {', '.join(names[: 2 if more else 3])}{more}".strip())
+
+
+def chain_between(first: fx.Node, last: fx.Node) -> list[fx.Node]:
+    """The nodes of the chain that begins behind `first` and ends in `last`, from its end."""
+    nodes = []
+    while last is not first:
+        nodes.append(last)
+        last = last.all_input_nodes[0]
+    return nodes

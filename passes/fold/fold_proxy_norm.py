@@ -29,7 +29,7 @@ from pn_compiler.numerics.affine import absorb_affine
 from pn_compiler.operators.activations import clip_bounds
 from pn_compiler.passes.absorption import set_weight_and_bias
 from pn_compiler.passes.route_affine import RouteAffine
-from pn_compiler.passes.site_outputs import site_outputs, where_it_went
+from pn_compiler.passes.site_outputs import chain_between, site_outputs, where_it_went
 
 _PLAIN = {folded: plain for plain, folded in INPUT_AFFINE.items()}
 
@@ -126,7 +126,7 @@ def _fold_site(
         for tail_path in paths:
             last = call_module_after(graph, last, tail_path, (last,))
         new: dict[Output, fx.Node] = {"output": last, "activation": last, "affine": call}
-        chain = {last, *_between(last, call)}
+        chain = {last, *chain_between(call, last)}
         for name, node in new.items():
             for read in old.get(name, ()):
                 for user in [u for u in read.users if u not in chain]:
@@ -138,15 +138,6 @@ def _pure(activation: nn.Module) -> nn.Module:
     if hasattr(activation, "inplace"):
         activation.inplace = False  # type: ignore[assignment]  # a bool, typed for tensors
     return activation
-
-
-def _between(last: fx.Node, first: fx.Node) -> list[fx.Node]:
-    """The nodes of the chain that ends in `last` and begins behind `first`."""
-    nodes = []
-    while last is not first:
-        nodes.append(last)
-        last = last.all_input_nodes[0]
-    return nodes
 
 
 def _clamp(site: ProxyNormAct, scale: Tensor, shift: Tensor) -> ConstantClamp | None:

@@ -25,7 +25,7 @@ from pn_compiler.passes.channels import (
     transposed,
 )
 from pn_compiler.passes.route_affine import RouteAffine
-from pn_compiler.passes.site_outputs import site_outputs, where_it_went
+from pn_compiler.passes.site_outputs import chain_between, site_outputs, where_it_went
 
 
 @dataclasses.dataclass(frozen=True)
@@ -225,7 +225,7 @@ class _Flow:
             last, groups = shuffle
             order = torch.arange(len(pair.scale), device=pair.scale.device).view(groups, -1).T.reshape(-1)
             self.pairs[last] = pair.take(order)
-            self.inside |= {node, *_between(node, last)}
+            self.inside |= {node, *chain_between(node, last)}
         elif (slices := pieces(node, len(pair.scale))) is not None:
             self.parts[node] = [pair.take(channels) for channels in slices]
         elif (taken := taken_channels(node)) is not None:
@@ -278,12 +278,3 @@ class _Flow:
         if not torch.equal(one.scale, other.scale):
             return None
         return _Pair(one.scale, one.shift + other.shift, one.sources | other.sources)
-
-
-def _between(first: fx.Node, last: fx.Node) -> set[fx.Node]:
-    """`last` and what lies before it, up to `first`."""
-    nodes = set()
-    while last is not first:
-        nodes.add(last)
-        last = last.all_input_nodes[0]
-    return nodes

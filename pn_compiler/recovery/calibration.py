@@ -26,6 +26,7 @@ from pn_compiler.recovery.output_error import Batches, OutputError, observed, ow
 from pn_compiler.recovery.site_constants import Norms
 from pn_compiler.regions.regions import Trace
 from pn_compiler.running.evaluation import batches_of, each_batch, of_each_shard, untouched
+from pn_compiler.running.losses import squared_norm
 
 EVALUATIONS = 12  # of the error and its gradient; more gain little: docs/calibration.md
 
@@ -142,7 +143,7 @@ def _survey(
         if not (n.isfinite().all() and output.isfinite().all()):
             raise ConfigError(f"the calibration data makes values that are nan or infinite at {name}")
         fits.setdefault(name, ChannelFit()).add(n, output)
-        powers[name] += _power(output)
+        powers[name] += squared_norm(output)
 
     with untouched(teacher), contextlib.ExitStack() as stack:
         for name in sites:
@@ -152,7 +153,7 @@ def _survey(
             for place, output in observed(teacher, (), inputs, name).items():
                 if not output.isfinite().all():
                     raise ConfigError(f"{name} makes values that are nan or infinite at {place}")
-                powers[place] += _power(output)
+                powers[place] += squared_norm(output)
     return fits, powers
 
 
@@ -175,10 +176,6 @@ def _compare(
                 if place in got and got[place].shape == target.shape:
                     fits[owner(place)].add(got[place], target)
     return fits
-
-
-def _power(x: Tensor) -> float:
-    return float(x.detach().double().square().sum())
 
 
 def _solutions(norms: Norms, fits: Mapping[str, ChannelFit]) -> Tensor:

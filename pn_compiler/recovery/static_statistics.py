@@ -25,7 +25,7 @@ from pn_compiler.recovery.site_constants import Constants, Norms, estimate, repl
 from pn_compiler.regions.regions import named_graphs
 from pn_compiler.running.evaluation import run, untouched
 from pn_compiler.running.inputs import Inputs
-from pn_compiler.running.losses import is_logits, named_outputs
+from pn_compiler.running.losses import floating_outputs, is_logits, squared_norm, widened
 
 _BATCH = 16  # samples: of one batch the outputs of all sites are held
 
@@ -165,7 +165,7 @@ class _Errors:
             if not tensor.isfinite().all():
                 raise ConfigError(f"{name} of the model holds nan or infinite values on the calibration data")
             old = self._sums.get(name, (0.0, 0.0))
-            self._sums[name] = old[0] + _power(found[name] - tensor), old[1] + _power(tensor)
+            self._sums[name] = old[0] + squared_norm(found[name] - tensor), old[1] + squared_norm(tensor)
         if len(wanted) == 1 and is_logits(tensor):
             self._same += int((found[name].argmax(1) == tensor.argmax(1)).sum())
             self._classified += len(tensor)
@@ -186,14 +186,10 @@ class _Errors:
 
 def _floating(outputs: Any) -> dict[str, Tensor]:
     """The floating-point tensors of an output, in float32 or wider. Raises ConfigError if there is none."""
-    tensors = {name: tensor for name, tensor in named_outputs(outputs).items() if tensor.is_floating_point()}
+    tensors = floating_outputs(outputs)
     if not tensors:
         raise ConfigError("the output holds no floating-point tensor: there is no error to measure")
-    return {name: x.to(torch.promote_types(x.dtype, torch.float32)) for name, x in tensors.items()}
-
-
-def _power(tensor: Tensor) -> float:
-    return float(tensor.cpu().square().sum(dtype=torch.float64))
+    return {name: widened(tensor) for name, tensor in tensors.items()}
 
 
 def _damages(network: nn.Module, norms: Norms, constants: Constants, data: _Data) -> dict[str, float]:

@@ -81,7 +81,7 @@ def agreement(student: Any, teacher: Any, logits: Logits = "auto") -> float | No
 
 def divergence(student: Any, teacher: Any, logits: Logits = "auto") -> float | None:
     """KL(softmax(t) || softmax(s)) in nats, mean over samples or pixels; as `agreement`."""
-    found = [(_wide(s), _wide(t)) for s, t in _logit_pairs(student, teacher, logits)]
+    found = [(widened(s), widened(t)) for s, t in _logit_pairs(student, teacher, logits)]
     return _mean([
         float(F.kl_div(s.log_softmax(1), t.log_softmax(1), reduction="sum", log_target=True))
         / (t.numel() // t.shape[1])
@@ -91,7 +91,7 @@ def divergence(student: Any, teacher: Any, logits: Logits = "auto") -> float | N
 
 def _logit_pairs(student: Any, teacher: Any, logits: Logits) -> list[tuple[Tensor, Tensor]]:
     """The outputs that hold logits, where both have them in one shape."""
-    got, wanted = _floating(student), _floating(teacher)
+    got, wanted = floating_outputs(student), floating_outputs(teacher)
     both = [name for name, tensor in wanted.items() if name in got and got[name].shape == tensor.shape]
     return [(got[n], wanted[n]) for n in both if is_logits(wanted[n], logits) and wanted[n].numel()]
 
@@ -106,7 +106,7 @@ def readings(outputs: Any, logits: Logits = "auto") -> dict[str, str]:
     Raises:
         ConfigError: all are said to hold logits, and none can.
     """
-    tensors = _floating(outputs)
+    tensors = floating_outputs(outputs)
     words = {}
     for name, tensor in tensors.items():
         classes = f"logits of {tensor.shape[1]} classes" if is_logits(tensor, "all") else ""
@@ -121,7 +121,7 @@ def readings(outputs: Any, logits: Logits = "auto") -> dict[str, str]:
 
 def pairs(student: Any, teacher: Any) -> list[tuple[Tensor, Tensor]]:
     """The floating-point tensors of both, in float32 or wider. Raises as `output_loss`."""
-    got, wanted = _floating(student), _floating(teacher)
+    got, wanted = floating_outputs(student), floating_outputs(teacher)
     if not wanted:
         raise ConfigError("the teacher's output holds no floating-point tensor: there is nothing to learn")
     if got.keys() != wanted.keys():
@@ -135,14 +135,16 @@ def pairs(student: Any, teacher: Any) -> list[tuple[Tensor, Tensor]]:
                 f"the outputs do not fit: {name} of the model is {list(got[name].shape)}, that of the "
                 f"teacher {list(tensor.shape)}"
             )
-    return [(_wide(got[name]), _wide(tensor)) for name, tensor in wanted.items()]
+    return [(widened(got[name]), widened(tensor)) for name, tensor in wanted.items()]
 
 
-def _floating(outputs: Any) -> dict[str, Tensor]:
+def floating_outputs(outputs: Any) -> dict[str, Tensor]:
+    """The floating-point tensors among `named_outputs`."""
     return {name: x for name, x in named_outputs(outputs).items() if x.is_floating_point()}
 
 
-def _wide(tensor: Tensor) -> Tensor:
+def widened(tensor: Tensor) -> Tensor:
+    """`tensor` in float32, or wider where it is."""
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
@@ -165,3 +167,8 @@ def named_outputs(outputs: Any, name: str = "output") -> dict[str, Tensor]:
         elif isinstance(leaf, Tensor):
             found[place] = _dense(leaf)
     return found
+
+
+def squared_norm(tensor: Tensor) -> float:
+    """The sum of squares of all values, added in float64."""
+    return float(tensor.detach().cpu().double().square().sum())
