@@ -61,16 +61,16 @@ class Router:
             so that a padded operator lets a shift pass.
     """
 
-    def __init__(self, graph: fx.GraphModule, *, through_padding: bool) -> None:
-        self.graph = graph
+    def __init__(self, gm: fx.GraphModule, *, through_padding: bool) -> None:
+        self.gm = gm
         self.through_padding = through_padding
-        self.pinned = find_aliases(graph).pinned
-        self.calls = module_calls(graph)
-        parameters = Counter(id(p) for m in graph.modules() for p in m._parameters.values())
+        self.pinned = find_aliases(gm).pinned
+        self.calls = module_calls(gm)
+        parameters = Counter(id(p) for m in gm.modules() for p in m._parameters.values())
         self.tied = {key for key, count in parameters.items() if count > 1}
-        paths = Counter(id(m) for _, m in graph.named_modules(remove_duplicate=False))
+        paths = Counter(id(m) for _, m in gm.named_modules(remove_duplicate=False))
         self.aliased = {key for key, count in paths.items() if count > 1}
-        reads = (str(node.target) for node in graph.graph.nodes if node.op == "get_attr")
+        reads = (str(node.target) for node in gm.graph.nodes if node.op == "get_attr")
         self.read = {read.rpartition(".")[0] for read in reads}
 
     def route(self, start: fx.Node, num_channels: int) -> Route:
@@ -86,7 +86,7 @@ class Router:
                 if value in self.pinned:
                     blocked.append(Blocked(value, user, f"{value.name} is overwritten through another view"))
                     continue
-                if commutes(self.graph, user, value, through_padding=self.through_padding):
+                if commutes(self.gm, user, value, through_padding=self.through_padding):
                     if user not in seen:
                         seen.add(user)
                         values.append(user)
@@ -100,7 +100,7 @@ class Router:
 
     def refusal(self, user: fx.Node, value: fx.Node, num_channels: int) -> str | None:
         """Why `user` cannot take in the affine of `value`; None if it can."""
-        module = called_module(self.graph, user)
+        module = called_module(self.gm, user)
         if module is None:
             what = "the output of the model" if user.op == "output" else operator_name(user) or user.target
             return f"{what} reads it"
@@ -122,7 +122,7 @@ class Router:
     def fixed_weight(self, call: fx.Node) -> str | None:
         """Why the weight of the module that `call` calls cannot be changed for this call; None if it can."""
         path = str(call.target)
-        module = self.graph.get_submodule(path)
+        module = self.gm.get_submodule(path)
         where = f"{path} ({type(module).__name__})"
         if len(self.calls[path]) > 1 or id(module) in self.aliased:
             return f"{where} is called from several places"
@@ -144,9 +144,9 @@ def set_weight_and_bias(module: nn.Module, weight: Tensor, bias: Tensor | None) 
 
 
 @torch.no_grad()
-def put_into(graph: fx.GraphModule, absorber: fx.Node, scale: Tensor, shift: Tensor) -> None:
+def put_into(gm: fx.GraphModule, absorber: fx.Node, scale: Tensor, shift: Tensor) -> None:
     """Makes an absorber of a `Route` take x where it took x * scale + shift; both float64 [C]."""
-    module = called_module(graph, absorber)
+    module = called_module(gm, absorber)
     assert isinstance(module, nn.Linear | nn.modules.conv._ConvNd)
     groups = getattr(module, "groups", 1)
     repeats = module.weight.shape[1] * groups // len(scale)  # above 1 behind a flatten
@@ -163,22 +163,22 @@ def _refusal_of_linear(module: nn.Linear, where: str, known: int | None, num_cha
     return None if module.in_features % num_channels == 0 else f"{where} reads other channels"
 
 
-def commutes(graph: fx.GraphModule, user: fx.Node, value: fx.Node, *, through_padding: bool) -> bool:
+def commutes(gm: fx.GraphModule, user: fx.Node, value: fx.Node, *, through_padding: bool) -> bool:
     """Whether the affine of `value` can be applied to the output of `user` instead."""
     if not user.args or user.args[0] is not value:
         return False
-    module = called_module(graph, user)
+    module = called_module(gm, user)
     if module is not None:
         if isinstance(module, (nn.modules.pooling._AvgPoolNd, *_COMMUTING_POOLS)):
-            return reads_batch(graph, user, value) and _pool_commutes(module, through_padding=through_padding)
+            return reads_batch(gm, user, value) and _pool_commutes(module, through_padding=through_padding)
         return isinstance(module, _COMMUTING_MODULES) or flattens_module(module)
     name = operator_name(user)
     if name in _COMMUTING_NAMES:
         return True
     if name in _COMMUTING_POOL_NAMES:  # return_indices is the seventh argument
         one_result = len(user.args) < 7 and not user.kwargs.get("return_indices")
-        return one_result and reads_batch(graph, user, value)
-    if name in _AVERAGE_POOLS and reads_batch(graph, user, value):
+        return one_result and reads_batch(gm, user, value)
+    if name in _AVERAGE_POOLS and reads_batch(gm, user, value):
         given = operands(user, "kernel_size", "stride", "padding", "ceil_mode", "count_include_pad")
         padded = given.get("padding", 0) not in (0, (0,), (0, 0), [0, 0], (0, 0, 0), [0, 0, 0])
         plain = given.get("divisor_override") is None and len(user.args) < 7
@@ -186,7 +186,7 @@ def commutes(graph: fx.GraphModule, user: fx.Node, value: fx.Node, *, through_pa
     return flattens_channels(user) or _averages_space(user, value)
 
 
-def gate_of(graph: fx.GraphModule, user: fx.Node, value: fx.Node) -> fx.Node | None:
+def gate_of(gm: fx.GraphModule, user: fx.Node, value: fx.Node) -> fx.Node | None:
     """The other factor, if `user` multiplies `value` by a gate of one pixel (squeeze-and-excitation)."""
     if operator_name(user) not in ("mul", "multiply") or len(user.args) != 2 or user.kwargs:
         return None
@@ -195,10 +195,10 @@ def gate_of(graph: fx.GraphModule, user: fx.Node, value: fx.Node) -> fx.Node | N
         return None
     node = other
     for _ in range(_LONGEST_GATE):
-        if _pools_globally(graph, node):
+        if _pools_globally(gm, node):
             return other
         inputs = node.all_input_nodes
-        if called_module(graph, node) is not None:
+        if called_module(gm, node) is not None:
             inputs = inputs[:1]  # an absorber also reads a scale and a shift
         if len(inputs) != 1 or rank(node) not in (4, None):
             return None
@@ -209,8 +209,8 @@ def gate_of(graph: fx.GraphModule, user: fx.Node, value: fx.Node) -> fx.Node | N
 _LONGEST_GATE = 12  # operators between the pool and the product
 
 
-def _pools_globally(graph: fx.GraphModule, node: fx.Node) -> bool:
-    module = called_module(graph, node)
+def _pools_globally(gm: fx.GraphModule, node: fx.Node) -> bool:
+    module = called_module(gm, node)
     if isinstance(module, nn.modules.pooling._AdaptiveAvgPoolNd):
         size = module.output_size
         return all(s == 1 for s in size) if isinstance(size, tuple) else size == 1

@@ -33,33 +33,33 @@ _POOL_NAMES = frozenset(f"{kind}_pool{n}d" for kind in ("max", "avg", "adaptive_
 _BROADCASTS = frozenset(["add", "iadd", "sub", "isub", "mul", "imul", "multiply", "div", "truediv"])
 
 
-def channels_of(graph: fx.GraphModule, node: fx.Node) -> int | None:
+def channels_of(gm: fx.GraphModule, node: fx.Node) -> int | None:
     """Size of the second dimension of `node`, [N, C, *], or None if unknown."""
-    module = called_module(graph, node)
+    module = called_module(gm, node)
     if isinstance(module, nn.modules.conv._ConvNd):
-        return module.out_channels if reads_batch(graph, node, node) else None
+        return module.out_channels if reads_batch(gm, node, node) else None
     if isinstance(module, nn.GroupNorm | ProxyNormAct):
         return module.num_channels
     if not node.all_input_nodes:
         return None
     if (branches := concatenated(node)) is not None:
-        sizes = [channels_of(graph, branch) for branch in branches]
+        sizes = [channels_of(gm, branch) for branch in branches]
         return None if None in sizes else sum(size or 0 for size in sizes)
     if operator_name(node) in _BROADCASTS:
-        return _channels_of_broadcast(graph, node)
+        return _channels_of_broadcast(gm, node)
     value = node.all_input_nodes[0]
-    if node.target is operator.getitem and isinstance(called_module(graph, value), ProxyNormAct):
-        return channels_of(graph, value)
+    if node.target is operator.getitem and isinstance(called_module(gm, value), ProxyNormAct):
+        return channels_of(gm, value)
     if node.target is operator.getitem or operator_name(node) == "narrow":
-        return _channels_of_piece(graph, node, value)
-    return channels_of(graph, value) if _keeps_channels(graph, node, value) else None
+        return _channels_of_piece(gm, node, value)
+    return channels_of(gm, value) if _keeps_channels(gm, node, value) else None
 
 
-def _keeps_channels(graph: fx.GraphModule, node: fx.Node, value: fx.Node) -> bool:
+def _keeps_channels(gm: fx.GraphModule, node: fx.Node, value: fx.Node) -> bool:
     """Whether the second dimension of `node` is as long as that of `value`, its input."""
-    module, name = called_module(graph, node), operator_name(node)
+    module, name = called_module(gm, node), operator_name(node)
     if isinstance(module, _POOLS) or name in _POOL_NAMES:
-        return reads_batch(graph, node, value)
+        return reads_batch(gm, node, value)
     if isinstance(module, nn.Upsample) or name == "interpolate":
         return (rank(value) or 0) > 2
     if module is not None:
@@ -67,35 +67,35 @@ def _keeps_channels(graph: fx.GraphModule, node: fx.Node, value: fx.Node) -> boo
     return name == "contiguous" or activation_of(node) is not None
 
 
-def _channels_of_broadcast(graph: fx.GraphModule, node: fx.Node) -> int | None:
+def _channels_of_broadcast(gm: fx.GraphModule, node: fx.Node) -> int | None:
     """Of a sum or product of tensors, and numbers: that of all of them that have more than 1."""
     ranks = {source: rank(source) for source in node.all_input_nodes}
     dims = max((known or 0 for known in ranks.values()), default=0)
     tensors = [source for source, known in ranks.items() if known != 0]
-    sizes = {_size_along_channels(graph, source, dims) for source in tensors}
+    sizes = {_size_along_channels(gm, source, dims) for source in tensors}
     if None in ranks.values() or None in sizes or len(sizes - {1}) > 1:
         return None
     return max((size or 0 for size in sizes), default=None)
 
 
-def _size_along_channels(graph: fx.GraphModule, node: fx.Node, dims: int) -> int | None:
+def _size_along_channels(gm: fx.GraphModule, node: fx.Node, dims: int) -> int | None:
     """How many channels `node` has where it meets tensors of `dims` dimensions, to which it broadcasts."""
     if node.op == "get_attr":
         owner, _, name = str(node.target).rpartition(".")
-        shape = getattr(graph.get_submodule(owner), name).shape
+        shape = getattr(gm.get_submodule(owner), name).shape
         return int(shape[1 - dims]) if len(shape) >= dims - 1 > 0 else 1
-    return channels_of(graph, node) if rank(node) == dims else None
+    return channels_of(gm, node) if rank(node) == dims else None
 
 
-def _channels_of_piece(graph: fx.GraphModule, node: fx.Node, source: fx.Node) -> int | None:
+def _channels_of_piece(gm: fx.GraphModule, node: fx.Node, source: fx.Node) -> int | None:
     index = node.args[1]
     if node.target is operator.getitem and isinstance(index, int) and source.all_input_nodes:
-        whole = channels_of(graph, source.all_input_nodes[0])
+        whole = channels_of(gm, source.all_input_nodes[0])
         parts = None if whole is None else pieces(source, whole)
         if parts is None or not -len(parts) <= index < len(parts):
             return None
         return len(range(*parts[index].indices(whole or 0)))
-    whole, taken = channels_of(graph, source), taken_channels(node)
+    whole, taken = channels_of(gm, source), taken_channels(node)
     return None if whole is None or taken is None else len(range(*taken.indices(whole)))
 
 
@@ -164,15 +164,15 @@ def _narrowed_channels(node: fx.Node) -> slice | None:
     return slice(start, start + length)
 
 
-def resizes(graph: fx.GraphModule, node: fx.Node, value: fx.Node) -> bool:
+def resizes(gm: fx.GraphModule, node: fx.Node, value: fx.Node) -> bool:
     """Whether `node` computes averages of values of one channel of `value`, with weights that add up to 1."""
     if not node.args or node.args[0] is not value:
         return False
-    module, dims = called_module(graph, node), rank(value)
+    module, dims = called_module(gm, node), rank(value)
     if isinstance(module, nn.Upsample) or operator_name(node) == "interpolate":
         return (dims or 0) > 2
     if isinstance(module, _PADS):
-        return reads_batch(graph, node, value)
+        return reads_batch(gm, node, value)
     if operator_name(node) != "pad":
         return False
     given = operands(node, "pad", "mode")
@@ -199,22 +199,22 @@ def transposed(node: fx.Node, dims: int) -> list[int] | None:
     return order
 
 
-def joins_pixels(graph: fx.GraphModule, node: fx.Node) -> bool:
+def joins_pixels(gm: fx.GraphModule, node: fx.Node) -> bool:
     """Whether `node` makes [N, C, S] of [N, C, *]."""
-    module = called_module(graph, node)
+    module = called_module(gm, node)
     if isinstance(module, nn.Flatten):
         return (module.start_dim, module.end_dim) == (2, -1)
     given = operands(node, "start_dim", "end_dim")
     return operator_name(node) == "flatten" and (given.get("start_dim"), given.get("end_dim", -1)) == (2, -1)
 
 
-def shuffled(graph: fx.GraphModule, node: fx.Node) -> tuple[fx.Node, int] | None:
+def shuffled(gm: fx.GraphModule, node: fx.Node) -> tuple[fx.Node, int] | None:
     """(last node, groups) of a channel shuffle that begins with `node`, or None.
 
     It is a ``nn.ChannelShuffle``, or view(N, G, C / G, H, W), transpose(1, 2), contiguous, view(N, C, H, W)
     with N and C read from the value itself.
     """
-    module = called_module(graph, node)
+    module = called_module(gm, node)
     if isinstance(module, nn.ChannelShuffle):
         return node, module.groups
     chain = [node]

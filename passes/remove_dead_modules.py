@@ -13,7 +13,7 @@ class RemoveDeadModules(GraphPass):
 
     preserves_outputs = True
 
-    def run(self, graph: fx.GraphModule) -> PassResult:
-        before = len(list(graph.modules()))
-        graph.delete_all_unused_submodules()
-        return PassResult(before - len(list(graph.modules())))
+    def run(self, gm: fx.GraphModule) -> PassResult:
+        before = len(list(gm.modules()))
+        gm.delete_all_unused_submodules()
+        return PassResult(before - len(list(gm.modules())))

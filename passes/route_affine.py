@@ -27,27 +27,27 @@ class RouteAffine(GraphPass):
         self.through_padding = through_padding
         self.preserves_outputs = not through_padding  # type: ignore[misc]  # depends on the option
 
-    def run(self, graph: fx.GraphModule) -> PassResult:
+    def run(self, gm: fx.GraphModule) -> PassResult:
         rewritten = 0
-        router = Router(graph, through_padding=self.through_padding)
-        for path, calls in module_calls(graph).items():
-            site = graph.get_submodule(path)
+        router = Router(gm, through_padding=self.through_padding)
+        for path, calls in module_calls(gm).items():
+            site = gm.get_submodule(path)
             if not isinstance(site, ProxyNormAct) or "output" not in site.outputs:
                 continue
-            starts = {call: site_outputs(graph, call)["output"] for call in calls}
+            starts = {call: site_outputs(gm, call)["output"] for call in calls}
             routes = [router.route(z, site.num_channels) for reads in starts.values() for z in reads]
             if any(route.absorbers for route in routes):
-                _open(graph, path, site, calls, routes, router)
+                _open(gm, path, site, calls, routes, router)
                 rewritten += 1
         return PassResult(rewritten)
 
 
 def _open(
-    graph: fx.GraphModule, path: str, site: ProxyNormAct, calls: list[fx.Node], routes: list[Route],
+    gm: fx.GraphModule, path: str, site: ProxyNormAct, calls: list[fx.Node], routes: list[Route],
     router: Router,
 ) -> None:  # fmt: skip
     """Makes the site hand out activation, scale and shift, and gives them to where the routes end."""
-    before = {call: site_outputs(graph, call) for call in calls}
+    before = {call: site_outputs(gm, call) for call in calls}
     had_affine = "affine" in site.outputs
     remaining = iter(routes)
     outputs: tuple[Output, ...] = ("activation", "scale", "shift")
@@ -55,17 +55,17 @@ def _open(
     if site.scales_affine:
         site.outputs = ("activation", "shift")
     for call, old in before.items():
-        values = read_outputs(graph, call)
+        values = read_outputs(gm, call)
         scale, shift = values.get("scale"), values["shift"]
         for z in old["output"]:
             route = next(remaining)
             _redirect(z, values["activation"], keep=set(values.values()))
             for absorber in route.absorbers:
                 absorber.args = (absorber.args[0], scale, shift)
-                module = graph.get_submodule(str(absorber.target))
+                module = gm.get_submodule(str(absorber.target))
                 # a subclass that adds no state: names, hooks and options of the module stay
                 module.__class__ = INPUT_AFFINE.get(type(module), type(module))
-            _apply_where_blocked(graph, path, route, z, values, router)
+            _apply_where_blocked(gm, path, route, z, values, router)
         for affine in old.get("affine", ()):
             _redirect(affine, values["affine"], keep=set())
 
@@ -78,7 +78,7 @@ def _redirect(old: fx.Node, new: fx.Node, *, keep: set[fx.Node]) -> None:
 
 
 def _apply_where_blocked(
-    graph: fx.GraphModule, path: str, route: Route, z: fx.Node, values: dict[Output, fx.Node],
+    gm: fx.GraphModule, path: str, route: Route, z: fx.Node, values: dict[Output, fx.Node],
     router: Router,
 ) -> None:  # fmt: skip
     applied: dict[fx.Node, fx.Node] = {}
@@ -86,17 +86,17 @@ def _apply_where_blocked(
         value = values["activation"] if blocked.value is z else blocked.value
         affine = (values.get("scale"), values["shift"])
         # all that read a pinned value must read one and the same tensor
-        gate = None if blocked.value in router.pinned else gate_of(graph, blocked.user, value)
+        gate = None if blocked.value in router.pinned else gate_of(gm, blocked.user, value)
         if gate is not None:
-            at = add_module(graph, f"{path}_gated", ChannelAffine())
-            node = call_module_after(graph, blocked.user, at, (value, *affine, gate))
+            at = add_module(gm, f"{path}_gated", ChannelAffine())
+            node = call_module_after(gm, blocked.user, at, (value, *affine, gate))
             blocked.user.replace_all_uses_with(node)
-            graph.graph.erase_node(blocked.user)
+            gm.graph.erase_node(blocked.user)
             continue
         if value not in applied:
-            at = add_module(graph, f"{path}_affine", ChannelAffine())
+            at = add_module(gm, f"{path}_affine", ChannelAffine())
             last = value if value is not values["activation"] else values["shift"]
-            node = call_module_after(graph, last, at, (value, *affine))
+            node = call_module_after(gm, last, at, (value, *affine))
             node.meta = dict(value.meta)
             applied[value] = node
         blocked.user.replace_input_with(value, applied[value])

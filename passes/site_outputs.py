@@ -10,9 +10,9 @@ from pn_compiler.graph.graph_utils import called_module
 from pn_compiler.nn import Output, ProxyNormAct
 
 
-def site_outputs(graph: fx.GraphModule, call: fx.Node) -> dict[Output, list[fx.Node]]:
+def site_outputs(gm: fx.GraphModule, call: fx.Node) -> dict[Output, list[fx.Node]]:
     """The nodes that read each output of a ProxyNormAct call."""
-    module = called_module(graph, call)
+    module = called_module(gm, call)
     assert isinstance(module, ProxyNormAct)
     if len(module.outputs) == 1:
         return {module.outputs[0]: [call]}
@@ -23,16 +23,16 @@ def site_outputs(graph: fx.GraphModule, call: fx.Node) -> dict[Output, list[fx.N
     return reads
 
 
-def read_outputs(graph: fx.GraphModule, call: fx.Node) -> dict[Output, fx.Node]:
+def read_outputs(gm: fx.GraphModule, call: fx.Node) -> dict[Output, fx.Node]:
     """One new node for each output of a ProxyNormAct call; the call itself if it has one only."""
-    module = called_module(graph, call)
+    module = called_module(gm, call)
     assert isinstance(module, ProxyNormAct)
     if len(module.outputs) == 1:
         return {module.outputs[0]: call}
     nodes: dict[Output, fx.Node] = {}
-    with graph.graph.inserting_after(call):
+    with gm.graph.inserting_after(call):
         for index, name in reversed(list(enumerate(module.outputs))):
-            nodes[name] = graph.graph.call_function(operator.getitem, (call, index))
+            nodes[name] = gm.graph.call_function(operator.getitem, (call, index))
     for name in ("output", "activation", "affine"):
         if name in nodes:
             nodes[name].meta = dict(call.meta)

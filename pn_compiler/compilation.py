@@ -201,7 +201,7 @@ def compile(  # noqa: A001  # the name that users of torch.compile look for
         given = given if given or input_shape else first_sample(calibration)
     with timed(report, "trace", say):
         traced = trace(model, given, leaves, example=lambda: stated_inputs(model, input_shape))
-        report.operators_before = count_operators(region.graph for region in traced.regions)
+        report.operators_before = count_operators(region.gm for region in traced.regions)
         inputs, report.input_shape_source = choose_inputs(model, traced.root, given, input_shape)
     if is_converted(model):
         record(traced.root, sites(model), notes(model))

@@ -47,46 +47,46 @@ class InsertProxyNorm(GraphPass):
     def __init__(self, config: TransformConfig) -> None:
         self.config = config
 
-    def run(self, graph: fx.GraphModule) -> PassResult:
-        calls = module_calls(graph)
+    def run(self, gm: fx.GraphModule) -> PassResult:
+        calls = module_calls(gm)
         # Any padding will do: undoing is exact with the padding before the shift, and as good as it can be
         # with the reference's.
-        router = Router(graph, through_padding=True)
-        pinned = find_aliases(graph).pinned
+        router = Router(gm, through_padding=True)
+        pinned = find_aliases(gm).pinned
         notes = []
         rewritten = 0
-        for name, site in list(site_table(graph).items()):
+        for name, site in list(site_table(gm).items()):
             if site.kind == "skipped":
                 continue
-            matched = _match(graph, calls.get(name, []), name, pinned)
+            matched = _match(gm, calls.get(name, []), name, pinned)
             refusal = matched if isinstance(matched, Diagnostic) else None
             if not isinstance(matched, Diagnostic):
-                act = called_module(graph, matched[0].activation)
+                act = called_module(gm, matched[0].activation)
                 assert act is not None
-                update_site(graph, name, activation=activation_name(act))
-                refusal = self._try_rewrite(graph, site, matched, act, router)
+                update_site(gm, name, activation=activation_name(act))
+                refusal = self._try_rewrite(gm, site, matched, act, router)
                 rewritten += refusal is None or refusal.code == "PN207"
             if refusal is not None:
                 notes.append(refusal)
-                update_site(graph, name, refusal)
-            self._drop_bias(graph, name)
+                update_site(gm, name, refusal)
+            self._drop_bias(gm, name)
         return PassResult(rewritten, tuple(notes))
 
-    def _drop_bias(self, graph: fx.GraphModule, name: str) -> None:
+    def _drop_bias(self, gm: fx.GraphModule, name: str) -> None:
         """The reference has no bias at norm-only sites that start from scratch."""
-        site = site_table(graph)[name]
+        site = site_table(gm)[name]
         if site.kind == "norm_only" and not site.warm_start and not self.config.norm_only_bias:
-            norm = graph.get_submodule(name)
+            norm = gm.get_submodule(name)
             assert isinstance(norm, nn.GroupNorm)
             nn.init.zeros_(norm.bias).requires_grad_(False)
 
     def _try_rewrite(
-        self, graph: fx.GraphModule, site: Site, calls: list[_Call], act: nn.Module, router: Router
+        self, gm: fx.GraphModule, site: Site, calls: list[_Call], act: nn.Module, router: Router
     ) -> Diagnostic | None:
         """Rewrites the site, or says why not; PN207 is a remark about one that is rewritten."""
         if not self.config.proxy:
             return Diagnostic("PN203", site.name, "proxy normalization is switched off")
-        norm = graph.get_submodule(site.name)
+        norm = gm.get_submodule(site.name)
         assert isinstance(norm, nn.GroupNorm)
         remark = None
         routes: list[Route] = []
@@ -96,18 +96,18 @@ class InsertProxyNorm(GraphPass):
             if blocked:
                 return _blocked(site.name, blocked)
             if self.config.proxy_padding == "output":
-                remark = _inexact(graph, site.name, norm, calls)
+                remark = _inexact(gm, site.name, norm, calls)
         proxy_norm = _proxy_norm_act(norm, act, self.config.proxy_eps)
         for route in routes:
             for absorber in route.absorbers:
-                compensate(graph.get_submodule(str(absorber.target)), proxy_norm)
-        _replace(graph, site.name, calls, proxy_norm)
-        update_site(graph, site.name, kind="pn")
+                compensate(gm.get_submodule(str(absorber.target)), proxy_norm)
+        _replace(gm, site.name, calls, proxy_norm)
+        update_site(gm, site.name, kind="pn")
         return remark
 
 
 def _match(
-    graph: fx.GraphModule, norms: list[fx.Node], name: str, pinned: frozenset[fx.Node]
+    gm: fx.GraphModule, norms: list[fx.Node], name: str, pinned: frozenset[fx.Node]
 ) -> list[_Call] | Diagnostic:
     """Each call of one normalizer with the activation behind it, or why there is no such pairing."""
     if not norms:
@@ -116,7 +116,7 @@ def _match(
         return Diagnostic("PN201", name, "its output is overwritten, and read through another view of it")
     matched: list[_Call | None] = []
     for norm in norms:
-        activations = [user for user in norm.users if _is_activation_call(graph, user)]
+        activations = [user for user in norm.users if _is_activation_call(gm, user)]
         if len(activations) > 1:
             names = ", ".join(str(a.target) for a in activations)
             return Diagnostic("PN208", name, f"several activations read it: {names}")
@@ -124,7 +124,7 @@ def _match(
     calls = [call for call in matched if call is not None]
     if not calls:
         return Diagnostic("PN201", name, "no activation follows")
-    modules = [called_module(graph, call.activation) for call in calls]
+    modules = [called_module(gm, call.activation) for call in calls]
     first = modules[0]
     same = all(m is not None and first is not None and same_activation(first, m) for m in modules)
     if len(calls) != len(matched) or not same:
@@ -132,9 +132,9 @@ def _match(
     return calls
 
 
-def _is_activation_call(graph: fx.GraphModule, node: fx.Node) -> bool:
+def _is_activation_call(gm: fx.GraphModule, node: fx.Node) -> bool:
     """Whether `node` is an activation that a site may take in."""
-    module = called_module(graph, node)
+    module = called_module(gm, node)
     return module is not None and is_activation(module) and not has_hooks(module)
 
 
@@ -148,9 +148,9 @@ def _blocked(name: str, blocked: list[Blocked]) -> Diagnostic:
     )
 
 
-def _inexact(graph: fx.GraphModule, name: str, norm: nn.GroupNorm, calls: list[_Call]) -> Diagnostic | None:
+def _inexact(gm: fx.GraphModule, name: str, norm: nn.GroupNorm, calls: list[_Call]) -> Diagnostic | None:
     """A remark if some consumer pads with zeros behind the shift."""
-    router = Router(graph, through_padding=False)
+    router = Router(gm, through_padding=False)
     blocked = [b for c in calls for b in router.route(c.activation, norm.num_channels).blocked]
     if not blocked:
         return None
@@ -209,15 +209,15 @@ def compensate(consumer: nn.Module, site: ProxyNormAct) -> None:
     consumer.bias.copy_(bias)
 
 
-def _replace(graph: fx.GraphModule, path: str, calls: list[_Call], new: ProxyNormAct) -> None:
+def _replace(gm: fx.GraphModule, path: str, calls: list[_Call], new: ProxyNormAct) -> None:
     """Puts `new` at `path`; users beside the activation keep reading the affine output."""
     others = {c.norm: [user for user in c.norm.users if user is not c.activation] for c in calls}
     if any(others.values()):
         new.outputs = ("output", "affine")
-    replace_module(graph, path, new)
+    replace_module(gm, path, new)
     for call in calls:
-        values = read_outputs(graph, call.norm)
+        values = read_outputs(gm, call.norm)
         call.activation.replace_all_uses_with(values["output"])
-        graph.graph.erase_node(call.activation)
+        gm.graph.erase_node(call.activation)
         for user in others[call.norm]:
             user.replace_input_with(call.norm, values["affine"])

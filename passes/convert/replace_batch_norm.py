@@ -59,38 +59,38 @@ class ReplaceBatchNorm(GraphPass):
         self.calibrated = calibrated or {}
         self.left_alone = left_alone
 
-    def run(self, graph: fx.GraphModule) -> PassResult:
+    def run(self, gm: fx.GraphModule) -> PassResult:
         notes: list[Diagnostic] = []
         rewritten = 0
-        read = _read_outside(graph)
-        for path, calls in module_calls(graph).items():
-            norm = graph.get_submodule(path)
+        read = _read_outside(gm)
+        for path, calls in module_calls(gm).items():
+            norm = gm.get_submodule(path)
             if not is_batch_norm(norm):
                 continue
             refusal = self._refusal(path, norm, calls) or _read_refusal(path, id(norm) in read)
             if refusal is not None:
                 notes.append(refusal)
-                put_site(graph, skipped(refusal))
+                put_site(gm, skipped(refusal))
                 continue
             assert isinstance(norm, _BatchNorm)
             num_groups, remark = self._groups(path, norm, calls)
-            put_site(graph, self._rewrite(graph, path, norm, num_groups))
+            put_site(gm, self._rewrite(gm, path, norm, num_groups))
             for found in (self._residual(path), remark):
                 if found is not None:
                     notes.append(found)
-                    update_site(graph, path, found)
+                    update_site(gm, path, found)
             rewritten += 1
-        for node in graph.graph.nodes:
-            refusal = _refused_call(graph, node)
+        for node in gm.graph.nodes:
+            refusal = _refused_call(gm, node)
             if refusal is not None:
                 notes.append(refusal)
-                put_site(graph, skipped(refusal))
+                put_site(gm, skipped(refusal))
         return PassResult(rewritten, tuple(notes))
 
-    def ensures(self, graph: fx.GraphModule) -> None:
-        table = site_table(graph)
-        for path in module_calls(graph):
-            if is_batch_norm(graph.get_submodule(path)) and path not in table:
+    def ensures(self, gm: fx.GraphModule) -> None:
+        table = site_table(gm)
+        for path in module_calls(gm):
+            if is_batch_norm(gm.get_submodule(path)) and path not in table:
                 raise PostconditionError(f"{path} is a BatchNorm that no record accounts for")
 
     def _refusal(self, path: str, norm: nn.Module, calls: list[fx.Node]) -> Diagnostic | None:
@@ -169,9 +169,9 @@ class ReplaceBatchNorm(GraphPass):
             "fewer groups, distillation or fine-tuning bring it back",
         )
 
-    def _rewrite(self, graph: fx.GraphModule, path: str, norm: _BatchNorm, num_groups: int) -> Site:
+    def _rewrite(self, gm: fx.GraphModule, path: str, norm: _BatchNorm, num_groups: int) -> Site:
         """Returns the record of the new normalizer."""
-        like = next((t for t in (norm.weight, norm.running_mean) if t is not None), _nearby(graph, path))
+        like = next((t for t in (norm.weight, norm.running_mean) if t is not None), _nearby(gm, path))
         new = nn.GroupNorm(num_groups, norm.num_features, norm.eps, device=like.device, dtype=like.dtype)
         warm = is_warm(norm, self.config.warm_start)
         weight, bias = affine_from_running_stats(norm, num_groups) if warm else plain_affine(norm)
@@ -183,18 +183,18 @@ class ReplaceBatchNorm(GraphPass):
             new.bias.copy_(bias)
         new.weight.requires_grad_(norm.weight is not None and norm.weight.requires_grad)
         new.bias.requires_grad_(norm.bias is not None and norm.bias.requires_grad)
-        replace_module(graph, path, new)
+        replace_module(gm, path, new)
         if isinstance(norm, FixedMode):
-            new.train(graph.training)
+            new.train(gm.training)
         kind = norm_name(num_groups, norm.num_features)
         residual = None if fitted is None else fitted.residual
         return Site(path, "norm_only", kind, num_groups, warm_start=warm, residual=residual)
 
 
-def _read_outside(graph: fx.GraphModule) -> set[int]:
+def _read_outside(gm: fx.GraphModule) -> set[int]:
     """Identities of the modules whose parameters or buffers the graph reads beside calling them."""
-    owners = (str(node.target).rpartition(".")[0] for node in graph.graph.nodes if _is_read(node))
-    return {id(graph.get_submodule(owner)) for owner in owners}
+    owners = (str(node.target).rpartition(".")[0] for node in gm.graph.nodes if _is_read(node))
+    return {id(gm.get_submodule(owner)) for owner in owners}
 
 
 def _is_read(node: fx.Node) -> bool:
@@ -213,26 +213,26 @@ def _read_refusal(path: str, read: bool) -> Diagnostic | None:
     )
 
 
-def _nearby(graph: fx.GraphModule, path: str) -> torch.Tensor:
+def _nearby(gm: fx.GraphModule, path: str) -> torch.Tensor:
     """A tensor in the dtype and on the device in which the BatchNorm at `path`, which has none, computes.
 
     It is a parameter of the closest module before it that has one, else of any.
     """
-    remaining, seen = list(module_calls(graph)[path]), set()
+    remaining, seen = list(module_calls(gm)[path]), set()
     while remaining:
         node = remaining.pop(0)
         if node in seen:
             continue
         seen.add(node)
-        module = called_module(graph, node)
+        module = called_module(gm, node)
         for parameter in () if module is None else module.parameters():
             if parameter.is_floating_point():
                 return parameter
         remaining += node.all_input_nodes
-    return next((p for p in graph.parameters() if p.is_floating_point()), torch.empty(0))
+    return next((p for p in gm.parameters() if p.is_floating_point()), torch.empty(0))
 
 
-def _refused_call(graph: fx.GraphModule, node: fx.Node) -> Diagnostic | None:
+def _refused_call(gm: fx.GraphModule, node: fx.Node) -> Diagnostic | None:
     """Why the batch_norm that `node` calls, or that what it calls reaches, stays; None if it calls none."""
     if is_norm_call(node):
         return _unreadable(node)

@@ -29,33 +29,33 @@ class ShareStatistics(GraphPass):
     requires = (InsertProxyNorm,)
     preserves_outputs = True
 
-    def run(self, graph: fx.GraphModule) -> PassResult:
-        calls = module_calls(graph)
+    def run(self, gm: fx.GraphModule) -> PassResult:
+        calls = module_calls(gm)
         alike: dict[object, dict[str, ProxyNormAct]] = defaultdict(dict)
         for path in calls:
-            site = graph.get_submodule(path)
+            site = gm.get_submodule(path)
             if not isinstance(site, ProxyNormAct) or len(calls[path][0].args) > 1:
                 continue
             if not list(site.activation.parameters()):
                 alike[site.recipe, site.weight.device, site.weight.dtype][path] = site
         groups = [sites for sites in alike.values() if len(sites) > 1]
         if groups:
-            _share(graph, groups, calls)
+            _share(gm, groups, calls)
         return PassResult(sum(map(len, groups)))
 
 
 def _share(
-    graph: fx.GraphModule, groups: list[dict[str, ProxyNormAct]], calls: dict[str, list[fx.Node]]
+    gm: fx.GraphModule, groups: list[dict[str, ProxyNormAct]], calls: dict[str, list[fx.Node]]
 ) -> None:
     shared = ProxyStatistics([_group(list(sites.values())) for sites in groups])
-    at = add_module(graph, "proxy_statistics", shared.train(graph.training))
+    at = add_module(gm, "proxy_statistics", shared.train(gm.training))
     names = [f"{path}.{name}" for sites in groups for name in PARAMETERS for path in sites]
-    first = next(node for node in graph.graph.nodes if node.op != "placeholder")
-    with graph.graph.inserting_before(first):
-        parameters = tuple(graph.graph.get_attr(name) for name in names)
-        node = graph.graph.call_module(at, parameters)
+    first = next(node for node in gm.graph.nodes if node.op != "placeholder")
+    with gm.graph.inserting_before(first):
+        parameters = tuple(gm.graph.get_attr(name) for name in names)
+        node = gm.graph.call_module(at, parameters)
         for index, path in enumerate(path for sites in groups for path in sites):
-            part = graph.graph.call_function(operator.getitem, (node, index))
+            part = gm.graph.call_function(operator.getitem, (node, index))
             for call in calls[path]:
                 call.args = (*call.args, part)
 

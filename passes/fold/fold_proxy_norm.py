@@ -49,39 +49,39 @@ class FoldProxyNorm(GraphPass):
     preserves_outputs = True
 
     @torch.no_grad()
-    def run(self, graph: fx.GraphModule) -> PassResult:
+    def run(self, gm: fx.GraphModule) -> PassResult:
         constants: dict[fx.Node, Tensor] = {}
         notes: list[Diagnostic] = []
         rewritten = 0
-        for path, calls in module_calls(graph).items():
-            site = graph.get_submodule(path)
+        for path, calls in module_calls(gm).items():
+            site = gm.get_submodule(path)
             if isinstance(site, ProxyNormAct):
-                notes += _notes(graph, path, site, calls)
-                _fold_site(graph, path, site, calls, constants)
+                notes += _notes(gm, path, site, calls)
+                _fold_site(gm, path, site, calls, constants)
                 rewritten += 1
-        for path, calls in module_calls(graph).items():
-            module = graph.get_submodule(path)
+        for path, calls in module_calls(gm).items():
+            module = gm.get_submodule(path)
             if isinstance(module, ChannelAffine):
-                _fold_channel_affine(graph, path, calls, constants)
+                _fold_channel_affine(gm, path, calls, constants)
             elif type(module) in _PLAIN:
                 _fold_consumer(module, calls, constants)
         return PassResult(rewritten, tuple(notes))
 
-    def ensures(self, graph: fx.GraphModule) -> None:
-        for name in module_calls(graph):  # a region inside a leaf is a graph of its own
-            module = graph.get_submodule(name)
+    def ensures(self, gm: fx.GraphModule) -> None:
+        for name in module_calls(gm):  # a region inside a leaf is a graph of its own
+            module = gm.get_submodule(name)
             if isinstance(module, ProxyNormAct | ChannelAffine) or type(module) in _PLAIN:
                 raise PostconditionError(f"{name} ({type(module).__name__}) is not folded")
 
 
-def _notes(graph: fx.GraphModule, path: str, site: ProxyNormAct, calls: list[fx.Node]) -> list[Diagnostic]:
+def _notes(gm: fx.GraphModule, path: str, site: ProxyNormAct, calls: list[fx.Node]) -> list[Diagnostic]:
     """Where scale and shift of the site go: into consumers, before other readers, or nowhere."""
     if "output" in site.outputs:
         bounds = clip_bounds(site.activation) is not None and "affine" not in site.outputs
         return [where_it_went(path, "into its bounds" if bounds else "behind its activation", ())]
-    reads = [read for call in calls for read in site_outputs(graph, call).get("shift", ())]
+    reads = [read for call in calls for read in site_outputs(gm, call).get("shift", ())]
     users = list(dict.fromkeys(user for read in reads for user in read.users))
-    into = [user for user in users if type(called_module(graph, user)) in _PLAIN]
+    into = [user for user in users if type(called_module(gm, user)) in _PLAIN]
     applied = [user for user in users if user not in into]
     gates = [user for user in applied if len(user.args) > 3]
     before = [reader for user in applied if user not in gates for reader in user.users]
@@ -90,7 +90,7 @@ def _notes(graph: fx.GraphModule, path: str, site: ProxyNormAct, calls: list[fx.
 
 
 def _fold_site(
-    graph: fx.GraphModule,
+    gm: fx.GraphModule,
     path: str,
     site: ProxyNormAct,
     calls: list[fx.Node],
@@ -116,15 +116,15 @@ def _fold_site(
     if whole and clamp is None:
         remaining = None if site.scales_affine else scale.to(dtype)
         tail.append(ConstantAffine(remaining, shift.to(dtype)))
-    reads = {call: site_outputs(graph, call) for call in calls}
-    replace_module(graph, path, norm)
-    paths = [add_module(graph, f"{path}_{type(m).__name__.lower()}", m.eval()) for m in tail]
+    reads = {call: site_outputs(gm, call) for call in calls}
+    replace_module(gm, path, norm)
+    paths = [add_module(gm, f"{path}_{type(m).__name__.lower()}", m.eval()) for m in tail]
     for call, old in reads.items():
         for name, value in (("scale", scale), ("shift", shift)):
             constants.update(dict.fromkeys(old.get(name, ()), value))  # type: ignore[call-overload]
         last = call
         for tail_path in paths:
-            last = call_module_after(graph, last, tail_path, (last,))
+            last = call_module_after(gm, last, tail_path, (last,))
         new: dict[Output, fx.Node] = {"output": last, "activation": last, "affine": call}
         chain = {last, *chain_between(call, last)}
         for name, node in new.items():
@@ -154,13 +154,13 @@ def _constant(operand: object, constants: dict[fx.Node, Tensor]) -> Tensor | Non
 
 
 def _fold_channel_affine(
-    graph: fx.GraphModule, path: str, calls: list[fx.Node], constants: dict[fx.Node, Tensor]
+    gm: fx.GraphModule, path: str, calls: list[fx.Node], constants: dict[fx.Node, Tensor]
 ) -> None:
     for call in calls:  # one each: every ChannelAffine is added for one place
         scale, shift = (_constant(operand, constants) for operand in call.args[1:3])
-        dtype = next((p.dtype for p in graph.parameters()), torch.float32)
+        dtype = next((p.dtype for p in gm.parameters()), torch.float32)
         replace_module(
-            graph,
+            gm,
             path,
             ConstantAffine(
                 None if scale is None else scale.to(dtype),

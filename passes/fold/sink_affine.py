@@ -64,38 +64,38 @@ class SinkAffine(GraphPass):
     preserves_outputs = True
 
     @torch.no_grad()
-    def run(self, graph: fx.GraphModule) -> PassResult:
-        router = Router(graph, through_padding=False)
-        sources = _sources(graph)
+    def run(self, gm: fx.GraphModule) -> PassResult:
+        router = Router(gm, through_padding=False)
+        sources = _sources(gm)
         while True:
-            flow = _Flow(graph, router, sources)
+            flow = _Flow(gm, router, sources)
             flow.run()
             if not flow.blocked:
                 break
             sources = {node: pair for node, pair in sources.items() if node not in flow.blocked}
         for absorber, pair in flow.absorbers.items():
-            put_into(graph, absorber, pair.scale, pair.shift)
+            put_into(gm, absorber, pair.scale, pair.shift)
         notes = []
         for source in sources:
             ends = [node for node, pair in flow.absorbers.items() if source in pair.sources]
-            notes.append(where_it_went(_site_of(graph, source), "into", ends))
-            _drop(graph, source)
+            notes.append(where_it_went(_site_of(gm, source), "into", ends))
+            _drop(gm, source)
         return PassResult(len(sources), tuple(notes))
 
 
-def _sources(graph: fx.GraphModule) -> dict[fx.Node, _Pair]:
+def _sources(gm: fx.GraphModule) -> dict[fx.Node, _Pair]:
     """Where a scale and shift are applied now: sites that are whole, and ChannelAffines without a gate."""
     found: dict[fx.Node, _Pair] = {}
-    calls = Counter(node.target for node in graph.graph.nodes if node.op == "call_module")
-    for node in graph.graph.nodes:
-        module = called_module(graph, node)
+    calls = Counter(node.target for node in gm.graph.nodes if node.op == "call_module")
+    for node in gm.graph.nodes:
+        module = called_module(gm, node)
         if isinstance(module, ProxyNormAct) and "output" in module.outputs and calls[node.target] == 1:
-            reads = site_outputs(graph, node)["output"]
+            reads = site_outputs(gm, node)["output"]
             if len(reads) == 1:
                 found[reads[0]] = _pair(module, reads[0], scaled=not module.scales_affine)
         elif isinstance(module, ChannelAffine) and len(node.args) == 3:
             _, scale, shift = node.args
-            site = called_module(graph, shift.args[0]) if isinstance(shift, fx.Node) else None  # type: ignore[arg-type]
+            site = called_module(gm, shift.args[0]) if isinstance(shift, fx.Node) else None  # type: ignore[arg-type]
             if isinstance(site, ProxyNormAct):
                 found[node] = _pair(site, node, scaled=scale is not None)
     return found
@@ -107,9 +107,9 @@ def _pair(site: ProxyNormAct, source: fx.Node, *, scaled: bool) -> _Pair:
     return _Pair(scale, shift, frozenset([source]), flat=rank(source) == 2)
 
 
-def _site_of(graph: fx.GraphModule, source: fx.Node) -> str:
+def _site_of(gm: fx.GraphModule, source: fx.Node) -> str:
     """Path of the site whose scale and shift `source` applies."""
-    module = called_module(graph, source)
+    module = called_module(gm, source)
     if isinstance(module, ProxyNormAct):
         return str(source.target)
     read = source.args[2] if isinstance(module, ChannelAffine) else source
@@ -117,17 +117,17 @@ def _site_of(graph: fx.GraphModule, source: fx.Node) -> str:
     return str(read.all_input_nodes[0].target)
 
 
-def _drop(graph: fx.GraphModule, source: fx.Node) -> None:
+def _drop(gm: fx.GraphModule, source: fx.Node) -> None:
     """Readers of `source` get the activation, without scale and shift."""
-    module = called_module(graph, source)
+    module = called_module(gm, source)
     if isinstance(module, ChannelAffine):
         value = source.args[0]
         assert isinstance(value, fx.Node)
         source.replace_all_uses_with(value)
-        graph.graph.erase_node(source)
+        gm.graph.erase_node(source)
         return
     call = source if isinstance(module, ProxyNormAct) else source.all_input_nodes[0]
-    site = called_module(graph, call)
+    site = called_module(gm, call)
     assert isinstance(site, ProxyNormAct)
     site.outputs = tuple("activation" if name == "output" else name for name in site.outputs)
 
@@ -140,8 +140,8 @@ class _Flow:
         blocked: the sources of which some part reaches something else.
     """
 
-    def __init__(self, graph: fx.GraphModule, router: Router, sources: dict[fx.Node, _Pair]) -> None:
-        self.graph, self.router, self.sources = graph, router, sources
+    def __init__(self, gm: fx.GraphModule, router: Router, sources: dict[fx.Node, _Pair]) -> None:
+        self.gm, self.router, self.sources = gm, router, sources
         self.pairs: dict[fx.Node, _Pair] = {}
         self.parts: dict[fx.Node, list[_Pair]] = {}  # of nodes with several results
         self.inside: set[fx.Node] = set()  # of a channel shuffle
@@ -149,7 +149,7 @@ class _Flow:
         self.blocked: set[fx.Node] = set()
 
     def run(self) -> None:
-        for node in self.graph.graph.nodes:
+        for node in self.gm.graph.nodes:
             pairs = [self.pairs[n] for n in node.all_input_nodes if n in self.pairs]
             pairs += [part for n in node.all_input_nodes for part in self.parts.get(n, ())]
             skip = reads_shape(node) or node in self.inside
@@ -174,7 +174,7 @@ class _Flow:
 
     def _ends_channels_last(self, node: fx.Node, value: fx.Node, pair: _Pair) -> bool:
         """Whether `node` is a linear layer over the last axis, and the channels are there."""
-        module, dims = called_module(self.graph, node), rank(value)
+        module, dims = called_module(self.gm, node), rank(value)
         return (
             type(module) is nn.Linear
             and dims == pair.axis + 1
@@ -213,15 +213,15 @@ class _Flow:
             self.pairs[node] = dataclasses.replace(pair, axis=axes.index(pair.axis))
         elif pair.axis != 1:
             return self._passes_with_channels_elsewhere(node, pair)
-        elif commutes(self.graph, node, value, through_padding=False):
-            module = called_module(self.graph, node)
+        elif commutes(self.gm, node, value, through_padding=False):
+            module = called_module(self.gm, node)
             flattens = flattens_channels(node) or (module is not None and flattens_module(module))
             self.pairs[node] = dataclasses.replace(pair, flat=pair.flat or flattens or rank(node) == 2)
         elif pair.flat:
             return False
-        elif resizes(self.graph, node, value) or joins_pixels(self.graph, node):
+        elif resizes(self.gm, node, value) or joins_pixels(self.gm, node):
             self.pairs[node] = pair
-        elif (shuffle := shuffled(self.graph, node)) is not None and len(pair.scale) % shuffle[1] == 0:
+        elif (shuffle := shuffled(self.gm, node)) is not None and len(pair.scale) % shuffle[1] == 0:
             last, groups = shuffle
             order = torch.arange(len(pair.scale), device=pair.scale.device).view(groups, -1).T.reshape(-1)
             self.pairs[last] = pair.take(order)
@@ -235,7 +235,7 @@ class _Flow:
         return True
 
     def _passes_with_channels_elsewhere(self, node: fx.Node, pair: _Pair) -> bool:
-        module = called_module(self.graph, node)
+        module = called_module(self.gm, node)
         if not isinstance(module, nn.Identity | nn.Dropout) and operator_name(node) != "contiguous":
             return False
         self.pairs[node] = pair
@@ -256,7 +256,7 @@ class _Flow:
         """That of `node`, or the identity; None if the number of its channels is unknown."""
         if node in self.pairs:
             return self.pairs[node]
-        size = channels_of(self.graph, node)
+        size = channels_of(self.gm, node)
         if size is None:
             return None
         like = next(iter(self.pairs.values())).scale

@@ -17,17 +17,15 @@ class UnshareStatistics(GraphPass):
 
     preserves_outputs = True
 
-    def run(self, graph: fx.GraphModule) -> PassResult:
+    def run(self, gm: fx.GraphModule) -> PassResult:
         rewritten = 0
-        for calls in module_calls(graph).values():
+        for calls in module_calls(gm).values():
             for call in calls:
-                if isinstance(called_module(graph, call), ProxyNormAct) and len(call.args) == 2:
+                if isinstance(called_module(gm, call), ProxyNormAct) and len(call.args) == 2:
                     call.args = call.args[:1]
                     rewritten += 1
-        shared = [
-            node for node in graph.graph.nodes if isinstance(called_module(graph, node), ProxyStatistics)
-        ]
+        shared = [node for node in gm.graph.nodes if isinstance(called_module(gm, node), ProxyStatistics)]
         for node in shared:
             for dead in (*node.users, node, *node.args):
-                graph.graph.erase_node(dead)
+                gm.graph.erase_node(dead)
         return PassResult(rewritten)

@@ -41,11 +41,11 @@ class AbsorbConstants(GraphPass):
     preserves_outputs = True
 
     @torch.no_grad()
-    def run(self, graph: fx.GraphModule) -> PassResult:
+    def run(self, gm: fx.GraphModule) -> PassResult:
         rewritten = 0
-        overwritten = find_aliases(graph).overwritten
-        for path, calls in module_calls(graph).items():
-            affine = graph.get_submodule(path)
+        overwritten = find_aliases(gm).overwritten
+        for path, calls in module_calls(gm).items():
+            affine = gm.get_submodule(path)
             if not isinstance(affine, ConstantAffine) or any(len(call.args) > 1 for call in calls):
                 continue
             rewritten += affine.scale is None or affine.shift is None
@@ -54,23 +54,23 @@ class AbsorbConstants(GraphPass):
                 fixed = call.all_input_nodes[0] in overwritten  # its readers would read it later
                 if fixed:
                     continue
-                if _put_before(graph, call, scale, shift) or _put_behind(graph, call, scale, shift):
+                if _put_before(gm, call, scale, shift) or _put_behind(gm, call, scale, shift):
                     call.replace_all_uses_with(call.all_input_nodes[0])
-                    graph.graph.erase_node(call)
+                    gm.graph.erase_node(call)
                     rewritten += 1
         return PassResult(rewritten)
 
 
-def _put_before(graph: fx.GraphModule, call: fx.Node, scale: Tensor, shift: Tensor) -> bool:
+def _put_before(gm: fx.GraphModule, call: fx.Node, scale: Tensor, shift: Tensor) -> bool:
     """Puts the affine of `call` into what it reads, if that is linear and nothing else reads it."""
     producer = call.all_input_nodes[0]
-    module = called_module(graph, producer)
+    module = called_module(gm, producer)
     if type(module) not in _PRODUCERS or not all(u is call or reads_shape(u) for u in producer.users):
         return False
     assert isinstance(module, nn.Linear | nn.modules.conv._ConvNd)
     if isinstance(module, nn.Linear) and rank(producer) != 2:  # its outputs are on the last axis
         return False
-    if Router(graph, through_padding=False).fixed_weight(producer) is not None:
+    if Router(gm, through_padding=False).fixed_weight(producer) is not None:
         return False
     weight, bias = absorb_output_affine(
         module.weight.double(), None if module.bias is None else module.bias.double(), scale, shift,
@@ -80,13 +80,13 @@ def _put_before(graph: fx.GraphModule, call: fx.Node, scale: Tensor, shift: Tens
     return True
 
 
-def _put_behind(graph: fx.GraphModule, call: fx.Node, scale: Tensor, shift: Tensor) -> bool:
+def _put_behind(gm: fx.GraphModule, call: fx.Node, scale: Tensor, shift: Tensor) -> bool:
     """Puts the affine of `call` into the linear operators that read it, if each reader is one."""
-    route = Router(graph, through_padding=not shift.any()).route(call, len(scale))
+    route = Router(gm, through_padding=not shift.any()).route(call, len(scale))
     if route.blocked or not route.absorbers:
         return False
     if set(call.users) != set(route.absorbers) and not (scale > 0).all():
         return False  # something lies between, such as a max pool, with which only a positive scale commutes
     for absorber in route.absorbers:
-        put_into(graph, absorber, scale, shift)
+        put_into(gm, absorber, scale, shift)
     return True

@@ -25,10 +25,10 @@ class FreezeNormalizers(GraphPass):
         """Path of each normalizer to freeze -> (scale, shift), [C] each."""
         self.constants = constants
 
-    def run(self, graph: fx.GraphModule) -> PassResult:
+    def run(self, gm: fx.GraphModule) -> PassResult:
         rewritten = 0
-        for path in module_calls(graph):
-            if path in self.constants and type(graph.get_submodule(path)) is not ConstantAffine:
-                replace_module(graph, path, ConstantAffine(*self.constants[path]))
+        for path in module_calls(gm):
+            if path in self.constants and type(gm.get_submodule(path)) is not ConstantAffine:
+                replace_module(gm, path, ConstantAffine(*self.constants[path]))
                 rewritten += 1
         return PassResult(rewritten)

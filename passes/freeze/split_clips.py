@@ -30,40 +30,40 @@ class SplitClips(GraphPass):
     requires = (FreezeNormalizers,)
     preserves_outputs = True
 
-    def run(self, graph: fx.GraphModule) -> PassResult:
-        calls = module_calls(graph)
+    def run(self, gm: fx.GraphModule) -> PassResult:
+        calls = module_calls(gm)
         rewritten = 0
         for path, clips in calls.items():
-            clamp = graph.get_submodule(path)
+            clamp = gm.get_submodule(path)
             if not isinstance(clamp, ConstantClamp) or clamp.lower is None:
                 continue
             before = [clip.all_input_nodes[0] for clip in clips]
-            if all(_is_own_affine(graph, affine, calls) for affine in before):
-                _split(graph, path, clips, clamp)
+            if all(_is_own_affine(gm, affine, calls) for affine in before):
+                _split(gm, path, clips, clamp)
                 rewritten += 1
         return PassResult(rewritten)
 
 
-def _is_own_affine(graph: fx.GraphModule, node: fx.Node, calls: dict[str, list[fx.Node]]) -> bool:
+def _is_own_affine(gm: fx.GraphModule, node: fx.Node, calls: dict[str, list[fx.Node]]) -> bool:
     """Whether `node` is a constant affine that nothing but one clip reads."""
-    plain = isinstance(called_module(graph, node), ConstantAffine) and len(node.args) == 1
+    plain = isinstance(called_module(gm, node), ConstantAffine) and len(node.args) == 1
     return plain and len(node.users) == 1 and all(len(call.users) == 1 for call in calls[str(node.target)])
 
 
-def _split(graph: fx.GraphModule, path: str, clips: list[fx.Node], clamp: ConstantClamp) -> None:
+def _split(gm: fx.GraphModule, path: str, clips: list[fx.Node], clamp: ConstantClamp) -> None:
     assert clamp.lower is not None
     lower = clamp.lower
     scale = torch.ones_like(lower) if clamp.upper is None else (clamp.upper - lower) / 6
     for affine_path in {str(clip.all_input_nodes[0].target) for clip in clips}:
-        affine = graph.get_submodule(affine_path)
+        affine = gm.get_submodule(affine_path)
         assert isinstance(affine, ConstantAffine)
         assert affine.scale is not None
         assert affine.shift is not None
         inner = ConstantAffine(affine.scale / scale, (affine.shift - lower) / scale)
-        replace_module(graph, affine_path, inner)
-    replace_module(graph, path, nn.ReLU() if clamp.upper is None else nn.ReLU6())
-    outer_path = add_module(graph, f"{path}_affine", ConstantAffine(scale, lower).eval())
+        replace_module(gm, affine_path, inner)
+    replace_module(gm, path, nn.ReLU() if clamp.upper is None else nn.ReLU6())
+    outer_path = add_module(gm, f"{path}_affine", ConstantAffine(scale, lower).eval())
     for clip in clips:
-        outer = call_module_after(graph, clip, outer_path, (clip,))
+        outer = call_module_after(gm, clip, outer_path, (clip,))
         for user in [user for user in clip.users if user is not outer]:
             user.replace_input_with(clip, outer)

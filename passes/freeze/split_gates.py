@@ -27,41 +27,41 @@ class SplitGates(GraphPass):
     requires = (FreezeNormalizers,)
     preserves_outputs = True
 
-    def run(self, graph: fx.GraphModule) -> PassResult:
+    def run(self, gm: fx.GraphModule) -> PassResult:
         rewritten = 0
-        for path, calls in module_calls(graph).items():
-            affine = graph.get_submodule(path)
+        for path, calls in module_calls(gm).items():
+            affine = gm.get_submodule(path)
             for call in calls:
                 if (
                     isinstance(affine, ConstantAffine)
                     and len(call.args) == 2
-                    and _is_frozen(graph, call.all_input_nodes[0])
+                    and _is_frozen(gm, call.all_input_nodes[0])
                 ):
-                    _split(graph, call, *affine.write_out())
+                    _split(gm, call, *affine.write_out())
                     rewritten += 1
         return PassResult(rewritten)
 
 
-def _is_frozen(graph: fx.GraphModule, value: fx.Node) -> bool:
+def _is_frozen(gm: fx.GraphModule, value: fx.Node) -> bool:
     """Whether `value` is the activation of a frozen site."""
-    act = called_module(graph, value)
+    act = called_module(gm, value)
     if act is None or not is_activation(act):
         return False
-    return isinstance(called_module(graph, value.all_input_nodes[0]), ConstantAffine)
+    return isinstance(called_module(gm, value.all_input_nodes[0]), ConstantAffine)
 
 
-def _split(graph: fx.GraphModule, call: fx.Node, scale: torch.Tensor, shift: torch.Tensor) -> None:
+def _split(gm: fx.GraphModule, call: fx.Node, scale: torch.Tensor, shift: torch.Tensor) -> None:
     value, gate = call.all_input_nodes
-    route = Router(graph, through_padding=False).route(value, len(scale))
+    route = Router(gm, through_padding=False).route(value, len(scale))
     others = [blocked for blocked in route.blocked if blocked.user is not call]
-    z = call_module_after(graph, value, str(call.target), (value,))
-    with graph.graph.inserting_after(call):
-        product = graph.graph.call_function(operator.mul, (z, gate))
+    z = call_module_after(gm, value, str(call.target), (value,))
+    with gm.graph.inserting_after(call):
+        product = gm.graph.call_function(operator.mul, (z, gate))
     product.meta = dict(call.meta)
     call.replace_all_uses_with(product)
-    graph.graph.erase_node(call)
+    gm.graph.erase_node(call)
     if others or not (scale > 0).all():
         return
     for absorber in route.absorbers:
-        put_into(graph, absorber, 1 / scale, -shift / scale)
+        put_into(gm, absorber, 1 / scale, -shift / scale)
     value.replace_all_uses_with(z, delete_user_cb=lambda user: user is not z)

@@ -29,51 +29,51 @@ class CanonicalizeActivations(GraphPass):
 
     preserves_outputs = True
 
-    def run(self, graph: fx.GraphModule) -> PassResult:
+    def run(self, gm: fx.GraphModule) -> PassResult:
         rewritten = 0
-        for node in list(graph.graph.nodes):
-            module = called_module(graph, node)
+        for node in list(gm.graph.nodes):
+            module = called_module(gm, node)
             if isinstance(module, nn.Identity) and node.args and not has_hooks(module):
                 node.replace_all_uses_with(node.all_input_nodes[0])
-                graph.graph.erase_node(node)
+                gm.graph.erase_node(node)
                 rewritten += 1
                 continue
             name_options(node)
-            rewritten += _redirect_later_users(graph, node)
-        pinned = find_aliases(graph).pinned
-        calls = [node for node in graph.graph.nodes if node.op in ("call_function", "call_method")]
-        free = [node for node in calls if pinned.isdisjoint(writes(graph, node))]
+            rewritten += _redirect_later_users(gm, node)
+        pinned = find_aliases(gm).pinned
+        calls = [node for node in gm.graph.nodes if node.op in ("call_function", "call_method")]
+        free = [node for node in calls if pinned.isdisjoint(writes(gm, node))]
         rewritten += sum(map(_without_writing, free))
-        overwritten = find_aliases(graph).overwritten
-        return PassResult(rewritten + sum(_rewrite(graph, node, overwritten) for node in free))
+        overwritten = find_aliases(gm).overwritten
+        return PassResult(rewritten + sum(_rewrite(gm, node, overwritten) for node in free))
 
 
-def _redirect_later_users(graph: fx.GraphModule, node: fx.Node) -> int:
+def _redirect_later_users(gm: fx.GraphModule, node: fx.Node) -> int:
     """What reads a tensor after `node` has overwritten and returned it, reads the result: the same tensor."""
-    target = returns_target(graph, node)
+    target = returns_target(gm, node)
     later = [] if target is None else [user for user in target.users if user > node]
     for user in later:
         user.replace_input_with(target, node)  # type: ignore[arg-type]  # no users of None
     return len(later)
 
 
-def _rewrite(graph: fx.GraphModule, node: fx.Node, overwritten: Collection[fx.Node]) -> int:
+def _rewrite(gm: fx.GraphModule, node: fx.Node, overwritten: Collection[fx.Node]) -> int:
     module = activation_of(node)
-    if module is None or not _takes(graph, node.all_input_nodes[0], module):
+    if module is None or not _takes(gm, node.all_input_nodes[0], module):
         return 0
     if node in overwritten and "relu" not in operator_name(node):
         module = reading_input(module)  # as clamp does; a relu cannot be trained there in any case
-    path = add_module(graph, node.name, module.train(graph.training))
-    call = call_module_after(graph, node, path, (node.all_input_nodes[0],))
+    path = add_module(gm, node.name, module.train(gm.training))
+    call = call_module_after(gm, node, path, (node.all_input_nodes[0],))
     call.meta = dict(node.meta)
     node.replace_all_uses_with(call)
-    graph.graph.erase_node(node)
+    gm.graph.erase_node(node)
     return 1
 
 
-def _takes(graph: fx.GraphModule, value: fx.Node, module: nn.Module) -> bool:
+def _takes(gm: fx.GraphModule, value: fx.Node, module: nn.Module) -> bool:
     """Whether `module` computes of `value` what the function does: bounds of Hardtanh are no integers."""
-    floating = is_floating(graph, value)
+    floating = is_floating(gm, value)
     return not isinstance(module, nn.Hardtanh) if floating is None else floating
 
 

@@ -30,20 +30,20 @@ class CanonicalizeModules(GraphPass):
 
     preserves_outputs = True
 
-    def run(self, graph: fx.GraphModule) -> PassResult:
-        norms = [path for path, module in graph.named_modules() if has_plain_forward(module)]
-        rewritten = sum(_move_parts_out(graph, path) for path in norms)
-        for path, calls in module_calls(graph).items():
-            if is_fused_norm_act(graph.get_submodule(path)):
-                _split(graph, path, calls)
+    def run(self, gm: fx.GraphModule) -> PassResult:
+        norms = [path for path, module in gm.named_modules() if has_plain_forward(module)]
+        rewritten = sum(_move_parts_out(gm, path) for path in norms)
+        for path, calls in module_calls(gm).items():
+            if is_fused_norm_act(gm.get_submodule(path)):
+                _split(gm, path, calls)
                 rewritten += len(calls)
-        for node in list(graph.graph.nodes):
+        for node in list(gm.graph.nodes):
             if counts_batches(node) and not node.users:  # of a BatchNorm to be replaced
-                graph.graph.erase_node(node)
+                gm.graph.erase_node(node)
                 rewritten += 1
             elif node.op == "call_function":
-                rewritten += _modularize(graph, node)
-        return PassResult(rewritten + modularize_norms(graph))
+                rewritten += _modularize(gm, node)
+        return PassResult(rewritten + modularize_norms(gm))
 
 
 def is_fused_norm_act(module: nn.Module) -> bool:
@@ -56,8 +56,8 @@ def is_fused_norm_act(module: nn.Module) -> bool:
     )
 
 
-def _split(graph: fx.GraphModule, path: str, calls: list[fx.Node]) -> None:
-    fused: Any = graph.get_submodule(path)
+def _split(gm: fx.GraphModule, path: str, calls: list[fx.Node]) -> None:
+    fused: Any = gm.get_submodule(path)
     plain = nn.BatchNorm2d(
         fused.num_features,
         fused.eps,
@@ -68,28 +68,28 @@ def _split(graph: fx.GraphModule, path: str, calls: list[fx.Node]) -> None:
     )
     plain._parameters.update(fused._parameters)
     plain._buffers.update(fused._buffers)
-    replace_module(graph, path, plain)
+    replace_module(gm, path, plain)
     parts = {suffix: getattr(fused, suffix) for suffix in ("drop", "act")}
     added = [
-        add_module(graph, f"{path}_{suffix}", part)
+        add_module(gm, f"{path}_{suffix}", part)
         for suffix, part in parts.items()
         if not isinstance(part, nn.Identity)
     ]
     for call in calls:
         users, last = list(call.users), call
         for part_path in added:
-            last = call_module_after(graph, last, part_path, (last,))
+            last = call_module_after(gm, last, part_path, (last,))
         for user in users:
             user.replace_input_with(call, last)
 
 
-def _move_parts_out(graph: fx.GraphModule, path: str) -> int:
+def _move_parts_out(gm: fx.GraphModule, path: str) -> int:
     """Gives what the BatchNorm at `path` holds, and the graph calls itself, a place beside it."""
-    norm = graph.get_submodule(path)
+    norm = gm.get_submodule(path)
     parts = list(norm.named_children())
     for name, part in parts:
-        old, new = f"{path}.{name}", add_module(graph, f"{path}_{name}", part)
-        for node in graph.graph.nodes:
+        old, new = f"{path}.{name}", add_module(gm, f"{path}_{name}", part)
+        for node in gm.graph.nodes:
             target = str(node.target)
             if node.op in ("call_module", "get_attr") and (target == old or target.startswith(f"{old}.")):
                 node.target = new + target.removeprefix(old)
@@ -97,14 +97,14 @@ def _move_parts_out(graph: fx.GraphModule, path: str) -> int:
     return len(parts)
 
 
-def _modularize(graph: fx.GraphModule, node: fx.Node) -> int:
+def _modularize(gm: fx.GraphModule, node: fx.Node) -> int:
     name = operator_name(node)
     if name in _CONVS:
         given = operands(node, *_CONV_OPERANDS)
-        return _replace_by_module(graph, node, given, _conv_like(graph, _CONVS[name], given))
+        return _replace_by_module(gm, node, given, _conv_like(gm, _CONVS[name], given))
     if name == "linear":
         given = operands(node, "weight", "bias")
-        weight = _tensor(graph, given.get("weight"))
+        weight = _tensor(gm, given.get("weight"))
         layer = (
             None
             if weight is None
@@ -112,12 +112,12 @@ def _modularize(graph: fx.GraphModule, node: fx.Node) -> int:
                 weight.shape[1], weight.shape[0], bias=given.get("bias") is not None, device="meta"
             )
         )
-        return _replace_by_module(graph, node, given, layer)
+        return _replace_by_module(gm, node, given, layer)
     return 0
 
 
-def _conv_like(graph: fx.GraphModule, cls: type[nn.Module], given: dict[str, Any]) -> nn.Module | None:
-    weight = _tensor(graph, given.get("weight"))
+def _conv_like(gm: fx.GraphModule, cls: type[nn.Module], given: dict[str, Any]) -> nn.Module | None:
+    weight = _tensor(gm, given.get("weight"))
     if weight is None:
         return None
     options = {k: given[k] for k in ("stride", "padding", "dilation", "groups") if k in given}
@@ -139,46 +139,46 @@ def _conv_like(graph: fx.GraphModule, cls: type[nn.Module], given: dict[str, Any
     )
 
 
-def _tensor(graph: fx.GraphModule, operand: Any) -> torch.Tensor | None:
+def _tensor(gm: fx.GraphModule, operand: Any) -> torch.Tensor | None:
     """The parameter or buffer that `operand` reads, or None."""
     if not isinstance(operand, fx.Node) or operand.op != "get_attr":
         return None
     owner, _, name = str(operand.target).rpartition(".")
-    value = getattr(graph.get_submodule(owner), name)
+    value = getattr(gm.get_submodule(owner), name)
     return value if isinstance(value, torch.Tensor) else None
 
 
 def _replace_by_module(
-    graph: fx.GraphModule, node: fx.Node, given: dict[str, Any], module: nn.Module | None
+    gm: fx.GraphModule, node: fx.Node, given: dict[str, Any], module: nn.Module | None
 ) -> int:
     """Puts `module`, with the tensors of `given`, at the path that owns them, and calls it."""
     if module is None or not node.args:
         return 0
     tensors = {key: value for key, value in given.items() if isinstance(value, fx.Node)}
-    owner = _common_owner(graph, tensors)
+    owner = _common_owner(gm, tensors)
     if owner is None:
         return 0
-    holder = graph.get_submodule(owner)
+    holder = gm.get_submodule(owner)
     if type(holder) is nn.Module:  # the container that tracing or exporting made for the parameters
         module.train(holder.training)
         for key in tensors:
             module._parameters[key] = getattr(holder, key)
-        graph.set_submodule(owner, module)
+        gm.set_submodule(owner, module)
     elif (
         type(holder) is not type(module)
         or holder.extra_repr() != module.extra_repr()
         or has_hooks(holder)  # which the function does not call
     ):
         return 0
-    with graph.graph.inserting_after(node):
-        call = graph.graph.call_module(owner, (node.args[0],))
+    with gm.graph.inserting_after(node):
+        call = gm.graph.call_module(owner, (node.args[0],))
     call.meta = dict(node.meta)
     node.replace_all_uses_with(call)
-    graph.graph.erase_node(node)
+    gm.graph.erase_node(node)
     return 1
 
 
-def _common_owner(graph: fx.GraphModule, tensors: dict[str, fx.Node]) -> str | None:
+def _common_owner(gm: fx.GraphModule, tensors: dict[str, fx.Node]) -> str | None:
     """The path that owns all of `tensors` under their usual names, and nothing else; or None."""
     owners = set()
     for key, node in tensors.items():
@@ -188,7 +188,7 @@ def _common_owner(graph: fx.GraphModule, tensors: dict[str, fx.Node]) -> str | N
         owners.add(owner)
     if len(owners) != 1:
         return None
-    holder = graph.get_submodule(owner := owners.pop())
+    holder = gm.get_submodule(owner := owners.pop())
     held = {*holder._parameters, *holder._buffers} - {"num_batches_tracked"}
     present = {key for key in held if getattr(holder, key) is not None}
     return owner if present == set(tensors) and not list(holder.children()) else None

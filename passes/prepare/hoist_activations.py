@@ -29,17 +29,17 @@ class HoistActivations(GraphPass):
     preserves_outputs = True
     runs_after = (RecognizeActivations,)
 
-    def run(self, graph: fx.GraphModule) -> PassResult:
+    def run(self, gm: fx.GraphModule) -> PassResult:
         rewritten = 0
-        aliases = find_aliases(graph)  # shape readers move, and activations of what is not pinned
-        for node in list(graph.graph.nodes):
-            module = called_module(graph, node)
+        aliases = find_aliases(gm)  # shape readers move, and activations of what is not pinned
+        for node in list(gm.graph.nodes):
+            module = called_module(gm, node)
             if module is None:
                 continue
             if is_batch_norm(module) and node.args:
                 rewritten += _read_shape_of_input(node, aliases)
             elif is_activation(module) and not has_hooks(module):
-                rewritten += _hoist(graph, node, module, aliases)
+                rewritten += _hoist(gm, node, module, aliases)
         return PassResult(rewritten)
 
 
@@ -56,32 +56,32 @@ def _read_shape_of_input(norm: fx.Node, aliases: Aliases) -> int:
     return len(readers)
 
 
-def _hoist(graph: fx.GraphModule, activation: fx.Node, module: nn.Module, aliases: Aliases) -> int:
+def _hoist(gm: fx.GraphModule, activation: fx.Node, module: nn.Module, aliases: Aliases) -> int:
     source, chain = activation.all_input_nodes[0], []
-    while _passes(graph, source, module) and _read_once(source):
+    while _passes(gm, source, module) and _read_once(source):
         chain.append(source)
         source = source.all_input_nodes[0]
-    norm = called_module(graph, source)
+    norm = called_module(gm, source)
     if not chain or norm is None or not is_batch_norm(norm) or not _read_once(source):
         return 0
     if source in aliases.pinned:
         return 0
-    moved = call_module_after(graph, source, str(activation.target), (source,))
+    moved = call_module_after(gm, source, str(activation.target), (source,))
     chain[-1].replace_input_with(source, moved)
     activation.replace_all_uses_with(chain[0])
-    graph.graph.erase_node(activation)
+    gm.graph.erase_node(activation)
     return 1
 
 
-def _passes(graph: fx.GraphModule, node: fx.Node, activation: nn.Module) -> bool:
+def _passes(gm: fx.GraphModule, node: fx.Node, activation: nn.Module) -> bool:
     """Whether `activation` can be applied before `node` instead of after it."""
-    module = called_module(graph, node)
+    module = called_module(gm, node)
     if module is not None and has_hooks(module):
         return False
     if moves_values(node, module):
         return all(parameter.numel() == 1 for parameter in activation.parameters())
     drops = type(module) in _DROPOUTS or operator_name(node) in _DROPOUT_NAMES
-    in_place = bool(writes(graph, node))  # over the output of the activation, which its gradient needs
+    in_place = bool(writes(gm, node))  # over the output of the activation, which its gradient needs
     return drops and not in_place and is_homogeneous(activation)
 
 

@@ -35,30 +35,30 @@ class RecognizeActivations(GraphPass):
     preserves_outputs = True
     requires = (CanonicalizeActivations,)
 
-    def run(self, graph: fx.GraphModule) -> PassResult:
+    def run(self, gm: fx.GraphModule) -> PassResult:
         rewritten = 0
         behind: set[fx.Node] = set()
-        aliases = find_aliases(graph)
-        for node in list(graph.graph.nodes):
-            module = called_module(graph, node)
+        aliases = find_aliases(gm)
+        for node in list(gm.graph.nodes):
+            module = called_module(gm, node)
             moved = moves_values(node, module) and node.all_input_nodes[0] in behind
             if moved or (module is not None and is_batch_norm(module)):
                 behind.add(node)
-                rewritten += 0 if node in aliases.pinned else _rewrite(graph, node, aliases.overwritten)
+                rewritten += 0 if node in aliases.pinned else _rewrite(gm, node, aliases.overwritten)
         return PassResult(rewritten)
 
 
-def _rewrite(graph: fx.GraphModule, source: fx.Node, overwritten: Collection[fx.Node]) -> int:
+def _rewrite(gm: fx.GraphModule, source: fx.Node, overwritten: Collection[fx.Node]) -> int:
     """Replaces what is computed of `source` alone, if it is an activation."""
     readers = [user for user in source.users if not reads_shape(user)]
     if len(readers) == 1:
-        module = called_module(graph, readers[0])
+        module = called_module(gm, readers[0])
         if module is not None and not is_activation(module):
-            return _rewrite_leaf(graph, readers[0], module)
+            return _rewrite_leaf(gm, readers[0], module)
     known = [
         (inside, act)
-        for inside, value in _expressions(graph, source)
-        for act in [_activation(graph, source, inside, value)]
+        for inside, value in _expressions(gm, source)
+        for act in [_activation(gm, source, inside, value)]
         if act is not None
     ]
     if not known:
@@ -69,20 +69,18 @@ def _rewrite(graph: fx.GraphModule, source: fx.Node, overwritten: Collection[fx.
         if isinstance(activation, _KEEPING_OUTPUT):
             return 0
         activation = reading_input(activation)
-    path = add_module(graph, result.name, activation.train(graph.training))
-    call = call_module_after(graph, result, path, (source,))
+    path = add_module(gm, result.name, activation.train(gm.training))
+    call = call_module_after(gm, result, path, (source,))
     call.meta = dict(source.meta)
     result.replace_all_uses_with(call)
     for node in reversed(inside):
-        graph.graph.erase_node(node)
+        gm.graph.erase_node(node)
     return 1
 
 
-def _activation(
-    graph: fx.GraphModule, source: fx.Node, inside: list[fx.Node], value: Value
-) -> nn.Module | None:
+def _activation(gm: fx.GraphModule, source: fx.Node, inside: list[fx.Node], value: Value) -> nn.Module | None:
     """The activation that the last node of `inside` computes, if it is one on the whole real line."""
-    function = _as_module(graph, source, inside)
+    function = _as_module(gm, source, inside)
     if isinstance(value, Piecewise):
         found = known_piecewise(value)
     else:
@@ -90,7 +88,7 @@ def _activation(
         switches = {0.0, float(found.threshold)} if isinstance(found, nn.Softplus) else {0.0}
         if not value.edges <= switches:
             return None  # a bend elsewhere, however small
-    dtypes = {p.dtype for p in graph.parameters() if p.is_floating_point()}
+    dtypes = {p.dtype for p in gm.parameters() if p.is_floating_point()}
     return found if found is not None and all(_keeps(function, dtype) for dtype in dtypes) else None
 
 
@@ -103,7 +101,7 @@ def _keeps(function: nn.Module, dtype: torch.dtype) -> bool:
         return False
 
 
-def _rewrite_leaf(graph: fx.GraphModule, call: fx.Node, module: nn.Module) -> int:
+def _rewrite_leaf(gm: fx.GraphModule, call: fx.Node, module: nn.Module) -> int:
     """Replaces a module without state that torch.fx did not enter, if it is an activation."""
     own = not type(module).__module__.startswith("torch.")
     stateless = next(module.parameters(), None) is None and next(module.buffers(), None) is None
@@ -112,12 +110,12 @@ def _rewrite_leaf(graph: fx.GraphModule, call: fx.Node, module: nn.Module) -> in
     activation = known_module(module)
     if activation is None:
         return 0
-    path = add_module(graph, call.name, activation.train(graph.training))
+    path = add_module(gm, call.name, activation.train(gm.training))
     call.target = path
     return 1
 
 
-def _expressions(graph: fx.GraphModule, source: fx.Node) -> Iterator[tuple[list[fx.Node], Value]]:
+def _expressions(gm: fx.GraphModule, source: fx.Node) -> Iterator[tuple[list[fx.Node], Value]]:
     """Sets of nodes that compute one value of `source` alone and that nothing else reads, smallest first.
 
     Each with what its last node computes.
@@ -126,25 +124,25 @@ def _expressions(graph: fx.GraphModule, source: fx.Node) -> Iterator[tuple[list[
     inside: list[fx.Node] = []
     node = source.next
     while node.op != "root" and len(inside) < _LONGEST:
-        value = _next_value(graph, node, values)
+        value = _next_value(gm, node, values)
         if value is not None:
             values[node] = value
             inside.append(node)
             needed = _ancestors(node, inside)
             others = {user for n in (source, *needed) for user in n.users if n is not node}
-            written = len(needed) > 1 or called_module(graph, node) is None
+            written = len(needed) > 1 or called_module(gm, node) is None
             if written and {user for user in others if not reads_shape(user)} <= set(needed):
                 yield needed, value
         node = node.next
 
 
-def _next_value(graph: fx.GraphModule, node: fx.Node, values: dict[fx.Node, Value]) -> Value | None:
+def _next_value(gm: fx.GraphModule, node: fx.Node, values: dict[fx.Node, Value]) -> Value | None:
     """What `node` computes of `values`, and of constants that it may read beside them."""
     inputs = node.all_input_nodes
     if not any(i in values for i in inputs):
         return None
-    constants = {i: v for i in inputs for v in [constant_of(graph, i)] if v is not None}
-    return value_of(graph, node, {**values, **constants})
+    constants = {i: v for i in inputs for v in [constant_of(gm, i)] if v is not None}
+    return value_of(gm, node, {**values, **constants})
 
 
 def _ancestors(node: fx.Node, inside: list[fx.Node]) -> list[fx.Node]:
@@ -156,7 +154,7 @@ def _ancestors(node: fx.Node, inside: list[fx.Node]) -> list[fx.Node]:
     return [n for n in inside if n in needed]
 
 
-def _as_module(graph: fx.GraphModule, source: fx.Node, inside: list[fx.Node]) -> fx.GraphModule:
+def _as_module(gm: fx.GraphModule, source: fx.Node, inside: list[fx.Node]) -> fx.GraphModule:
     """What `inside` computes of `source`, as a module of one argument."""
     expression = fx.Graph()
     values = {source: expression.placeholder("x")}
@@ -167,4 +165,4 @@ def _as_module(graph: fx.GraphModule, source: fx.Node, inside: list[fx.Node]) ->
     for node in inside:
         values[node] = expression.node_copy(node, copied)
     expression.output(values[inside[-1]])
-    return fx.GraphModule(graph, expression)
+    return fx.GraphModule(gm, expression)

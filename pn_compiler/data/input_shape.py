@@ -113,11 +113,11 @@ def _stored_shape(model: nn.Module) -> tuple[int, ...] | None:
     return (1, *size) if isinstance(size, tuple | list) and size else None
 
 
-def _first_layer(graph: fx.GraphModule, node: fx.Node) -> nn.Module | None:
+def _first_layer(gm: fx.GraphModule, node: fx.Node) -> nn.Module | None:
     """The first convolution or linear layer behind `node`, through layers that keep shapes."""
     while len(node.users) >= 1:
         node = next(iter(node.users))
-        module = called_module(graph, node)
+        module = called_module(gm, node)
         if isinstance(module, nn.Conv2d | nn.Linear) or module is None:
             return module
         keeps = isinstance(

@@ -11,22 +11,22 @@ def called_module(graph: nn.Module, node: fx.Node) -> nn.Module | None:
     return graph.get_submodule(str(node.target)) if node.op == "call_module" else None
 
 
-def module_calls(graph: fx.GraphModule) -> dict[str, list[fx.Node]]:
+def module_calls(gm: fx.GraphModule) -> dict[str, list[fx.Node]]:
     """Path of each called module -> its call sites, in graph order."""
     calls: dict[str, list[fx.Node]] = defaultdict(list)
-    for node in graph.graph.nodes:
+    for node in gm.graph.nodes:
         if node.op == "call_module":
             calls[str(node.target)].append(node)
     return dict(calls)
 
 
-def add_module(graph: fx.GraphModule, path: str, module: nn.Module) -> str:
+def add_module(gm: fx.GraphModule, path: str, module: nn.Module) -> str:
     """Adds `module` at `path`, or at `path` with a number if something stands there; returns where."""
     candidate, number = path, 0
-    while _has_attribute(graph, candidate):
+    while _has_attribute(gm, candidate):
         number += 1
         candidate = f"{path}_{number}"
-    graph.add_submodule(candidate, module)
+    gm.add_submodule(candidate, module)
     return candidate
 
 
@@ -38,18 +38,18 @@ def _has_attribute(root: nn.Module, path: str) -> bool:
         return False
 
 
-def replace_module(graph: fx.GraphModule, path: str, module: nn.Module) -> None:
+def replace_module(gm: fx.GraphModule, path: str, module: nn.Module) -> None:
     """Puts `module` in the place of the one at `path`, in the same train/eval mode."""
-    module.train(graph.get_submodule(path).training)
-    graph.set_submodule(path, module)
+    module.train(gm.get_submodule(path).training)
+    gm.set_submodule(path, module)
 
 
 def call_module_after(
-    graph: fx.GraphModule, after: fx.Node, path: str, args: tuple[fx.Node | None, ...]
+    gm: fx.GraphModule, after: fx.Node, path: str, args: tuple[fx.Node | None, ...]
 ) -> fx.Node:
     """A new call of the module at `path`, right after `after` and with its metadata."""
-    with graph.graph.inserting_after(after):
-        node = graph.graph.call_module(path, args)
+    with gm.graph.inserting_after(after):
+        node = gm.graph.call_module(path, args)
     node.meta = dict(after.meta)
     return node
 
@@ -62,9 +62,9 @@ def count_parameters(model: nn.Module) -> int:
 def count_operators(graphs: Iterable[fx.GraphModule]) -> dict[str, int]:
     """Operators of a traced model: class names of modules, names of functions and methods."""
     names: Counter[str] = Counter()
-    for graph in graphs:
-        for node in graph.graph.nodes:
-            module = called_module(graph, node)
+    for gm in graphs:
+        for node in gm.graph.nodes:
+            module = called_module(gm, node)
             if module is not None:
                 names[type(module).__name__] += 1
             elif node.op in ("call_function", "call_method"):

@@ -37,30 +37,30 @@ class GraphPass(abc.ABC):
     preserves_outputs: ClassVar[bool] = False
 
     @abc.abstractmethod
-    def run(self, graph: fx.GraphModule) -> PassResult:
-        """Rewrites `graph`."""
+    def run(self, gm: fx.GraphModule) -> PassResult:
+        """Rewrites `gm`."""
 
-    def ensures(self, graph: fx.GraphModule) -> None:  # noqa: B027  # optional by design
-        """Raises PostconditionError if the rewritten `graph` breaks this pass's promise."""
+    def ensures(self, gm: fx.GraphModule) -> None:  # noqa: B027  # optional by design
+        """Raises PostconditionError if the rewritten `gm` breaks this pass's promise."""
 
     @final
-    def __call__(self, graph: fx.GraphModule) -> PassResult:
-        result = self.run(graph)
+    def __call__(self, gm: fx.GraphModule) -> PassResult:
+        result = self.run(gm)
         if result.rewritten:
-            live = live_nodes(graph)
-            graph.graph.eliminate_dead_code(lambda node: node in live)
-            graph.graph.lint()
-            graph.recompile()
-        self.ensures(graph)
+            live = live_nodes(gm)
+            gm.graph.eliminate_dead_code(lambda node: node in live)
+            gm.graph.lint()
+            gm.recompile()
+        self.ensures(gm)
         return result
 
 
-def live_nodes(graph: fx.GraphModule) -> set[fx.Node]:
-    """The nodes of `graph` that its outputs depend on, or that do something else which can be noticed."""
+def live_nodes(gm: fx.GraphModule) -> set[fx.Node]:
+    """The nodes of `gm` that its outputs depend on, or that do something else which can be noticed."""
     live: set[fx.Node] = set()
-    pinned = find_aliases(graph).pinned
-    for node in reversed(graph.graph.nodes):
-        matters = node.is_impure() or _asserts(node) or has_effect(graph, node, pinned)
+    pinned = find_aliases(gm).pinned
+    for node in reversed(gm.graph.nodes):
+        matters = node.is_impure() or _asserts(node) or has_effect(gm, node, pinned)
         if matters or not live.isdisjoint(node.users):
             live.add(node)
     return live
@@ -80,14 +80,14 @@ class PassGroup(GraphPass):
     def __init__(self, *passes: GraphPass) -> None:
         self.passes = passes
 
-    def run(self, graph: fx.GraphModule) -> PassResult:
-        return run_pipeline(self.passes, graph)
+    def run(self, gm: fx.GraphModule) -> PassResult:
+        return run_pipeline(self.passes, gm)
 
 
 def run_pipeline(
-    passes: Sequence[GraphPass], graph: fx.GraphModule, progress: Progress | None = None
+    passes: Sequence[GraphPass], gm: fx.GraphModule, progress: Progress | None = None
 ) -> PassResult:
-    """Runs `passes` in order on `graph`, in place; what it returns is about all of them.
+    """Runs `passes` in order on `gm`, in place; what it returns is about all of them.
 
     Raises:
         PassError: the order breaks a ``runs_after`` (before any work), or a pass fails.
@@ -100,7 +100,7 @@ def run_pipeline(
             progress(name)
         start = time.perf_counter()
         try:
-            result = graph_pass(graph)
+            result = graph_pass(gm)
         except PnCompilerError:
             raise
         except Exception as error:

@@ -91,22 +91,22 @@ _KEEPS_RANK_MODULES = (
 _KEEPS_BATCH = _BROADCASTS | _POOLS | {"contiguous", "dropout", "interpolate", "pad"}
 
 
-def infer_ranks(graph: fx.GraphModule, inputs: Inputs | None = None) -> None:
+def infer_ranks(gm: fx.GraphModule, inputs: Inputs | None = None) -> None:
     """Notes the rank of every tensor in ``node.meta``; unknown ones are noted as None.
 
     Args:
-        graph: read, and its nodes' metadata written.
+        gm: read, and its nodes' metadata written.
         inputs: example arguments; without them the ranks of the inputs are unknown. The first convolution
             is then taken to read a batch, and a BatchNorm1d right behind a Linear of as many features [N, C].
     """
-    remaining = list(inputs.of_graph(graph)) if inputs is not None else []
-    for node in graph.graph.nodes:
+    remaining = list(inputs.of_graph(gm)) if inputs is not None else []
+    for node in gm.graph.nodes:
         value = node.meta.get("val")  # an exported program knows its shapes
         if node.op == "placeholder" and remaining:
             value = remaining.pop(0)
         shape = value.shape if isinstance(value, torch.Tensor) else node.meta.get(_SHAPE)
-        set_rank(node, _rank_of(graph, node) if shape is None else len(shape))
-        node.meta[_BATCH] = _keeps_batch(graph, node)
+        set_rank(node, _rank_of(gm, node) if shape is None else len(shape))
+        node.meta[_BATCH] = _keeps_batch(gm, node)
 
 
 class _Shapes(fx.Interpreter):
@@ -125,18 +125,18 @@ class _Shapes(fx.Interpreter):
         return result
 
 
-def record_pixels(graph: fx.GraphModule, inputs: Inputs) -> None:
-    """Runs `graph` once, in eval mode, to note how many values a channel has at each node, and its shape.
+def record_pixels(gm: fx.GraphModule, inputs: Inputs) -> None:
+    """Runs `gm` once, in eval mode, to note how many values a channel has at each node, and its shape.
 
     Modules that count, or draw, are left as they were.
     """
-    state, states = ModuleState(graph), RandomStates()
-    modes = {module: module.training for module in graph.modules()}
-    graph.eval()
+    state, states = ModuleState(gm), RandomStates()
+    modes = {module: module.training for module in gm.modules()}
+    gm.eval()
     try:
         with torch.no_grad():
             own = inputs.map(torch.clone)  # the forward may write to them
-            _Shapes(graph).run(*own.of_graph(graph), enable_io_processing=False)
+            _Shapes(gm).run(*own.of_graph(gm), enable_io_processing=False)
     except Exception:  # the inputs are only examples: whoever runs the model on them will hear
         logger.info("the example inputs cannot be run", exc_info=True)
     finally:
@@ -173,30 +173,30 @@ def has_batch_of_inputs(node: fx.Node) -> bool:
     return bool(node.meta.get(_BATCH))
 
 
-def spatial_dims(graph: fx.GraphModule, node: fx.Node) -> int | None:
+def spatial_dims(gm: fx.GraphModule, node: fx.Node) -> int | None:
     """n of an operator over n axes behind [N, C], such as max_pool2d and nn.Conv2d; None if it is no such."""
-    module = called_module(graph, node)
+    module = called_module(gm, node)
     names = [operator_name(node)] if module is None else [cls.__name__ for cls in type(module).__mro__]
     found = (re.search(r"([123])d$", name) for name in names)
     return next((int(match[1]) for match in found if match), None)
 
 
-def reads_batch(graph: fx.GraphModule, node: fx.Node, value: fx.Node) -> bool:
+def reads_batch(gm: fx.GraphModule, node: fx.Node, value: fx.Node) -> bool:
     """Whether `node`, over n axes, certainly takes `value` for [N, C, *] and not for one sample [C, *]."""
-    dims, known = spatial_dims(graph, node), rank(value)
+    dims, known = spatial_dims(gm, node), rank(value)
     return dims is not None and known == dims + 2
 
 
-def _keeps_batch(graph: fx.GraphModule, node: fx.Node) -> bool:
+def _keeps_batch(gm: fx.GraphModule, node: fx.Node) -> bool:
     """Whether the first axis of `node` is that of its inputs, which is that of the inputs of the graph."""
     if node.op in ("placeholder", "get_attr"):
         return True
-    module, name, known = called_module(graph, node), operator_name(node), rank(node)
+    module, name, known = called_module(gm, node), operator_name(node), rank(node)
     if module is not None:
         layer = isinstance(module, (nn.modules.conv._ConvNd, *_KEEPS_RANK_MODULES)) or is_activation(module)
-        keeps = layer and known != (spatial_dims(graph, node) or 0) + 1
+        keeps = layer and known != (spatial_dims(gm, node) or 0) + 1
     elif node.target is operator.getitem:
-        keeps = isinstance(called_module(graph, node.all_input_nodes[0]), ProxyNormAct)
+        keeps = isinstance(called_module(gm, node.all_input_nodes[0]), ProxyNormAct)
     elif name in ("cat", "concat", "concatenate"):
         keeps = operands(node, "dim").get("dim") == 1
     else:
@@ -204,18 +204,18 @@ def _keeps_batch(graph: fx.GraphModule, node: fx.Node) -> bool:
     return keeps and all(has_batch_of_inputs(source) for source in node.all_input_nodes)
 
 
-def _rank_of(graph: fx.GraphModule, node: fx.Node) -> int | None:
+def _rank_of(gm: fx.GraphModule, node: fx.Node) -> int | None:
     if node.op == "get_attr":
-        return _rank_of_attribute(graph, str(node.target))
+        return _rank_of_attribute(gm, str(node.target))
     if node.op not in ("call_module", "call_function", "call_method"):
         return None
-    module = called_module(graph, node)
+    module = called_module(gm, node)
     if module is not None:
-        return _rank_of_module(graph, node, module)
+        return _rank_of_module(gm, node, module)
     if reads_shape(node):
         return 0
     if node.target is operator.getitem:
-        return _rank_of_item(graph, node)
+        return _rank_of_item(gm, node)
     first = rank(node.all_input_nodes[0]) if node.all_input_nodes else None
     name = operator_name(node)
     plain = name.removesuffix("_")
@@ -252,16 +252,16 @@ def _rank_of_shaping(node: fx.Node, name: str, first: int | None) -> int | None:
     return first if dims[1] else first - len(dims[0])
 
 
-def _rank_of_attribute(graph: fx.GraphModule, path: str) -> int | None:
+def _rank_of_attribute(gm: fx.GraphModule, path: str) -> int | None:
     owner, _, name = path.rpartition(".")
-    value = getattr(graph.get_submodule(owner), name, None)
+    value = getattr(gm.get_submodule(owner), name, None)
     return value.dim() if isinstance(value, torch.Tensor) else None
 
 
-def _rank_of_item(graph: fx.GraphModule, node: fx.Node) -> int | None:
+def _rank_of_item(gm: fx.GraphModule, node: fx.Node) -> int | None:
     """The rank of ``x[...]``, of a result of a site, or of a piece of a split."""
     source, index = node.all_input_nodes[0], node.args[1]
-    before, site = rank(source), called_module(graph, source)
+    before, site = rank(source), called_module(gm, source)
     if isinstance(site, ProxyNormAct) and len(site.outputs) > 1:
         vector = isinstance(index, int) and site.outputs[index] in ("scale", "shift")
         return 1 if vector else before
@@ -273,7 +273,7 @@ def _rank_of_item(graph: fx.GraphModule, node: fx.Node) -> int | None:
     return before + sum(part is None for part in parts) - sum(isinstance(part, int) for part in parts)
 
 
-def _rank_of_module(graph: fx.GraphModule, node: fx.Node, module: nn.Module) -> int | None:
+def _rank_of_module(gm: fx.GraphModule, node: fx.Node, module: nn.Module) -> int | None:
     before = rank(node.all_input_nodes[0]) if node.all_input_nodes else None
     if isinstance(module, nn.Flatten):
         return _rank_flattened(before, module.start_dim, module.end_dim)
@@ -284,7 +284,7 @@ def _rank_of_module(graph: fx.GraphModule, node: fx.Node, module: nn.Module) -> 
     if not (isinstance(module, _KEEPS_RANK_MODULES) or is_activation(module)):
         return None
     if before is None and isinstance(module, nn.BatchNorm1d) and node.all_input_nodes:
-        producer = called_module(graph, node.all_input_nodes[0])
+        producer = called_module(gm, node.all_input_nodes[0])
         if isinstance(producer, nn.Linear) and producer.out_features == module.num_features:
             set_rank(node.all_input_nodes[0], 2)
             return 2

@@ -57,7 +57,7 @@ def prepare(traced: Trace, model: nn.Module, inputs: Inputs | None, progress: Pr
     """
     for region in traced.regions:
         _infer_shapes(region, inputs)
-        run_pipeline(preparation_pipeline(), region.graph, progress)
+        run_pipeline(preparation_pipeline(), region.gm, progress)
     drop_dead_norm_calls(traced)
     reason = _why_not_compared(model, inputs)
     if inputs is not None and not reason:
@@ -123,9 +123,9 @@ def convert(
             if name.startswith(region.prefix)
         }
         left = frozenset(name.removeprefix(region.prefix) for name in left_alone)
-        result = run_pipeline(conversion_pipeline(config, own, left), region.graph, progress)
+        result = run_pipeline(conversion_pipeline(config, own, left), region.gm, progress)
         region.finish()
-        for name, site in take_sites(region.graph).items():
+        for name, site in take_sites(region.gm).items():
             alone = region.owner is not None and site.code == "PN201"
             reason = "called by code that torch.fx cannot trace" if alone else site.reason
             table[region.prefix + name] = dataclasses.replace(site, name=region.prefix + name, reason=reason)
@@ -146,8 +146,8 @@ def _infer_shapes(region: Region, inputs: Inputs | None) -> None:
     if region.prefix or region.owner is not None:
         inputs = None  # they are those of the model: neither of a part nor of a BatchNorm alone
     if inputs is not None:
-        record_pixels(region.graph, inputs)
-    infer_ranks(region.graph, inputs)
+        record_pixels(region.gm, inputs)
+    infer_ranks(region.gm, inputs)
 
 
 def measure_conversion(

@@ -42,8 +42,8 @@ def fold_in_place(model: nn.Module, *, progress: Progress | None = None) -> nn.M
         traced = trace(to_eval_mode(model), in_place=True)
         went: dict[str, list[str]] = {}
         for region in traced.regions:
-            infer_ranks(region.graph)
-            for note in run_pipeline(fold_pipeline(), region.graph, progress).notes:
+            infer_ranks(region.gm)
+            for note in run_pipeline(fold_pipeline(), region.gm, progress).notes:
                 went.setdefault(region.prefix + note.site, []).append(note.message)
     if is_converted(model):
         found = (dataclasses.replace(s, affine=", ".join(went.get(s.name, ()))) for s in sites(model))

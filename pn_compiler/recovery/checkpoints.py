@@ -120,21 +120,21 @@ def _copy_the_rest(rest: dict[str, Any], model: nn.Module, done: set[str]) -> No
             value.copy_(rest[name])
 
 
-def _consumers(graph: fx.GraphModule) -> Iterator[tuple[nn.Module, ProxyNormAct]]:
+def _consumers(gm: fx.GraphModule) -> Iterator[tuple[nn.Module, ProxyNormAct]]:
     """Each linear operator that undoes a site, with that site."""
-    infer_ranks(graph)
-    router = Router(graph, through_padding=True)
-    for path, calls in module_calls(graph).items():
-        site = graph.get_submodule(path)
+    infer_ranks(gm)
+    router = Router(gm, through_padding=True)
+    for path, calls in module_calls(gm).items():
+        site = gm.get_submodule(path)
         if not isinstance(site, ProxyNormAct):
             continue
         for call in calls:
-            reads = site_outputs(graph, call)
+            reads = site_outputs(gm, call)
             for shift in reads.get("shift", ()):
                 for user in shift.users:
-                    consumer = called_module(graph, user)
+                    consumer = called_module(gm, user)
                     if consumer is not None and type(consumer) in INPUT_AFFINE.values():
                         yield consumer, site
             for z in reads.get("output", ()):
                 for absorber in router.route(z, site.num_channels).absorbers:
-                    yield graph.get_submodule(str(absorber.target)), site
+                    yield gm.get_submodule(str(absorber.target)), site

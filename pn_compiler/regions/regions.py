@@ -39,27 +39,25 @@ class Region:
 
     Attributes:
         prefix: what to put before its paths to have those of the whole model; "" or "a.b.".
-        graph: the trace.
+        gm: the trace.
         owner: for a BatchNorm that untraceable code calls on its own, the module that holds it; the graph
             then only exists during a conversion.
     """
 
     prefix: str
-    graph: ConvertedModule
+    gm: ConvertedModule
     owner: nn.Module | None = None
 
     def finish(self) -> None:
         """Gives the successor of a lone BatchNorm, with what was split off it, to its owner."""
         if self.owner is None:
             return
-        first, *rest = module_calls(self.graph)
-        norm = self.graph.get_submodule(first)
+        first, *rest = module_calls(self.gm)
+        norm = self.gm.get_submodule(first)
         if is_batch_norm(norm):
             return  # refused: the owner still has it as it came
         if rest:
-            put_behind(
-                norm, {path.removeprefix(f"{first}_"): self.graph.get_submodule(path) for path in rest}
-            )
+            put_behind(norm, {path.removeprefix(f"{first}_"): self.gm.get_submodule(path) for path in rest})
         setattr(self.owner, first, norm)
 
 
@@ -146,9 +144,9 @@ def trace(
     return traced
 
 
-def _calls_whole(graph: fx.GraphModule) -> bool:
+def _calls_whole(gm: fx.GraphModule) -> bool:
     """Whether a graph that was not made here calls a module with BatchNorms inside: it is to be entered."""
-    called = (graph.get_submodule(path) for path in module_calls(graph))
+    called = (gm.get_submodule(path) for path in module_calls(gm))
     return any(
         holds_batch_norm(module)
         for module in called
@@ -156,10 +154,10 @@ def _calls_whole(graph: fx.GraphModule) -> bool:
     )
 
 
-def _other_graph_note(graph: fx.GraphModule) -> list[Diagnostic]:
+def _other_graph_note(gm: fx.GraphModule) -> list[Diagnostic]:
     """Torchvision's feature extractors have a graph for each mode: a note, if the other one differs."""
-    other = getattr(graph, "eval_graph" if graph.training else "train_graph", graph.graph)
-    return [] if str(other) == str(graph.graph) else [branches_note("", graph.training)]
+    other = getattr(gm, "eval_graph" if gm.training else "train_graph", gm.graph)
+    return [] if str(other) == str(gm.graph) else [branches_note("", gm.training)]
 
 
 def _check_fit(model: nn.Module, inputs: Inputs | None) -> None:
@@ -210,11 +208,11 @@ def _trace_into(module: nn.Module, path: str, inputs: Inputs | None, traced: Tra
     return gm
 
 
-def _note_entered(graph: ConvertedModule, path: str, traced: Trace) -> None:
-    """Notes which modules became part of `graph`, the trace of the module at `path`."""
+def _note_entered(gm: ConvertedModule, path: str, traced: Trace) -> None:
+    """Notes which modules became part of `gm`, the trace of the module at `path`."""
     traced.entered.add(path)
-    read = live_nodes(graph)
-    for node in graph.graph.nodes:
+    read = live_nodes(gm)
+    for node in gm.graph.nodes:
         inner = _entered_for(node, path)
         if node.op == "call_module":
             inner = inner[:-1]  # the last one is what it calls whole
@@ -238,8 +236,8 @@ def drop_dead_norm_calls(traced: Trace) -> None:
     left = set()
     for region in traced.regions:
         path = region.prefix.removesuffix(".")
-        for node in region.graph.graph.nodes:
-            module = called_module(region.graph, node)
+        for node in region.gm.graph.nodes:
+            module = called_module(region.gm, node)
             if is_batch_norm(module) if module else reaches_batch_norm(node.target):
                 left.add((_entered_for(node, path) or [path])[-1])
     dead = (traced.norm_calls - left) & traced.entered  # of a graph that came as one nothing tells

@@ -179,15 +179,15 @@ def untouched(
         written if keep_state else contextlib.nullcontext(),
     ):
         try:
-            for graph in switched:
-                graph.eval()
+            for gm in switched:
+                gm.eval()
             for module, training in modes:  # not model.eval(), which some models override to do more
                 norm_in_train_mode = batch_statistics and isinstance(module, _BatchNorm)
                 module.training = training if own_modes else norm_in_train_mode
             yield
         finally:
-            for graph in switched:
-                graph.train()
+            for gm in switched:
+                gm.train()
             state.restore(traced=False)
             written.restore()
             randomness.restore()

@@ -47,12 +47,12 @@ class Inputs:
         """Parameter of the forward of `model` -> argument. Raises TypeError if they do not fit."""
         return dict(inspect.signature(model.forward).bind(*self.args, **self.kwargs).arguments)
 
-    def of_graph(self, graph: fx.GraphModule) -> tuple[Any, ...]:
-        """Copies for the placeholders of `graph`, in order. Raises TypeError if they do not fit."""
+    def of_graph(self, gm: fx.GraphModule) -> tuple[Any, ...]:
+        """Copies for the placeholders of `gm`, in order. Raises TypeError if they do not fit."""
         copies = self.map(torch.clone)
-        bound = inspect.signature(graph.forward).bind(*copies.args, **copies.kwargs)
+        bound = inspect.signature(gm.forward).bind(*copies.args, **copies.kwargs)
         bound.apply_defaults()
-        return tuple(graph.graph.process_inputs(*bound.args))
+        return tuple(gm.graph.process_inputs(*bound.args))
 
     def tensors(self) -> list[Tensor]:
         """All tensors in it, in the order in which torch.export takes them."""

@@ -42,10 +42,10 @@ def test_into_the_convolution_before_it(dimensions: int, groups: int, bias: bool
     torch.manual_seed(0)
     conv = getattr(nn, f"Conv{'Transpose' if transposed else ''}{dimensions}d")
     layer = conv(4, 6, 3, padding=1, stride=2, groups=groups, bias=bias)
-    graph, rewritten = run(nn.Sequential(layer, affine(6)), torch.randn(2, 4, *[7] * dimensions))
+    gm, rewritten = run(nn.Sequential(layer, affine(6)), torch.randn(2, 4, *[7] * dimensions))
     assert rewritten == 1
-    assert count_modules(graph, ConstantAffine) == 1  # its module is orphaned: RemoveDeadModules
-    assert not [node for node in graph.graph.nodes if node.target == "1"]
+    assert count_modules(gm, ConstantAffine) == 1  # its module is orphaned: RemoveDeadModules
+    assert not [node for node in gm.graph.nodes if node.target == "1"]
 
 
 @pytest.mark.parametrize("bias", [False, True])
@@ -133,6 +133,6 @@ def test_a_scale_alone_passes_a_padding() -> None:
 def test_what_stays_is_one_operator() -> None:
     model = behind_relu(nn.Sigmoid())
     model[2].scale = None  # type: ignore[index]  # a Sequential
-    graph, rewritten = run(model, torch.randn(2, 3, 8, 8))
+    gm, rewritten = run(model, torch.randn(2, 3, 8, 8))
     assert rewritten == 1
-    assert graph.get_submodule("2").scale.eq(1).all()  # type: ignore[operator, union-attr]  # a tensor
+    assert gm.get_submodule("2").scale.eq(1).all()  # type: ignore[operator, union-attr]  # a tensor

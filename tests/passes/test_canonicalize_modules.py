@@ -135,12 +135,12 @@ def test_identities_go_and_in_place_results_are_seen() -> None:
             z = y.relu_()
             return y * 2 + z
 
-    graph, _, _ = trace_module(Net())
-    assert CanonicalizeActivations()(graph).rewritten > 0
-    assert count_modules(graph, nn.ReLU) == 1
-    assert not any(node.op == "call_method" for node in graph.graph.nodes)
+    gm, _, _ = trace_module(Net())
+    assert CanonicalizeActivations()(gm).rewritten > 0
+    assert count_modules(gm, nn.ReLU) == 1
+    assert not any(node.op == "call_method" for node in gm.graph.nodes)
     x = torch.randn(4)
-    assert torch.equal(graph(x), Net()(x))
+    assert torch.equal(gm(x), Net()(x))
 
 
 @pytest.mark.parametrize("layer", ["conv", "bn"])

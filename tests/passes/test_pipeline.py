@@ -93,7 +93,7 @@ def test_passes_that_claim_to_preserve_outputs_do() -> None:
 class Failing(GraphPass):
     """Fails."""
 
-    def run(self, graph: fx.GraphModule) -> PassResult:
+    def run(self, gm: fx.GraphModule) -> PassResult:
         raise ZeroDivisionError("by design")
 
 
@@ -102,10 +102,10 @@ class Lying(GraphPass):
 
     runs_after: ClassVar[tuple[type[GraphPass], ...]] = (Failing,)
 
-    def run(self, graph: fx.GraphModule) -> PassResult:
+    def run(self, gm: fx.GraphModule) -> PassResult:
         return PassResult()
 
-    def ensures(self, graph: fx.GraphModule) -> None:
+    def ensures(self, gm: fx.GraphModule) -> None:
         raise PostconditionError("nothing was done")
 
 

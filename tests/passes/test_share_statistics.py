@@ -37,17 +37,17 @@ def converted(*activations: nn.Module) -> fx.GraphModule:
     return graph
 
 
-def unshared(graph: fx.GraphModule) -> int:
-    return UnshareStatistics()(graph).rewritten
+def unshared(gm: fx.GraphModule) -> int:
+    return UnshareStatistics()(gm).rewritten
 
 
 QUADRATURE = 1e-6  # that of `proxy_moments`: alone, a site with SiLU takes other nodes
 
 
-def gradients(graph: fx.GraphModule) -> dict[str, torch.Tensor]:
-    graph.zero_grad()
-    graph(X).square().sum().backward()
-    return {name: p.grad.clone() for name, p in graph.named_parameters() if p.grad is not None}
+def gradients(gm: fx.GraphModule) -> dict[str, torch.Tensor]:
+    gm.zero_grad()
+    gm(X).square().sum().backward()
+    return {name: p.grad.clone() for name, p in gm.named_parameters() if p.grad is not None}
 
 
 @pytest.mark.parametrize(
@@ -103,9 +103,9 @@ def test_a_site_called_twice_is_computed_once() -> None:
             x = self.relu(self.bn(self.second(x)))
             return self.relu(self.other(x))
 
-    graph = pn_compiler.transform(Twice(), warm_start="none")
-    assert isinstance(graph, fx.GraphModule)
-    sites = [n for n in graph.graph.nodes if n.op == "call_module" and n.target in ("bn", "other")]
+    gm = pn_compiler.transform(Twice(), warm_start="none")
+    assert isinstance(gm, fx.GraphModule)
+    sites = [n for n in gm.graph.nodes if n.op == "call_module" and n.target in ("bn", "other")]
     assert len({node.args[1] for node in sites}) == 2
     assert len(sites) == 3
 

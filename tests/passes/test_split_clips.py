@@ -34,9 +34,9 @@ def run(model: nn.Module) -> tuple[fx.GraphModule, int]:
 @pytest.mark.parametrize(("upper", "plain"), [(False, nn.ReLU), (True, nn.ReLU6)])
 def test_a_plain_activation_between_two_affines(upper: bool, plain: type[nn.Module]) -> None:
     torch.manual_seed(0)
-    graph, rewritten = run(nn.Sequential(affine(), clamp(upper=upper)))
+    gm, rewritten = run(nn.Sequential(affine(), clamp(upper=upper)))
     assert rewritten == 1
-    called = [type(graph.get_submodule(str(n.target))) for n in graph.graph.nodes if n.op == "call_module"]
+    called = [type(gm.get_submodule(str(n.target))) for n in gm.graph.nodes if n.op == "call_module"]
     assert called == [ConstantAffine, plain, ConstantAffine]
 
 

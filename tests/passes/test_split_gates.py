@@ -44,8 +44,8 @@ def run(model: nn.Module) -> tuple[fx.GraphModule, int]:
     return graph, rewritten
 
 
-def calls(graph: fx.GraphModule, path: str) -> list[fx.Node]:
-    return [node for node in graph.graph.nodes if node.target == path]
+def calls(gm: fx.GraphModule, path: str) -> list[fx.Node]:
+    return [node for node in gm.graph.nodes if node.target == path]
 
 
 @pytest.mark.parametrize("scale", [False, True])
