@@ -1,11 +1,12 @@
 """The passes, and the pipelines that they form. Nothing registers itself: these lists are all."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 from torch import Tensor
 
 from pn_compiler.base.config import TransformConfig
-from pn_compiler.graph.pass_base import GraphPass
+from pn_compiler.base.errors import PassError
+from pn_compiler.graph.pass_base import GraphPass, check_complete, flatten
 from pn_compiler.graph.warm_start import Calibrated
 from pn_compiler.passes.convert.insert_proxy_norm import InsertProxyNorm
 from pn_compiler.passes.convert.replace_batch_norm import ReplaceBatchNorm
@@ -62,6 +63,30 @@ def conversion_pipeline(
         ShareStatistics(),  # sites are final now: nothing below looks at their inputs
         RemoveDeadModules(),  # last: drops what the rewrites orphaned
     )
+
+
+PipelineEdit = Callable[[tuple[GraphPass, ...]], Iterable[GraphPass]]
+
+
+def edited(
+    edit: PipelineEdit | None, prepare: tuple[GraphPass, ...], convert: tuple[GraphPass, ...]
+) -> tuple[tuple[GraphPass, ...], tuple[GraphPass, ...]]:
+    """The two parts of a transform pipeline after a user's `edit`; the second begins at ReplaceBatchNorm.
+
+    Raises:
+        PassError: ReplaceBatchNorm is gone, or a pass stands behind none that it requires.
+    """
+    if edit is None:
+        return prepare, convert
+    passes = tuple(edit((*prepare, *convert)))
+    strangers = [graph_pass for graph_pass in passes if not isinstance(graph_pass, GraphPass)]
+    if strangers:
+        raise PassError(f"pipeline returned {strangers[0]!r:.80}: expected instances of GraphPass")
+    check_complete(passes)
+    for position, graph_pass in enumerate(passes):
+        if any(isinstance(part, ReplaceBatchNorm) for part in flatten((graph_pass,))):
+            return passes[:position], passes[position:]
+    raise PassError("pipeline left out ReplaceBatchNorm: nothing would be converted")
 
 
 def fold_pipeline() -> tuple[GraphPass, ...]:

@@ -1,4 +1,4 @@
-"""The public functions transform and fold."""
+"""The public function transform."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -10,6 +10,7 @@ from pn_compiler.base.errors import ConfigError
 from pn_compiler.base.option_checks import check_flags
 from pn_compiler.graph.graph_module import is_converted
 from pn_compiler.inspection.fake_tensors import fake_mode
+from pn_compiler.passes import PipelineEdit, conversion_pipeline, edited, preparation_pipeline
 from pn_compiler.pipeline.conversion import convert, first_sample, measure_conversion, prepare
 from pn_compiler.recovery.calibration import calibrate_prepared
 from pn_compiler.regions.regions import trace
@@ -32,6 +33,7 @@ def transform(
     strict: bool = False,
     norm_only_bias: bool = True,
     leaves: Sequence[str | type[nn.Module]] = (),
+    pipeline: PipelineEdit | None = None,
 ) -> nn.Module:
     """Rewrites every BatchNorm of `model` into a normalizer that does not depend on the batch.
 
@@ -66,6 +68,8 @@ def transform(
             not start warm; the reference implementation has none there.
         leaves: paths or classes of modules whose forward must not be traced, for example because it
             branches on values. They stay as they are; what they call is converted on its own.
+        pipeline: a function from the passes to those that are run instead: some added, left out or moved.
+            What stands before ReplaceBatchNorm is compared with `model`, what comes later may change outputs.
 
     Returns:
         A trainable torch.fx.GraphModule in the train/eval mode of `model`. Parameters that the conversion
@@ -77,6 +81,7 @@ def transform(
         TraceError: nothing of a model without BatchNorm can be traced, or the trace computes something else.
         UnsupportedModelError: `model` has uninitialised lazy modules.
         RefusedError: `strict` and something was refused.
+        PassError: a pass fails, or `pipeline` left out one that another requires.
 
     Source: Labatie et al., NeurIPS 2021 (arXiv 2106.03743).
     """
@@ -100,10 +105,11 @@ def transform(
     inputs = in_mode_of(model, inputs)
     with fake_mode(model):
         traced = trace(model, inputs, leaves)
-        prepare(traced, model, inputs)
+        first, _ = edited(pipeline, preparation_pipeline(), conversion_pipeline(config))
+        prepare(traced, model, inputs, passes=first)
         calibrated = None
         if config.warm_start == "calibrate":
-            calibrated = calibrate_prepared(traced, model, config, calibration)
-        convert(traced, model, config, calibrated, strict=strict)
+            calibrated = calibrate_prepared(traced, model, config, calibration, pipeline)
+        convert(traced, model, config, calibrated, strict=strict, edit=pipeline)
     measure_conversion(model, traced.root, inputs, calibration)
     return traced.root

@@ -2,7 +2,7 @@
 
 import dataclasses
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -11,12 +11,12 @@ from pn_compiler.base.config import TransformConfig
 from pn_compiler.base.diagnostics import Diagnostic, Site
 from pn_compiler.base.errors import ConfigError, RefusedError, TraceError
 from pn_compiler.graph.graph_module import notes, record, sites
-from pn_compiler.graph.pass_base import Progress, run_pipeline
+from pn_compiler.graph.pass_base import GraphPass, Progress, run_pipeline
 from pn_compiler.graph.ranks import infer_ranks, record_pixels
 from pn_compiler.graph.site_table import take_sites
 from pn_compiler.graph.warm_start import Calibrated
 from pn_compiler.inspection.fake_tensors import has_values
-from pn_compiler.passes import conversion_pipeline, preparation_pipeline
+from pn_compiler.passes import PipelineEdit, conversion_pipeline, edited, preparation_pipeline
 from pn_compiler.pipeline.equivalence import (
     ChaoticOutputsError,
     NoValuesError,
@@ -43,13 +43,20 @@ def first_sample(batches: Iterable[Any]) -> Inputs:
     return inputs.map(lambda x: x[:1] if x.dim() else x)
 
 
-def prepare(traced: Trace, model: nn.Module, inputs: Inputs | None, progress: Progress | None = None) -> None:
+def prepare(
+    traced: Trace,
+    model: nn.Module,
+    inputs: Inputs | None,
+    progress: Progress | None = None,
+    passes: Sequence[GraphPass] | None = None,
+) -> None:
     """Makes every BatchNorm and activation of `traced` a plain module, and compares it with `model`.
 
     Args:
         traced: a trace of `model`, or of a copy; changed in place.
         model: the network as the user brought it; left as it was.
         inputs: arguments of a call. Without them nothing can be compared, and the notes say so.
+        passes: in the place of `preparation_pipeline`.
 
     Raises:
         ConfigError: the model does not run on `inputs`.
@@ -57,7 +64,7 @@ def prepare(traced: Trace, model: nn.Module, inputs: Inputs | None, progress: Pr
     """
     for region in traced.regions:
         _infer_shapes(region, inputs)
-        run_pipeline(preparation_pipeline(), region.gm, progress)
+        run_pipeline(preparation_pipeline() if passes is None else passes, region.gm, progress)
     drop_dead_norm_calls(traced)
     reason = _why_not_compared(model, inputs)
     if inputs is not None and not reason:
@@ -111,6 +118,7 @@ def convert(
     *,
     strict: bool = False,
     progress: Progress | None = None,
+    edit: PipelineEdit | None = None,
 ) -> None:
     """Converts `traced`, a prepared trace of `model`, in place; see `pn_compiler.transform`."""
     table: dict[str, Site] = {}
@@ -123,7 +131,8 @@ def convert(
             if name.startswith(region.prefix)
         }
         left = frozenset(name.removeprefix(region.prefix) for name in left_alone)
-        result = run_pipeline(conversion_pipeline(config, own, left), region.gm, progress)
+        _, passes = edited(edit, preparation_pipeline(), conversion_pipeline(config, own, left))
+        result = run_pipeline(passes, region.gm, progress)
         region.finish()
         for name, site in take_sites(region.gm).items():
             alone = region.owner is not None and site.code == "PN201"

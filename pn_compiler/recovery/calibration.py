@@ -21,6 +21,7 @@ from pn_compiler.graph.warm_start import Calibrated
 from pn_compiler.inspection.batch_norms import has_plain_forward
 from pn_compiler.inspection.model_checks import refuse_uninitialised
 from pn_compiler.numerics.least_squares import ChannelFit, merged
+from pn_compiler.passes import PipelineEdit
 from pn_compiler.pipeline.conversion import convert
 from pn_compiler.recovery.output_error import Batches, OutputError, observed, owner, put, values_of
 from pn_compiler.recovery.site_constants import Norms
@@ -32,19 +33,24 @@ EVALUATIONS = 12  # of the error and its gradient; more gain little: docs/calibr
 
 
 def calibrate_prepared(
-    traced: Trace, model: nn.Module, config: TransformConfig, batches: Iterable[Any] | None
+    traced: Trace,
+    model: nn.Module,
+    config: TransformConfig,
+    batches: Iterable[Any] | None,
+    edit: PipelineEdit | None = None,
 ) -> dict[str, Calibrated]:
     """Weight and bias of the normalizer of each site of `traced`, by path, fitted to `batches`.
 
     Args:
         traced: prepared; left as it is.
         model: what it was traced from.
+        edit: of the pipeline, as in `convert`.
     """
     if batches is None:
         raise ConfigError("warm_start='calibrate' needs samples: give calibration=, batches of inputs")
     teacher, student = copy.deepcopy(traced), copy.deepcopy(traced)
     plain = dataclasses.replace(config, proxy=False)  # the normalizers alone, as modules of their own
-    convert(student, model, plain)
+    convert(student, model, plain, edit=edit)
     names = [site.name for site in sites(student.root) if site.kind != "skipped"]
     return calibrate(student.root, teacher.root, names, batches)
 
