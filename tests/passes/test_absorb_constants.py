@@ -89,6 +89,24 @@ def test_what_else_reads_decides(reads: Callable[..., Tensor], rewritten: int) -
     assert run(Reads(reads), torch.randn(2, 3, 8, 8))[1] == rewritten
 
 
+def test_not_where_the_input_is_overwritten_afterwards() -> None:
+    class Overwrites(Reads):
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.conv(x)
+            z = self.affine(y)
+            y[:, :1].mul_(2.0)
+            return self.next(z) + y
+
+    assert run(Overwrites(torch.add), torch.randn(2, 3, 8, 8))[1] == 0
+
+
+def test_not_what_a_gate_takes_in() -> None:
+    def gated(m: Reads, y: Tensor, z: Tensor) -> Tensor:
+        return m.next(m.affine(y, y.mean((2, 3), keepdim=True))) + z
+
+    assert run(Reads(gated), torch.randn(2, 3, 8, 8))[1] == 0
+
+
 @pytest.mark.parametrize("kind", ["hook", "tied", "spectral_norm"])
 def test_not_into_a_weight_that_is_not_its_own(kind: str) -> None:
     model = nn.Sequential(nn.Conv2d(3, 3, 1), affine(3), nn.ReLU(), nn.Conv2d(3, 3, 1))

@@ -58,6 +58,17 @@ def test_the_squeeze_reads_the_result(scale: bool) -> None:
     assert set(activation.users) == {z}
 
 
+def test_a_negative_scale_keeps_the_squeeze_where_it_is() -> None:
+    torch.manual_seed(0)
+    model = Gated()
+    model.gated.scale = torch.tensor([1.0, -0.5, 2.0])
+    graph, rewritten = run(model)
+    assert rewritten == 1
+    (z,), (activation,) = calls(graph, "gated"), calls(graph, "act")
+    assert z.args == (activation,)
+    assert len(activation.users) == 2
+
+
 def test_another_reader_keeps_the_activation() -> None:
     torch.manual_seed(0)
     graph, rewritten = run(Gated(other=True))
