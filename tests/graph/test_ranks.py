@@ -3,15 +3,12 @@
 from collections.abc import Callable
 from typing import Any
 
-import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from pn_compiler.graph.ranks import (
     dtype,
-    flattens_channels,
-    flattens_module,
     has_batch_of_inputs,
     infer_ranks,
     pixels,
@@ -19,7 +16,6 @@ from pn_compiler.graph.ranks import (
     reads_batch,
     record_pixels,
     size_of,
-    spatial_dims,
 )
 from pn_compiler.running.inputs import Inputs
 from pn_compiler.tracing.trace_module import trace_module
@@ -92,40 +88,11 @@ def test_an_example_that_does_not_run_is_no_error() -> None:
 
 
 def test_what_an_operator_over_n_axes_takes_for_a_batch() -> None:
-    pool = nn.MaxPool3d(1)
-    gm, found = inferred(
-        Function(lambda m, x: (m.layer(x), F.max_pool2d(x, 2), F.avg_pool1d(x[0], 2), x + 1), pool).eval(), X
-    )
-    assert [spatial_dims(gm, node) for node in found] == [3, 2, 1, None]
+    def function(m: Any, x: Tensor) -> Any:
+        return m.layer(x), F.max_pool2d(x, 2), F.avg_pool1d(x[0], 2), x + 1
+
+    gm, found = inferred(Function(function, nn.MaxPool3d(1)).eval(), X)
     assert [reads_batch(gm, node, node.all_input_nodes[0]) for node in found] == [False, True, True, False]
-
-
-FLATTENS: dict[str, tuple[bool, Callable[[Any, Tensor], Any]]] = {
-    "flatten(1)": (True, lambda m, x: x.flatten(1)),
-    "keyword": (True, lambda m, x: torch.flatten(x, start_dim=1)),
-    "flatten": (False, lambda m, x: x.flatten()),
-    "flatten(1, 2)": (False, lambda m, x: x.flatten(1, 2)),
-    "size(0)": (True, lambda m, x: x.view(x.size(0), -1)),
-    "shape[0]": (True, lambda m, x: x.reshape((x.shape[0], -1))),
-    "size()[0]": (True, lambda m, x: x.view(x.size()[0], -1)),
-    "size(1)": (False, lambda m, x: x.view(x.size(1), -1)),
-    "the batch of what it is computed from": (True, lambda m, x: m.conv(x).view(x.size(0), -1)),
-    "of other samples": (False, lambda m, x: x.view(x.view(4, 2, 6, 6).size(0), -1)),
-    "a number": (False, lambda m, x: x.view(2, -1)),
-    "a number of features": (False, lambda m, x: x.view(x.size(0), 144)),
-}
-
-
-@pytest.mark.parametrize("name", FLATTENS)
-def test_what_flattens_channels(name: str) -> None:
-    flattens, function = FLATTENS[name]
-    _, result = inferred(Function(function).eval(), X)
-    assert flattens_channels(result) is flattens
-
-
-def test_layers_that_flatten_channels() -> None:
-    layers = (nn.Flatten(), nn.Flatten(2), nn.Flatten(0), nn.Flatten(1, 2), nn.Identity())
-    assert [flattens_module(layer) for layer in layers] == [True, False, False, False, False]
 
 
 def test_sizes_and_batches_are_traced_to_their_tensor() -> None:

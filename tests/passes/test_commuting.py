@@ -14,6 +14,8 @@ from pn_compiler.passes.absorption import commutes
 from pn_compiler.running.inputs import Inputs
 from pn_compiler.testing import assert_same_outputs
 from pn_compiler.tracing.trace_module import trace_module
+from tests.graph.test_ranks import Function, inferred
+from tests.graph.test_ranks import X as EXAMPLE
 
 X = torch.randn(2, 6, 4, 4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 SCALE = torch.rand(6, dtype=torch.float64, generator=torch.Generator().manual_seed(1)) + 0.5
@@ -136,3 +138,33 @@ def test_an_average_of_zeros_commutes_only_if_they_stand_before_the_affine(name:
 def test_the_others_do_not(name: str) -> None:
     gm, value, user = reader(*OTHERS[name])
     assert not any(commutes(gm, user, value, through_padding=padding) for padding in (True, False))
+
+
+FLATTENS: dict[str, tuple[bool, Callable[[Any, Tensor], Any]]] = {
+    "flatten(1)": (True, lambda m, x: x.flatten(1)),
+    "keyword": (True, lambda m, x: torch.flatten(x, start_dim=1)),
+    "flatten": (False, lambda m, x: x.flatten()),
+    "flatten(1, 2)": (False, lambda m, x: x.flatten(1, 2)),
+    "size(0)": (True, lambda m, x: x.view(x.size(0), -1)),
+    "shape[0]": (True, lambda m, x: x.reshape((x.shape[0], -1))),
+    "size()[0]": (True, lambda m, x: x.view(x.size()[0], -1)),
+    "size(1)": (False, lambda m, x: x.view(x.size(1), -1)),
+    "the batch of what it is computed from": (True, lambda m, x: m.conv(x).view(x.size(0), -1)),
+    "of other samples": (False, lambda m, x: x.view(x.view(4, 2, 6, 6).size(0), -1)),
+    "a number": (False, lambda m, x: x.view(2, -1)),
+    "a number of features": (False, lambda m, x: x.view(x.size(0), 144)),
+}
+
+
+@pytest.mark.parametrize("name", FLATTENS)
+def test_what_makes_features_of_channels(name: str) -> None:
+    flattens, function = FLATTENS[name]
+    gm, result = inferred(Function(function).eval(), EXAMPLE)
+    assert commutes(gm, result, result.all_input_nodes[0], through_padding=False) is flattens
+
+
+@pytest.mark.parametrize("options", [(1, -1), (2, -1), (0, -1), (1, 2)])
+def test_which_layers_make_features_of_channels(options: tuple[int, int]) -> None:
+    gm, result = inferred(Function(lambda m, x: m.layer(x), nn.Flatten(*options)).eval(), EXAMPLE)
+    found = commutes(gm, result, result.all_input_nodes[0], through_padding=False)
+    assert found is (options == (1, -1))
