@@ -44,7 +44,7 @@ def volume(x: Tensor) -> Tensor:
 
 POOLS: dict[str, Callable[[Any, Tensor], Any]] = {
     f"{kind}{n}d": lambda m, x, kind=kind, n=n, view=view: getattr(F, f"{kind}{n}d")(view(x), 1)
-    for kind in ("max_pool", "avg_pool", "adaptive_avg_pool", "adaptive_max_pool")
+    for kind in ("max_pool", "avg_pool", "adaptive_avg_pool")
     for n, view in ((1, sequence), (2, lambda x: x), (3, volume))
 }
 ARITHMETIC: dict[str, Callable[[Any, Tensor], Any]] = {

@@ -122,9 +122,9 @@ def test_what_the_caller_sees_stays_a_write(write: Callable[[Tensor], Tensor]) -
 
 def test_a_sum_in_place_of_another_dtype_stays() -> None:
     def widened(y: Tensor) -> Tensor:
-        y = y.float()
-        y += torch.ones(1, dtype=torch.float64)
-        return y
+        z = y.float()
+        z += y
+        return z
 
     gm = traced(Function(widened).double(), X)
     untouched(CanonicalizeActivations(), gm)

@@ -50,8 +50,6 @@ COMMUTING: dict[str, tuple[int, Callable[[Tensor], Any]]] = {
     "AvgPool1d that counts no padding": (1, nn.AvgPool1d(3, 2, 1, count_include_pad=False)),
     "Identity": (2, nn.Identity()),
     "Dropout": (2, nn.Dropout()),
-    "AlphaDropout": (2, nn.AlphaDropout()),
-    "FeatureAlphaDropout": (2, nn.FeatureAlphaDropout()),
     "Flatten": (2, nn.Flatten()),
     **{
         f"{name}{n}d": (n, lambda y, name=name, n=n: getattr(F, f"{name}{n}d")(y, 2))
