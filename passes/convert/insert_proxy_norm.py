@@ -56,8 +56,8 @@ class InsertProxyNorm(GraphPass):
         notes = []
         rewritten = 0
         for name, site in list(site_table(gm).items()):
-            if site.kind == "skipped":
-                continue
+            if site.kind != "norm_only":
+                continue  # left alone, or a ProxyNormAct already
             matched = _match(gm, calls.get(name, []), name, pinned)
             refusal = matched if isinstance(matched, Diagnostic) else None
             if not isinstance(matched, Diagnostic):

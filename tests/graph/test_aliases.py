@@ -13,7 +13,6 @@ import pn_compiler
 from pn_compiler.graph.aliases import find_aliases, shares, writes
 from pn_compiler.nn import ConstantAffine
 from pn_compiler.passes.freeze.absorb_constants import AbsorbConstants
-from pn_compiler.passes.prepare.canonicalize_activations import CanonicalizeActivations
 from pn_compiler.testing import assert_same_outputs, randomize_batch_norms
 from pn_compiler.tracing.trace_module import trace_module
 
@@ -250,14 +249,6 @@ def test_a_write_that_nothing_else_sees_is_no_obstacle(name: str) -> None:
     assert_same_outputs(plain(X), by_hand(X), tolerance=1e-9)
 
 
-def test_a_sum_in_place_is_a_sum_where_nothing_else_sees_it() -> None:
-    net = randomize_batch_norms(Net(_residual)).eval()
-    gm, _, _ = trace_module(copy.deepcopy(net))
-    assert [n.target.__name__ for n in gm.graph.nodes if n.op == "call_function"] == ["iadd"]
-    CanonicalizeActivations()(gm)
-    assert [n.target.__name__ for n in gm.graph.nodes if n.op == "call_function"] == ["add"]
-
-
 def test_numbers_are_not_overwritten() -> None:
     """n += 1 makes another number: who read n before it, and who reads it now, reads the old one."""
 
@@ -271,16 +262,6 @@ def test_numbers_are_not_overwritten() -> None:
     by_hand = copy.deepcopy(net)
     by_hand.bn = pn_compiler.transform(net, proxy=False).get_submodule("bn")
     assert_same_outputs(converted(X), by_hand(X), tolerance=1e-9)
-
-
-def test_a_sum_in_place_keeps_the_dtype_of_its_target() -> None:
-    def tail(m: Any, y: Tensor) -> Tensor:
-        y = y.float()
-        y += torch.ones(1, dtype=torch.float64)
-        return y
-
-    net = Net(tail).eval()
-    assert pn_compiler.transform(net, X.float())(X.float()).dtype == torch.float32
 
 
 def test_the_caller_sees_what_the_forward_writes_and_conversion_writes_nothing() -> None:

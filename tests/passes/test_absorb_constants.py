@@ -1,6 +1,5 @@
 """Constant scales and shifts: where they go, where they stay, and that the outputs stay the same."""
 
-import copy
 import itertools
 from collections.abc import Callable
 
@@ -8,11 +7,10 @@ import pytest
 import torch
 from torch import Tensor, fx, nn
 
-from pn_compiler.graph.ranks import infer_ranks
 from pn_compiler.nn import ConstantAffine
 from pn_compiler.passes.freeze.absorb_constants import AbsorbConstants
 from pn_compiler.testing import assert_same_outputs, count_modules
-from pn_compiler.tracing.trace_module import trace_module
+from tests.passes import graphs
 
 
 def affine(channels: int, *, positive: bool = False) -> ConstantAffine:
@@ -24,13 +22,11 @@ def affine(channels: int, *, positive: bool = False) -> ConstantAffine:
 def run(model: nn.Module, x: Tensor) -> tuple[fx.GraphModule, int]:
     """The rewritten graph of `model` in float64, which computes the same, and the number of changes."""
     model = model.double().eval()
-    graph, _, _ = trace_module(copy.deepcopy(model))
-    infer_ranks(graph)
-    rewritten = AbsorbConstants()(graph).rewritten
+    gm = graphs.traced(model)
+    rewritten = graphs.run(AbsorbConstants(), gm).rewritten
     with torch.no_grad():
-        assert_same_outputs(graph(x.double()), model(x.double()))
-    assert AbsorbConstants()(graph).rewritten == 0
-    return graph, rewritten
+        assert_same_outputs(gm(x.double()), model(x.double()))
+    return gm, rewritten
 
 
 @pytest.mark.parametrize(
@@ -87,6 +83,24 @@ class Reads(nn.Module):
 )
 def test_what_else_reads_decides(reads: Callable[..., Tensor], rewritten: int) -> None:
     assert run(Reads(reads), torch.randn(2, 3, 8, 8))[1] == rewritten
+
+
+def test_not_where_the_input_is_overwritten_afterwards() -> None:
+    class Overwrites(Reads):
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.conv(x)
+            z = self.affine(y)
+            y[:, :1].mul_(2.0)
+            return self.next(z) + y
+
+    assert run(Overwrites(torch.add), torch.randn(2, 3, 8, 8))[1] == 0
+
+
+def test_not_what_a_gate_takes_in() -> None:
+    def gated(m: Reads, y: Tensor, z: Tensor) -> Tensor:
+        return m.next(m.affine(y, y.mean((2, 3), keepdim=True))) + z
+
+    assert run(Reads(gated), torch.randn(2, 3, 8, 8))[1] == 0
 
 
 @pytest.mark.parametrize("kind", ["hook", "tied", "spectral_norm"])

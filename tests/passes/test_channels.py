@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 import pn_compiler
 from pn_compiler.graph.ranks import infer_ranks, rank
@@ -15,6 +15,9 @@ from pn_compiler.nn import ProxyNormAct
 from pn_compiler.passes.channels import channels_of
 from pn_compiler.testing import assert_same_outputs, randomize_batch_norms
 from pn_compiler.tracing.trace_module import trace_module
+from tests.graph.test_operator_ranks import MODULES, TABLES, UNKNOWN
+from tests.graph.test_ranks import Function, inferred
+from tests.graph.test_ranks import X as EXAMPLE
 
 X = torch.randn(2, 3, 4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 
@@ -192,3 +195,34 @@ def test_what_is_known_is_exact_and_the_rest_is_unknown() -> None:
     assert [rank(value) for value in values] == (
         [4] * 10 + [3, 3, 2, 3, 5] + [None, 4, 4, None, 4, 4, 4, 4, None, None, None]
     )  # fmt: skip
+
+
+OPERATORS = {**TABLES, **UNKNOWN}
+
+
+class Channels(fx.Interpreter):
+    """Compares the number of channels that is known of every node with its value."""
+
+    def run_node(self, node: fx.Node) -> Any:
+        value = super().run_node(node)
+        if isinstance(value, Tensor) and value.dim() > 1 and node.op != "get_attr":
+            known = channels_of(self.module, node)  # type: ignore[arg-type]  # a GraphModule
+            assert known in (value.shape[1], None), node.format_node()
+        return value
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_no_number_of_channels_is_wrong(name: str) -> None:
+    module = Function(lambda m, x: OPERATORS[name](m, m.conv(x))).eval()
+    gm, _ = inferred(module, EXAMPLE)
+    with torch.no_grad():
+        Channels(gm).run(EXAMPLE)
+
+
+@pytest.mark.parametrize(("layer", "view"), MODULES, ids=lambda value: type(value).__name__)
+def test_no_number_of_channels_behind_a_layer_is_wrong(
+    layer: nn.Module, view: Callable[[Tensor], Tensor]
+) -> None:
+    gm, _ = inferred(Function(lambda m, x: m.layer(view(m.conv(x))), layer).eval(), EXAMPLE)
+    with torch.no_grad():
+        Channels(gm).run(EXAMPLE)

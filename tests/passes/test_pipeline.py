@@ -1,12 +1,17 @@
 """The pass contract: order, errors, a second run that changes nothing."""
 
-import copy
-from typing import ClassVar
+import importlib
+import pkgutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, ClassVar
 
 import pytest
 import torch
-from torch import fx, nn
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
 
+import pn_compiler.passes
 from pn_compiler.base.config import TransformConfig
 from pn_compiler.base.errors import PassError, PostconditionError
 from pn_compiler.graph.pass_base import (
@@ -17,26 +22,24 @@ from pn_compiler.graph.pass_base import (
     check_order,
     run_pipeline,
 )
-from pn_compiler.graph.ranks import infer_ranks
 from pn_compiler.passes import fold_pipeline, freeze_pipeline, transform_pipeline
 from pn_compiler.passes.convert.insert_proxy_norm import InsertProxyNorm
 from pn_compiler.passes.convert.replace_batch_norm import ReplaceBatchNorm
 from pn_compiler.passes.remove_dead_modules import RemoveDeadModules
+from pn_compiler.passes.route_affine import RouteAffine
 from pn_compiler.testing import assert_same_outputs, randomize_batch_norms
-from pn_compiler.tracing.trace_module import trace_module
+from tests.passes.graphs import traced
 
-CONSTANTS = {"1": (torch.tensor([1.0, -1, 2, 0.5]), torch.tensor([1.0, 0, -1, 2]))}
+X = torch.randn(2, 3, 5, 5, generator=torch.Generator().manual_seed(0))
+CONSTANTS = {
+    path: (torch.linspace(-0.7, 2.0, size), torch.linspace(-1.0, 1.0, size))
+    for path, size in {"1": 4, "bn1": 4, "bn2": 4, "bn4": 4, "bn5": 2}.items()
+}
 
 
 def network() -> nn.Module:
     net = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 2, 3, padding=1))
     return randomize_batch_norms(net).eval()
-
-
-def traced(model: nn.Module) -> fx.GraphModule:
-    graph, _, _ = trace_module(copy.deepcopy(model))
-    infer_ranks(graph)
-    return graph
 
 
 def test_order_is_checked_before_any_work() -> None:
@@ -64,30 +67,70 @@ def test_groups_of_passes_are_passes() -> None:
     assert nested.code == flat.code
 
 
+class Everything(nn.Module):
+    """It gives every pass something to do: a function, an expression, a view, branches, a gate, a clip."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.stem, self.bn1 = nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)
+        self.conv2, self.bn2, self.squeeze = nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 1)
+        self.conv3, self.bn3, self.join = nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4), nn.Conv2d(8, 4, 1)
+        self.bn4, self.head, self.bn5 = nn.BatchNorm2d(4), nn.Linear(100, 2), nn.BatchNorm1d(2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.conv2d(x, self.stem.weight, self.stem.bias)
+        x = F.relu_(self.bn1(x))
+        y = self.bn2(self.conv2(x))
+        y = y * F.hardsigmoid(y)
+        y = y * self.squeeze(y.mean((2, 3), keepdim=True)).sigmoid()
+        z = self.bn3(self.conv3(y)).relu()
+        x = F.relu6(self.bn4(self.join(torch.cat([z, x], 1))).flatten(1))
+        return self.bn5(self.head(x + 1))
+
+
 @pytest.mark.parametrize("proxy_padding", ["activation", "output"])
-def test_a_second_run_rewrites_nothing(proxy_padding: str) -> None:
-    graph = traced(network())
-    passes = transform_pipeline(TransformConfig(proxy_padding=proxy_padding))  # type: ignore[arg-type]
-    assert run_pipeline(passes, graph).rewritten
-    assert not run_pipeline(passes, graph).rewritten
+@pytest.mark.parametrize(("build", "warm_start"), [(network, "auto"), (Everything, "none")])
+def test_a_second_run_rewrites_nothing(
+    build: Callable[[], nn.Module], warm_start: Any, proxy_padding: Any
+) -> None:
+    gm = traced(randomize_batch_norms(build()).eval(), X)
+    passes = transform_pipeline(TransformConfig(warm_start=warm_start, proxy_padding=proxy_padding))
+    assert run_pipeline(passes, gm).rewritten
+    assert not run_pipeline(passes, gm).rewritten
     for passes in (fold_pipeline(), freeze_pipeline(CONSTANTS)):
-        assert run_pipeline(passes, graph).rewritten
-        assert not run_pipeline(passes, graph).rewritten
+        assert run_pipeline(passes, gm).rewritten
+        assert not run_pipeline(passes, gm).rewritten
 
 
-def test_passes_that_claim_to_preserve_outputs_do() -> None:
-    graph = traced(network()).double()
-    x = torch.randn(2, 3, 5, 5, dtype=torch.float64)
-    claims = 0
-    constants = {name: (scale.double(), shift.double()) for name, (scale, shift) in CONSTANTS.items()}
+def own_passes() -> set[type[GraphPass]]:
+    """Every pass of this package, whether or not a pipeline runs it."""
+    for module in pkgutil.walk_packages(pn_compiler.passes.__path__, "pn_compiler.passes."):
+        importlib.import_module(module.name)
+    return {cls for cls in GraphPass.__subclasses__() if cls.__module__.startswith("pn_compiler.passes.")}
+
+
+@torch.no_grad()
+def test_passes_that_claim_to_preserve_outputs_change_a_graph_and_do() -> None:
+    x = X.double()
+    gm = traced(randomize_batch_norms(Everything()).double().eval(), x)
+    constants = {path: (scale.double(), shift.double()) for path, (scale, shift) in CONSTANTS.items()}
     passes = transform_pipeline(TransformConfig(warm_start="none", proxy_padding="output"))
+    claims = set()
     for graph_pass in (*passes, *fold_pipeline(), *freeze_pipeline(constants)):
-        before = graph(x)
-        graph_pass(graph)
+        before = gm(x)
+        assert graph_pass(gm).rewritten > 0, type(graph_pass).__name__
         if graph_pass.preserves_outputs:
-            claims += 1
-            assert_same_outputs(graph(x), before)
-    assert claims == 15
+            claims.add(type(graph_pass))
+            assert_same_outputs(gm(x), before)
+    assert claims == {*(cls for cls in own_passes() if cls.preserves_outputs), RouteAffine}
+
+
+def test_every_pass_has_a_test_file() -> None:
+    modules = {cls.__module__.rpartition(".")[2] for cls in own_passes()}
+    files = {path.stem for path in Path(__file__).parent.glob("test_*.py")}
+    assert modules
+    assert {f"test_{module}" for module in modules} <= files
 
 
 class Failing(GraphPass):

@@ -1,5 +1,6 @@
 """ShareStatistics and its inverse."""
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from pn_compiler.passes.convert.share_statistics import ShareStatistics
 from pn_compiler.passes.fold.unshare_statistics import UnshareStatistics
 from pn_compiler.testing import assert_same_outputs, count_modules, randomize_batch_norms
 from tests import zoo
+from tests.passes.graphs import BY_HAND, called, randomize_proxies, run, site_by_hand, traced, untouched
 
 
 def network(*activations: nn.Module) -> nn.Module:
@@ -79,6 +81,50 @@ def test_shared_and_alone_compute_the_same(activations: tuple[nn.Module, ...], s
     assert ShareStatistics()(graph).rewritten == shared
     assert ShareStatistics()(graph).rewritten == 0
     assert_same_outputs(graph(X), together)
+
+
+@torch.no_grad()
+def test_shared_statistics_are_those_of_each_site_by_hand() -> None:
+    net = nn.Sequential(nn.BatchNorm2d(3), nn.SiLU(), nn.BatchNorm2d(3), nn.SiLU()).double().eval()
+    gm = pn_compiler.transform(randomize_batch_norms(net), warm_start="none")
+    assert isinstance(gm, fx.GraphModule)
+    randomize_proxies(gm)
+    unshared(gm)
+    assert run(ShareStatistics(), gm).rewritten == 2
+    assert called(gm) == [ProxyStatistics, ProxyNormAct, ProxyNormAct]
+    y = X
+    for name in ("0", "2"):
+        site = gm.get_submodule(name)
+        assert isinstance(site, ProxyNormAct)
+        y = site_by_hand(y, site, nn.SiLU())
+    assert_same_outputs(gm(X), y, tolerance=BY_HAND)
+
+
+class Unlike(nn.Module):
+    """Two sites with equal activations, of which one `change`s."""
+
+    def __init__(self, change: Callable[[ProxyNormAct], Any]) -> None:
+        super().__init__()
+        self.one, self.two = ProxyNormAct(1, 3, nn.ReLU()), ProxyNormAct(1, 3, nn.ReLU())
+        change(self.two)
+
+    def forward(self, x: torch.Tensor) -> Any:
+        return self.two(self.one(x))
+
+
+UNLIKE: dict[str, Callable[[ProxyNormAct], Any]] = {
+    "dtype": lambda site: site.half(),
+    "device": lambda site: site.to("meta"),
+    "proxy_eps": lambda site: setattr(site, "proxy_eps", 0.1),
+    "its affine is read": lambda site: setattr(site, "outputs", ("output", "affine")),
+    "options": lambda site: setattr(site, "activation", nn.Hardtanh(0.0, 1.0)),
+}
+
+
+@pytest.mark.parametrize("name", UNLIKE)
+def test_sites_that_differ_share_nothing(name: str) -> None:
+    untouched(ShareStatistics(), traced(Unlike(UNLIKE[name])))
+    assert run(ShareStatistics(), traced(Unlike(lambda site: None))).rewritten == 2
 
 
 def test_switched_off_the_sites_compute_for_themselves() -> None:

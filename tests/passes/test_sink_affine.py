@@ -8,9 +8,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import pn_compiler
+from pn_compiler.graph.pass_base import run_pipeline
 from pn_compiler.nn import ConstantAffine, ConstantClamp, ProxyNormAct
 from pn_compiler.passes.fold.sink_affine import SinkAffine
+from pn_compiler.passes.fold.unshare_statistics import UnshareStatistics
+from pn_compiler.passes.route_affine import RouteAffine
 from pn_compiler.testing import randomize_batch_norms
+from tests.passes.graphs import run, traced
 
 TOLERANCE = 1e-6  # in float64: fold and forward evaluate the moments of SiLU in two ways, 1e-8 apart
 IMAGES = torch.randn(2, 3, 9, 9, generator=torch.Generator().manual_seed(0))
@@ -180,11 +184,27 @@ def test_a_shared_reader_is_left_alone() -> None:
     check(converted(Twice(torch.add, nn.Conv2d(16, 4, 1), nn.SiLU)), 2)
 
 
-def test_training_and_a_second_run_change_nothing() -> None:
-    model = converted(Net(PASSES["cat"][0], nn.Conv2d(16, 4, 1), nn.SiLU))
+@pytest.mark.parametrize(
+    ("name", "act", "sunk"), [("cat", nn.SiLU, 2), ("a sum", nn.ReLU, 2), ("a product", nn.SiLU, 0)]
+)
+@torch.no_grad()
+def test_the_pass_alone_moves_what_it_says_and_nothing_in_a_second_run(
+    name: str, act: Callable[[], nn.Module], sunk: int
+) -> None:
+    joins: dict[str, tuple[Callable[..., Tensor], int]] = {
+        "cat": PASSES["cat"], "a sum": (lambda a, b, x: a + b, 8), "a product": (STAYS["a product"][0], 8),
+    }  # fmt: skip
+    join, channels = joins[name]
+    model = converted(Net(join, nn.Conv2d(channels, 4, 1), act)).double()
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    folded = pn_compiler.fold(model)
-    assert SinkAffine()(folded).rewritten == 0
+    gm = traced(model, IMAGES.double())
+    run_pipeline((UnshareStatistics(), RouteAffine(through_padding=False)), gm)
+    result = run(SinkAffine(), gm)
+    assert result.rewritten == sunk
+    assert [note.code for note in result.notes] == sunk * ["PN210"]
+    whole = [m for m in gm.modules() if isinstance(m, ProxyNormAct) and m.outputs == ("output",)]
+    assert len(whole) == 2 - sunk
+    torch.testing.assert_close(gm(IMAGES.double()), model(IMAGES.double()), rtol=TOLERANCE, atol=TOLERANCE)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 

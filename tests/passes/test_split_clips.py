@@ -1,7 +1,5 @@
 """Clips with bounds per channel become plain activations behind what is frozen, and only there."""
 
-import copy
-
 import pytest
 import torch
 from torch import Tensor, fx, nn
@@ -9,7 +7,7 @@ from torch import Tensor, fx, nn
 from pn_compiler.nn import ConstantAffine, ConstantClamp
 from pn_compiler.passes.freeze.split_clips import SplitClips
 from pn_compiler.testing import assert_same_outputs, count_modules
-from pn_compiler.tracing.trace_module import trace_module
+from tests.passes import graphs
 
 X = torch.randn(2, 3, 4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 
@@ -24,11 +22,10 @@ def clamp(*, upper: bool, lower: bool = True) -> ConstantClamp:
 
 
 def run(model: nn.Module) -> tuple[fx.GraphModule, int]:
-    graph, _, _ = trace_module(copy.deepcopy(model.double()))
-    rewritten = SplitClips()(graph).rewritten
-    assert_same_outputs(graph(X), model(X))
-    assert SplitClips()(graph).rewritten == 0
-    return graph, rewritten
+    gm = graphs.traced(model.double())
+    rewritten = graphs.run(SplitClips(), gm).rewritten
+    assert_same_outputs(gm(X), model(X))
+    return gm, rewritten
 
 
 @pytest.mark.parametrize(("upper", "plain"), [(False, nn.ReLU), (True, nn.ReLU6)])

@@ -1,17 +1,13 @@
 """Gates of frozen sites: the affine moves out of the product, and the squeeze reads its result."""
 
-import copy
-
 import pytest
 import torch
 from torch import Tensor, fx, nn
 
-from pn_compiler.graph.ranks import infer_ranks
 from pn_compiler.nn import ConstantAffine
 from pn_compiler.passes.freeze.split_gates import SplitGates
-from pn_compiler.running.inputs import Inputs
 from pn_compiler.testing import assert_same_outputs
-from pn_compiler.tracing.trace_module import trace_module
+from tests.passes import graphs
 
 X = torch.randn(2, 3, 4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 
@@ -35,13 +31,11 @@ class Gated(nn.Module):
 
 
 def run(model: nn.Module) -> tuple[fx.GraphModule, int]:
-    graph, _, _ = trace_module(copy.deepcopy(model.double()))
-    infer_ranks(graph, Inputs((X,)))
-    rewritten = SplitGates()(graph).rewritten
+    gm = graphs.traced(model.double(), X)
+    rewritten = graphs.run(SplitGates(), gm).rewritten
     with torch.no_grad():
-        assert_same_outputs(graph(X), model(X))
-    assert SplitGates()(graph).rewritten == 0
-    return graph, rewritten
+        assert_same_outputs(gm(X), model(X))
+    return gm, rewritten
 
 
 def calls(gm: fx.GraphModule, path: str) -> list[fx.Node]:
@@ -56,6 +50,17 @@ def test_the_squeeze_reads_the_result(scale: bool) -> None:
     (z,), (activation,) = calls(graph, "gated"), calls(graph, "act")
     assert z.args == (activation,)
     assert set(activation.users) == {z}
+
+
+def test_a_negative_scale_keeps_the_squeeze_where_it_is() -> None:
+    torch.manual_seed(0)
+    model = Gated()
+    model.gated.scale = torch.tensor([1.0, -0.5, 2.0])
+    graph, rewritten = run(model)
+    assert rewritten == 1
+    (z,), (activation,) = calls(graph, "gated"), calls(graph, "act")
+    assert z.args == (activation,)
+    assert len(activation.users) == 2
 
 
 def test_another_reader_keeps_the_activation() -> None:
