@@ -110,7 +110,7 @@ def write_onnx(
         proto = _finish(proto, target, staged, compare, report, say)
         with timed(report, "write", say):
             _write(proto, path, staged, report)
-    report.opset_version, report.ir_version = options.opset_version, proto.ir_version
+    report.opset_version, report.ir_version = options.opset, proto.ir_version
     report.inputs = describe_values(proto.graph.input)
     report.outputs = describe_values(proto.graph.output)
     report.operators_after = count_onnx_operators(proto)

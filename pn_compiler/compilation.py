@@ -5,13 +5,25 @@ import os
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from pn_compiler.base.config import Norm, ProxyPadding, TransformConfig, WarmStart
+from pn_compiler.base.config import (
+    DType,
+    ExportConfig,
+    Logits,
+    Norm,
+    ProxyPadding,
+    RecoveryConfig,
+    StaticStatistics,
+    TargetName,
+    TransformConfig,
+    WarmStart,
+)
 from pn_compiler.base.errors import ConfigError, ExportError, VerificationError
-from pn_compiler.base.option_checks import check_flags, check_function, check_number, check_path, one_of
+from pn_compiler.base.option_checks import check_function, check_path
+from pn_compiler.base.options import pick
 from pn_compiler.data.input_shape import choose_inputs, stated_inputs
 from pn_compiler.graph.graph_module import is_converted, notes, record, sites
 from pn_compiler.graph.graph_utils import count_operators, count_parameters
@@ -28,13 +40,9 @@ from pn_compiler.repository.options import ModelRepository
 from pn_compiler.running.copying import copy_model, unwrap
 from pn_compiler.running.evaluation import batches_of, check_dense, check_values, to_eval_mode
 from pn_compiler.running.inputs import Inputs
-from pn_compiler.running.losses import Logits
 
 if TYPE_CHECKING:
-    from pn_compiler.export import DType, ExportOptions, Report, TargetName
-
-StaticStatistics = Literal["auto", "all"]
-ERROR_BUDGET = 0.01
+    from pn_compiler.export import ExportOptions, Report
 
 
 def export_onnx(
@@ -43,17 +51,17 @@ def export_onnx(
     example_inputs: Any,
     *,
     example_kwargs: Mapping[str, Any] | None = None,
-    target: "TargetName" = "portable",
-    tune: bool = False,
-    opset_version: int | None = None,
-    target_ort: str | None = None,
-    dynamic_batch: bool = True,
-    external_data: bool = False,
-    dtype: "DType" = "float32",
-    input_names: Sequence[str] = (),
-    output_names: Sequence[str] = (),
+    target: TargetName = ExportConfig.target,
+    tune: bool = ExportConfig.tune,
+    opset_version: int | None = ExportConfig.opset_version,
+    target_ort: str | None = ExportConfig.target_ort,
+    dynamic_batch: bool = ExportConfig.dynamic_batch,
+    external_data: bool = ExportConfig.external_data,
+    dtype: DType = ExportConfig.dtype,
+    input_names: Sequence[str] = ExportConfig.input_names,
+    output_names: Sequence[str] = ExportConfig.output_names,
     repository: ModelRepository | None = None,
-    verify: bool = True,
+    verify: bool = ExportConfig.verify,
     progress: Progress | None = None,
 ) -> "Report":
     """Folds `model` if it holds proxy normalization, exports it to ONNX and compares the two.
@@ -90,13 +98,10 @@ def export_onnx(
         ExportError: the model cannot be exported, or the file not written.
         VerificationError: the ONNX model computes something else; there is no file then.
     """
+    arguments = locals()
     from pn_compiler.export import ExportOptions, Report  # onnx only when it is needed
 
-    options = ExportOptions.of(
-        target=target, tune=tune, opset_version=opset_version, target_ort=target_ort,
-        dynamic_batch=dynamic_batch, external_data=external_data, dtype=dtype, input_names=input_names,
-        output_names=output_names, verify=verify,
-    )  # fmt: skip
+    options = pick(ExportOptions, arguments)
     check_function("progress", progress)
     _check_destinations(path, repository, target)
     inputs = Inputs.of(example_inputs, example_kwargs) or Inputs()
@@ -118,29 +123,29 @@ def compile(  # noqa: A001  # the name that users of torch.compile look for
     *,
     example_kwargs: Mapping[str, Any] | None = None,
     input_shape: tuple[int, ...] | None = None,
-    norm: Norm = "layer",
-    num_groups: int | None = None,
-    proxy: bool = True,
-    proxy_padding: ProxyPadding = "activation",
-    warm_start: WarmStart = "auto",
+    norm: Norm = TransformConfig.norm,
+    num_groups: int | None = TransformConfig.num_groups,
+    proxy: bool = TransformConfig.proxy,
+    proxy_padding: ProxyPadding = TransformConfig.proxy_padding,
+    warm_start: WarmStart = TransformConfig.warm_start,
     calibration: Iterable[Any] | None = None,
-    distill_steps: int = 0,
-    distill_logits: Logits = "auto",
-    static_statistics: StaticStatistics | None = None,
-    error_budget: float = ERROR_BUDGET,
-    strict: bool = False,
-    leaves: Sequence[str | type[nn.Module]] = (),
-    target: "TargetName" = "portable",
-    tune: bool = False,
-    opset_version: int | None = None,
-    target_ort: str | None = None,
-    dynamic_batch: bool = True,
-    external_data: bool = False,
-    dtype: "DType" = "float32",
-    input_names: Sequence[str] = (),
-    output_names: Sequence[str] = (),
+    distill_steps: int = RecoveryConfig.distill_steps,
+    distill_logits: Logits = RecoveryConfig.distill_logits,
+    static_statistics: StaticStatistics | None = RecoveryConfig.static_statistics,
+    error_budget: float = RecoveryConfig.error_budget,
+    strict: bool = TransformConfig.strict,
+    leaves: Sequence[str | type[nn.Module]] = TransformConfig.leaves,
+    target: TargetName = ExportConfig.target,
+    tune: bool = ExportConfig.tune,
+    opset_version: int | None = ExportConfig.opset_version,
+    target_ort: str | None = ExportConfig.target_ort,
+    dynamic_batch: bool = ExportConfig.dynamic_batch,
+    external_data: bool = ExportConfig.external_data,
+    dtype: DType = ExportConfig.dtype,
+    input_names: Sequence[str] = ExportConfig.input_names,
+    output_names: Sequence[str] = ExportConfig.output_names,
     repository: ModelRepository | None = None,
-    verify: bool = True,
+    verify: bool = ExportConfig.verify,
     progress: Progress | None = None,
 ) -> "Report":
     """From a trained BatchNorm network to a verified batch-independent ONNX file, in one call.
@@ -170,28 +175,20 @@ def compile(  # noqa: A001  # the name that users of torch.compile look for
         ConfigError: an impossible option, or an input shape that is missing or does not fit.
         Others: as `transform` and `export_onnx`.
     """
+    arguments = locals()
     from pn_compiler.export import ExportOptions, Report, timed
 
-    options = ExportOptions.of(
-        target=target, tune=tune, opset_version=opset_version, target_ort=target_ort,
-        dynamic_batch=dynamic_batch, external_data=external_data, dtype=dtype, input_names=input_names,
-        output_names=output_names, verify=verify,
-    )  # fmt: skip
+    options = pick(ExportOptions, arguments)
+    config, recovery = pick(TransformConfig, arguments), pick(RecoveryConfig, arguments)
     check_function("progress", progress)
-    check_flags(strict=strict)
-    check_number("error_budget", error_budget, "an error of 0 or more, such as 0.01", 0)
     _check_destinations(path, repository, target)
-    config = TransformConfig(
-        norm=norm, num_groups=num_groups, proxy=proxy,
-        proxy_padding=proxy_padding, warm_start=warm_start,
-    )  # fmt: skip
     original = unwrap(model)
     model = _on_cpu(original, share=True)
-    if is_converted(model) and (leaves or config != TransformConfig()):
+    if is_converted(model) and config != TransformConfig(strict=strict):
         raise ConfigError("the model is already converted: options of transform have no effect")
     if is_converted(model) and distill_steps:
         raise ConfigError("the model is already converted: distill it with its BatchNorm network as teacher")
-    _check_calibration(calibration, config, distill_steps, distill_logits, static_statistics)
+    _check_calibration(calibration, config, recovery)
     report = Report(parameters_before=count_parameters(model))
     say = progress or (lambda stage: None)
     given = Inputs.of(example_inputs, example_kwargs)
@@ -232,7 +229,7 @@ def compile(  # noqa: A001  # the name that users of torch.compile look for
 
 
 def _check_destinations(
-    path: str | os.PathLike[str] | None, repository: ModelRepository | None, target: "TargetName"
+    path: str | os.PathLike[str] | None, repository: ModelRepository | None, target: TargetName
 ) -> None:
     """Raises ConfigError if nothing is to be written, ExportError if it cannot be."""
     from pn_compiler.base.files import check_writable
@@ -282,23 +279,13 @@ def _has_sites(model: nn.Module) -> bool:
 
 
 def _check_calibration(
-    calibration: Iterable[Any] | None,
-    config: TransformConfig,
-    distill_steps: int,
-    distill_logits: Logits,
-    static_statistics: StaticStatistics | None,
+    calibration: Iterable[Any] | None, config: TransformConfig, recovery: RecoveryConfig
 ) -> None:
-    """Raises ConfigError if samples, or options of their uses, are missing or given for nothing."""
-    check_number("distill_steps", distill_steps, "a number of steps, 0 or more", 0, whole=True)
-    one_of("distill_logits", distill_logits, get_args(Logits))
-    if distill_logits != "auto" and not distill_steps:
-        raise ConfigError(f"distill_logits={distill_logits!r} has no effect without distill_steps")
-    if static_statistics is not None:
-        one_of("static_statistics", static_statistics, get_args(StaticStatistics))
+    """Raises ConfigError if samples are missing, or given for nothing."""
     uses = {
         "warm_start='calibrate'": config.warm_start == "calibrate",
-        "distill_steps": distill_steps > 0,
-        "static_statistics": static_statistics is not None,
+        "distill_steps": recovery.distill_steps > 0,
+        "static_statistics": recovery.static_statistics is not None,
     }
     wanted = [name for name, used in uses.items() if used]
     if wanted and calibration is None:
