@@ -11,6 +11,7 @@ from torch import nn
 from pn_compiler.base.config import DType, ExportConfig
 from pn_compiler.base.errors import ConfigError
 from pn_compiler.base.options import changed, pick, values
+from pn_compiler.base.stopwatch import Stopwatch
 from pn_compiler.compilation import export_onnx
 from pn_compiler.graph.pass_base import Progress
 from pn_compiler.inspection.model_checks import check_module
@@ -99,8 +100,9 @@ def _add_file(
         path=str(path), opset_version=file.opset_version, ir_version=file.ir_version,
         inputs=file.inputs, outputs=file.outputs, file_bytes=path.stat().st_size,
     )  # fmt: skip
-    add_to_repository(repository, path, example or _random_inputs(file), report, progress=progress)
-    return report
+    return add_to_repository(
+        repository, path, example or _random_inputs(file), report, stopwatch=Stopwatch(progress)
+    )
 
 
 def _random_inputs(file: "OnnxFile") -> Inputs:
