@@ -5,7 +5,7 @@ import dataclasses
 import importlib.metadata
 import math
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -198,12 +198,54 @@ def _add_data_options(parser: argparse.ArgumentParser) -> None:
     data.add_argument("--allow-data-code", action="store_true", help="let DATA be package.module:function")
 
 
+def check_usage(arguments: argparse.Namespace) -> None:
+    """Ends the command with status 2 if what was asked for does not go together."""
+    if arguments.model is None:
+        make_parser().error("the following arguments are required: model")
+    given = vars(arguments)
+    tasks = (arguments.output, given.get("directory"), arguments.diagnose)
+    if not arguments.dry_run and all(task is None for task in tasks):
+        make_parser().error("-o/--output is required (or --model-repository, --dry-run, or --diagnose)")
+    _check_repository_usage(arguments)
+    for name, flag in {"distill_steps": "--distill", "static_statistics": "--static-statistics"}.items():
+        if name in given and arguments.calibrate is None:
+            make_parser().error(f"{flag} needs samples: give --calibrate DATA")
+    if "distill_logits" in given and "distill_steps" not in given:
+        make_parser().error("--distill-logits goes with --distill")
+    if "error_budget" in given and given.get("static_statistics") != "auto":
+        make_parser().error("--error-budget goes with --static-statistics=auto")
+    if "tune" in given and given.get("target") != "auto":
+        make_parser().error("--tune goes with --target auto")
+    if arguments.diagnose is not None:
+        _check_diagnosis_usage(given)
+    about_data = [name for name in DATA_OPTIONS if given[name]]
+    if about_data and arguments.diagnose is None and arguments.calibrate is None:
+        flag = f"--{about_data[0].replace('_', '-')}"
+        make_parser().error(f"{flag} is about DATA, and there is none: see --calibrate and --diagnose")
+
+
+def _check_diagnosis_usage(given: Mapping[str, Any]) -> None:
+    clashes = {"output": "--output", "directory": "--model-repository", "dry_run": "--dry-run"}
+    clashes |= {"input_shape": "--input-shape", "calibrate": "--calibrate"}
+    for flag in (flag for name, flag in clashes.items() if given.get(name)):
+        make_parser().error(f"--diagnose writes no model and takes shapes from its data: leave out {flag}")
+
+
+def _check_repository_usage(arguments: argparse.Namespace) -> None:
+    given = [option for name, option in options_of(ModelRepository).items() if name in arguments]
+    names = [option.name for option in given]
+    if "directory" in names and "name" not in names:
+        make_parser().error("--model-repository needs the name of the model: give --name NAME")
+    if given and "directory" not in names:
+        make_parser().error(f"{given[0].flag} goes with --model-repository")
+
+
 _PAGE = """# Options
 
 Each option is declared once, with its default and the phrase below, in `pn_compiler/base/config.py`, and
 those of a model repository in `pn_compiler/repository/options.py`. The functions take their defaults from
-there, and `pn-compile` its flags. `python -m pn_compiler.arguments > docs/options.md` writes this page, and
-a test compares it.
+there, and `pn-compile` its flags. A new option is a field there and a parameter of each function that has it;
+the tests say what is missing. `python -m pn_compiler.arguments > docs/options.md` writes this page.
 """
 _TITLES: dict[str, tuple[type, str]] = {
     "Conversion": (TransformConfig, "`transform`; all but `norm_only_bias` in `compile`"),

@@ -7,11 +7,11 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pn_compiler.arguments import DATA_OPTIONS, make_parser
+from pn_compiler.arguments import check_usage, make_parser
 from pn_compiler.base.config import ExportConfig, RecoveryConfig, TransformConfig
 from pn_compiler.base.errors import ConfigError, PnCompilerError, RefusedError, named_line, printable
 from pn_compiler.base.interruption import STATUS as INTERRUPTED
@@ -100,7 +100,7 @@ def _print(text: str) -> None:
 def _run(arguments: argparse.Namespace, interruption: Interruption) -> int:
     if arguments.list_passes:
         return _list_passes()
-    _check_usage(arguments)
+    check_usage(arguments)
     from pn_compiler.loading import load_model  # torch is only imported for work
 
     interruption.starting = False
@@ -127,47 +127,6 @@ def _run(arguments: argparse.Namespace, interruption: Interruption) -> int:
         interruption.check()
     _print(content if content is not None and arguments.report == _STDOUT else f"{text}\n")
     return DONE
-
-
-def _check_usage(arguments: argparse.Namespace) -> None:
-    if arguments.model is None:
-        make_parser().error("the following arguments are required: model")
-    given = vars(arguments)
-    tasks = (arguments.output, given.get("directory"), arguments.diagnose)
-    if not arguments.dry_run and all(task is None for task in tasks):
-        make_parser().error("-o/--output is required (or --model-repository, --dry-run, or --diagnose)")
-    _check_repository_usage(arguments)
-    for name, flag in {"distill_steps": "--distill", "static_statistics": "--static-statistics"}.items():
-        if name in given and arguments.calibrate is None:
-            make_parser().error(f"{flag} needs samples: give --calibrate DATA")
-    if "distill_logits" in given and "distill_steps" not in given:
-        make_parser().error("--distill-logits goes with --distill")
-    if "error_budget" in given and given.get("static_statistics") != "auto":
-        make_parser().error("--error-budget goes with --static-statistics=auto")
-    if "tune" in given and given.get("target") != "auto":
-        make_parser().error("--tune goes with --target auto")
-    if arguments.diagnose is not None:
-        _check_diagnosis_usage(given)
-    about_data = [name for name in DATA_OPTIONS if given[name]]
-    if about_data and arguments.diagnose is None and arguments.calibrate is None:
-        flag = f"--{about_data[0].replace('_', '-')}"
-        make_parser().error(f"{flag} is about DATA, and there is none: see --calibrate and --diagnose")
-
-
-def _check_diagnosis_usage(given: Mapping[str, Any]) -> None:
-    clashes = {"output": "--output", "directory": "--model-repository", "dry_run": "--dry-run"}
-    clashes |= {"input_shape": "--input-shape", "calibrate": "--calibrate"}
-    for flag in (flag for name, flag in clashes.items() if given.get(name)):
-        make_parser().error(f"--diagnose writes no model and takes shapes from its data: leave out {flag}")
-
-
-def _check_repository_usage(arguments: argparse.Namespace) -> None:
-    given = [option for name, option in options_of(ModelRepository).items() if name in arguments]
-    names = [option.name for option in given]
-    if "directory" in names and "name" not in names:
-        make_parser().error("--model-repository needs the name of the model: give --name NAME")
-    if given and "directory" not in names:
-        make_parser().error(f"{given[0].flag} goes with --model-repository")
 
 
 def _check_files(arguments: argparse.Namespace, report: Path | None) -> None:

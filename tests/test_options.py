@@ -26,9 +26,14 @@ from pn_compiler.base.config import (
     TransformConfig,
 )
 from pn_compiler.base.options import Option, changed, options_of
-from pn_compiler.export import TARGETS, ExportOptions
+from pn_compiler.export import TARGETS, ExportOptions, Report
 from pn_compiler.export.rewrites.half import DTYPES
+from pn_compiler.export.to_onnx import Lowered
+from pn_compiler.pipeline.fidelity import Fidelity
+from pn_compiler.recovery.distillation import DistillReport
+from pn_compiler.recovery.freeze_report import FreezeReport
 from pn_compiler.repository.options import ModelRepository
+from pn_compiler.stages import Network, Recovered, Traced
 
 ROOT = Path(__file__).parent.parent
 
@@ -217,6 +222,11 @@ def test_the_options_of_a_stage_cannot_be_changed(stage: type) -> None:
     for name in options_of(stage):
         with pytest.raises(dataclasses.FrozenInstanceError):
             setattr(options, name, getattr(options, name))
+
+
+def test_results_of_stages_cannot_be_changed() -> None:
+    for result in (Report, Lowered, Traced, Recovered, Network, DistillReport, FreezeReport, Fidelity):
+        assert result.__dataclass_params__.frozen, result  # type: ignore[attr-defined]
 
 
 def test_a_list_is_kept_as_it_was_given() -> None:
