@@ -1,13 +1,13 @@
 """From a folded PyTorch graph to a verified ONNX file, and the report about it."""
 
+from pn_compiler.base.config import DType, TargetName
 from pn_compiler.export.onnx_file import OnnxFile
 from pn_compiler.export.options import ExportOptions
 from pn_compiler.export.report import Check, Report, count_onnx_operators
-from pn_compiler.export.rewrites.half import DType
 from pn_compiler.export.runtimes import DEFAULT_OPSET, check_loadable, choose_opset, oldest_onnxruntime
 from pn_compiler.export.sessions import load_session, make_session
-from pn_compiler.export.targets import TARGETS, TargetName
-from pn_compiler.export.to_onnx import timed, verified_batches, write_onnx
+from pn_compiler.export.targets import TARGETS
+from pn_compiler.export.to_onnx import verified_batches, write_onnx
 from pn_compiler.export.verify import (
     TOLERANCE,
     Expected,
@@ -39,7 +39,6 @@ __all__ = [
     "make_session",
     "oldest_onnxruntime",
     "relative_error",
-    "timed",
     "verified_batches",
     "verify_onnx",
     "write_onnx",

@@ -52,7 +52,7 @@ def export_graph(
                 () if uses_data else inputs.args,
                 kwargs=None if uses_data else dict(inputs.kwargs),
                 dynamo=True,
-                opset_version=options.opset_version,
+                opset_version=options.opset,
                 dynamic_shapes=None if uses_data else dynamic_shapes,
                 verbose=False,
             )
@@ -77,7 +77,7 @@ def export_graph(
         _name_batch(proto)
     freeze_reshapes(proto)
     proto.ir_version = min(
-        proto.ir_version, max(8, onnx.helper.OP_SET_ID_VERSION_MAP[("ai.onnx", options.opset_version)])
+        proto.ir_version, max(8, onnx.helper.OP_SET_ID_VERSION_MAP[("ai.onnx", options.opset)])
     )
     proto.producer_name = "pn_compiler"
     proto.producer_version = importlib.metadata.version("pn-compiler")

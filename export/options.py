@@ -1,70 +1,48 @@
-"""The options of an export, validated once."""
+"""The options of an export, checked against what runtimes and targets can do."""
 
 import dataclasses
-from collections.abc import Sequence
 
+from pn_compiler.base.config import ExportConfig
 from pn_compiler.base.errors import ConfigError
-from pn_compiler.base.option_checks import check_flags, one_of
+from pn_compiler.base.options import check_kinds
 from pn_compiler.export.names import Names
-from pn_compiler.export.rewrites.half import DType, check_dtype
+from pn_compiler.export.rewrites.half import check_dtype
 from pn_compiler.export.runtimes import DEFAULT_OPSET, choose_opset
-from pn_compiler.export.targets import GROUP_NORM_OPSET, TARGETS, TargetName, check_target
+from pn_compiler.export.targets import GROUP_NORM_OPSET, TARGETS, check_target
 
 
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class ExportOptions:
-    """Options of `pn_compiler.export_onnx`; see there for their meaning."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ExportOptions(ExportConfig):
+    """Options of an export that can be done.
 
-    target: TargetName = "portable"
-    tune: bool = False
-    opset_version: int = DEFAULT_OPSET
-    dynamic_batch: bool = True
-    external_data: bool = False
-    dtype: DType = "float32"
-    names: Names = dataclasses.field(default_factory=Names)
-    verify: bool = True
+    Raises:
+        ConfigError: an option that does not exist, or two that exclude each other.
+        ExportError: there is no such opset.
+    """
 
-    @classmethod
-    def of(
-        cls,
-        *,
-        target: TargetName,
-        tune: bool,
-        opset_version: int | None,
-        target_ort: str | None,
-        dynamic_batch: bool,
-        external_data: bool,
-        dtype: DType,
-        input_names: Sequence[str],
-        output_names: Sequence[str],
-        verify: bool,
-    ) -> "ExportOptions":
-        """What the user gave, with the opset chosen.
-
-        Raises:
-            ConfigError: an option that does not exist, or two that exclude each other.
-            ExportError: there is no such opset.
-        """
-        for key, value in {"input_names": input_names, "output_names": output_names}.items():
-            if not isinstance(value, list | tuple) or not all(isinstance(name, str) for name in value):
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for key in ("input_names", "output_names"):
+            value = getattr(self, key)
+            if not isinstance(value, tuple) or not all(isinstance(name, str) for name in value):
                 raise ConfigError(f"{key}={value!r:.80}: expected a list of names")
-        check_flags(tune=tune, dynamic_batch=dynamic_batch, external_data=external_data, verify=verify)
-        one_of("target", target, (*TARGETS, "auto"))
-        if not isinstance(target_ort, str | None):
-            raise ConfigError(f"target_ort={target_ort!r:.80}: expected a version such as '1.18'")
-        group_norm = target != "auto" and TARGETS[target].norms == "group"
-        opset_version = choose_opset(
-            opset_version, target_ort, GROUP_NORM_OPSET if group_norm else DEFAULT_OPSET
-        )
-        check_dtype(dtype, opset_version)
-        check_target(
-            target, opset_version=opset_version, dtype=dtype, dynamic_batch=dynamic_batch,
-            external_data=external_data, tune=tune,
-        )  # fmt: skip
-        if not verify and target in ("ort-cpu", "auto"):
-            raise ConfigError(f"target {target} is only written verified: leave verification on")
-        return cls(
-            target=target, tune=tune, opset_version=opset_version, dynamic_batch=dynamic_batch,
-            external_data=external_data, dtype=dtype, verify=verify,
-            names=Names(tuple(input_names), tuple(output_names)),
-        )  # fmt: skip
+        check_kinds(self)
+        if not isinstance(self.target_ort, str | None):
+            raise ConfigError(f"target_ort={self.target_ort!r:.80}: expected a version such as '1.18'")
+        check_dtype(self.dtype, self.opset)
+        check_target(self, self.opset)
+        if not self.verify and self.target in ("ort-cpu", "auto"):
+            raise ConfigError(f"target {self.target} is only written verified: leave verification on")
+        _ = self.names  # checked there
+
+    @property
+    def opset(self) -> int:
+        """The operator set of the file: that of the user, or the best for the target."""
+        group_norm = self.target != "auto" and TARGETS[self.target].norms == "group"
+        default = GROUP_NORM_OPSET if group_norm else DEFAULT_OPSET
+        return choose_opset(self.opset_version, self.target_ort, default)
+
+    @property
+    def names(self) -> Names:
+        """Of the inputs and outputs in the file."""
+        return Names(tuple(self.input_names), tuple(self.output_names))

@@ -27,7 +27,7 @@ class Check:
     error: float
 
 
-@dataclasses.dataclass(slots=True)
+@dataclasses.dataclass(frozen=True, slots=True)
 class Report:
     """Result of `pn_compiler.export_onnx` and `pn_compiler.compile`.
 

@@ -5,12 +5,12 @@ from typing import Literal
 
 import onnx
 
+from pn_compiler.base.config import ExportConfig
 from pn_compiler.base.errors import ConfigError
 from pn_compiler.export.rewrites.depthwise_affine import use_depthwise_affines
 from pn_compiler.export.rewrites.normalizers import expand_group_norms, use_two_stage_sums
 from pn_compiler.export.rewrites.prelu import expand_prelus, use_leaky_relus
 
-TargetName = Literal["portable", "ort-cpu", "openvino", "cuda", "tensorrt", "auto"]
 GROUP_NORM_OPSET = 21  # the first whose GroupNormalization has a weight for each channel
 
 
@@ -71,25 +71,24 @@ CANDIDATES = (
 )
 
 
-def check_target(
-    name: str, *, opset_version: int, dtype: str, dynamic_batch: bool, external_data: bool, tune: bool
-) -> None:
-    """Raises ConfigError if the target `name` has no way to do what else is asked for."""
-    if tune and name != "auto":
+def check_target(options: ExportConfig, opset: int) -> None:
+    """Raises ConfigError if the target of `options` cannot do what else they ask for."""
+    name = options.target
+    if options.tune and name != "auto":
         raise ConfigError(f"tuning chooses a target, and {name} is given: use target auto")
     if name == "auto":
         return
     target = TARGETS[name]
-    if opset_version < target.oldest_opset:
+    if opset < target.oldest_opset:
         raise ConfigError(
             f"target {name} needs opset {target.oldest_opset} or later, for GroupNormalization; "
-            f"{opset_version} is given, or is all that the onnxruntime asked for can load"
+            f"{opset} is given, or is all that the onnxruntime asked for can load"
         )
-    if target.blocked and dtype != "float32":
-        raise ConfigError(f"target {name} is for float32: onnxruntime has no such layout for {dtype}")
-    if target.blocked and external_data:
+    if target.blocked and options.dtype != "float32":
+        raise ConfigError(f"target {name} is for float32: onnxruntime has no such layout for {options.dtype}")
+    if target.blocked and options.external_data:
         raise ConfigError(f"target {name} writes one file: leave out external data")
-    if name == "openvino" and not dynamic_batch:
+    if name == "openvino" and not options.dynamic_batch:
         raise ConfigError(
             "target openvino needs a dynamic batch: OpenVINO 2026.4 was seen to crash on GroupNormalization "
             "of a fixed one (mobilenet_v2); use target portable"

@@ -1,13 +1,13 @@
 """From a PyTorch model to a verified ONNX file for a target."""
 
 import contextlib
+import dataclasses
 import functools
 import gc
 import importlib.metadata
 import logging
 import tempfile
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import onnx
@@ -23,6 +23,7 @@ from pn_compiler.base.files import (
     staging_folder,
     write_atomically,
 )
+from pn_compiler.base.stopwatch import Stopwatch
 from pn_compiler.export.exporter import export_graph
 from pn_compiler.export.external_data import data_file, needs_external_data
 from pn_compiler.export.options import ExportOptions
@@ -34,12 +35,28 @@ from pn_compiler.export.targets import CANDIDATES, PORTABLE, TARGETS, Target
 from pn_compiler.export.tuning import Memory, fingerprint, milliseconds
 from pn_compiler.export.verify import Expected, Verification, expect, verify_onnx
 from pn_compiler.graph.graph_utils import count_parameters
-from pn_compiler.graph.pass_base import Progress
 from pn_compiler.running.inputs import Inputs
 
 logger = logging.getLogger(__name__)
 
 VERIFIED_BATCHES = (1, 3)
+PACKAGES = ("pn-compiler", "torch", "onnx", "onnxruntime", "onnxscript")  # that the report names
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Lowered:
+    """An ONNX model that was written for a target, checked and, unless `verification` is None, verified.
+
+    Attributes:
+        blocked: how many normalizers are in onnxruntime's blocked layout.
+        norms: how the normalizers were lowered, if not as the target has it.
+    """
+
+    proto: onnx.ModelProto
+    target: Target
+    blocked: int
+    verification: Verification | None
+    norms: str = ""
 
 
 def write_onnx(
@@ -50,8 +67,7 @@ def write_onnx(
     options: ExportOptions | None = None,
     *,
     tolerance: float | None = None,
-    report: Report | None = None,
-    progress: Progress | None = None,
+    stopwatch: Stopwatch | None = None,
 ) -> Report:
     """Exports `folded` to `path`, after comparing the result with `reference`.
 
@@ -63,8 +79,10 @@ def write_onnx(
         inputs: arguments of a call; the first axis of each tensor is the batch.
         options: the defaults, if not given.
         tolerance: largest relative error; see `pn_compiler.export.verify`.
-        report: filled in, if given.
-        progress: told the name of each stage.
+        stopwatch: announces and times the stages.
+
+    Returns:
+        What there is to say of the file.
 
     Raises:
         ExportError: bad arguments, the exporter fails, or the file cannot be written.
@@ -72,9 +90,7 @@ def write_onnx(
     """
     _check_arguments(path, inputs)
     path = output_target(path)  # weights beside it are found beside the file, not beside a link to it
-    options = options or ExportOptions()
-    report = Report() if report is None else report
-    say = progress or (lambda stage: None)
+    options, stopwatch = options or ExportOptions(), stopwatch or Stopwatch()
     with contextlib.ExitStack() as stack:
         staged = None
         if options.external_data or needs_external_data(folded):
@@ -85,7 +101,7 @@ def write_onnx(
             staged = stack.enter_context(staging_folder(path)) / path.name
         compare = None
         if options.verify and not isinstance(reference, Expected):
-            with timed(report, "reference", say):
+            with stopwatch("reference"):
                 reference = expect(reference, inputs, verified_batches(options.dynamic_batch))
         given = folded
         if options.dtype != "float32":
@@ -94,31 +110,60 @@ def write_onnx(
             if options.dtype != "float32":
                 reference = reference.in_dtype(folded, DTYPES[options.dtype])
             compare = functools.partial(verify_onnx, model=reference, tolerance=tolerance, path=staged)
-        with timed(report, "export", say):
+        with stopwatch("export"):
             proto = export_graph(folded, inputs, options, staged)
-        report.parameters_after = count_parameters(folded)
+        parameters_after = count_parameters(folded)
         if staged is not None:
             for module in (given, folded):
                 module.to("meta")
             gc.collect()  # torch.onnx leaves cycles that hold the weights
+        tuning: Mapping[str, float] = {}
         if options.target == "auto":
             assert compare is not None
-            target = _choose_target(proto, inputs, options, compare, report, say)
+            target, tuning = _choose_target(proto, inputs, options, compare, stopwatch)
         else:
             target = TARGETS[options.target]
-        report.target = target.name
-        proto = _finish(proto, target, staged, compare, report, say)
-        with timed(report, "write", say):
-            _write(proto, path, staged, report)
-    report.opset_version, report.ir_version = options.opset_version, proto.ir_version
-    report.inputs = describe_values(proto.graph.input)
-    report.outputs = describe_values(proto.graph.output)
-    report.operators_after = count_onnx_operators(proto)
-    report.versions = {
-        name: importlib.metadata.version(name)
-        for name in ("pn-compiler", "torch", "onnx", "onnxruntime", "onnxscript")
-    }
-    return report
+        lowered = _lower(proto, target, staged, compare, stopwatch)
+        with stopwatch("write"):
+            sizes = _write(lowered.proto, path, staged)
+    return _report(path, options, lowered, tuning, parameters_after, sizes, stopwatch)
+
+
+def _report(
+    path: Path,
+    options: ExportOptions,
+    lowered: Lowered,
+    tuning: Mapping[str, float],
+    parameters_after: int,
+    sizes: tuple[int, int],
+    stopwatch: Stopwatch,
+) -> Report:
+    proto = lowered.proto
+    report = Report(
+        path=str(path),
+        opset_version=options.opset,
+        ir_version=proto.ir_version,
+        inputs=describe_values(proto.graph.input),
+        outputs=describe_values(proto.graph.output),
+        parameters_after=parameters_after,
+        operators_after=count_onnx_operators(proto),
+        target=lowered.target.name,
+        blocked=lowered.blocked,
+        tuning=dict(tuning),
+        norms=lowered.norms,
+        file_bytes=sizes[0],
+        data_bytes=sizes[1],
+        seconds=stopwatch.seconds,
+        versions={name: importlib.metadata.version(name) for name in PACKAGES},
+    )
+    if lowered.verification is None:
+        return report
+    found = lowered.verification
+    return dataclasses.replace(
+        report,
+        checks=found.checks, tolerance=found.tolerance, float32_error=found.float32_error,
+        reference=found.reference, dtype=found.dtype, runtime=found.runtime,
+    )  # fmt: skip
 
 
 def verified_batches(dynamic_batch: bool) -> tuple[int | None, ...]:
@@ -126,43 +171,45 @@ def verified_batches(dynamic_batch: bool) -> tuple[int | None, ...]:
     return VERIFIED_BATCHES if dynamic_batch else (None,)
 
 
-def _write(proto: onnx.ModelProto, path: Path, staged: Path | None, report: Report) -> None:
-    """Puts the verified model in its place: one file, or the pair that lies in the staging folder."""
-    report.path = str(path)
+def _write(proto: onnx.ModelProto, path: Path, staged: Path | None) -> tuple[int, int]:
+    """Puts the verified model in its place: one file, or the pair that lies in the staging folder.
+
+    Returns:
+        (bytes of the file, bytes of the weights beside it).
+    """
     data = staged and data_file(proto, staged)
     if staged is None or data is None:
         content = proto.SerializeToString()
-        report.file_bytes = len(content)
         write_atomically(path, content)
-        return
-    report.file_bytes, report.data_bytes = staged.stat().st_size, data.stat().st_size
+        return len(content), 0
+    sizes = staged.stat().st_size, data.stat().st_size
     publish([data, staged], path.parent)
+    return sizes
 
 
-def _finish(
+def _lower(
     proto: onnx.ModelProto,
     target: Target,
     staged: Path | None,
     compare: Callable[[onnx.ModelProto], Verification] | None,
-    report: Report,
-    say: Progress,
-) -> onnx.ModelProto:
+    stopwatch: Stopwatch,
+) -> Lowered:
     """What torch.onnx gave, written for `target`, checked and, by `compare`, verified.
 
     Where the normalizers are too far off, their sums are made in two stages. `proto` cannot be used
-    afterwards; the report notes the result.
+    afterwards.
     """
     folder = str(staged.parent) if staged else ""
-    with timed(report, "lower", say):
+    with stopwatch("lower"):
         target.lower(proto, folder)
     try:
-        return _verified(proto, target, staged, compare, report, say)
+        return _verified(proto, target, staged, compare, stopwatch)
     except VerificationError as error:
         if not use_two_stage_sums(proto, folder):
             raise
         logger.info("%s; trying again with two-stage sums in the normalizers", error)
-        report.norms = "two-stage sums, for InstanceNormalization was too far off"
-        return _verified(proto, target, staged, compare, report, say)
+        lowered = _verified(proto, target, staged, compare, stopwatch)
+        return dataclasses.replace(lowered, norms="two-stage sums, for InstanceNormalization was too far off")
 
 
 def _verified(
@@ -170,21 +217,18 @@ def _verified(
     target: Target,
     staged: Path | None,
     compare: Callable[[onnx.ModelProto], Verification] | None,
-    report: Report,
-    say: Progress,
-) -> onnx.ModelProto:
-    with timed(report, "check", say):
+    stopwatch: Stopwatch,
+) -> Lowered:
+    blocked, verification = 0, None
+    with stopwatch("check"):
         _check(proto, staged)
     if target.blocked:
-        with timed(report, "lay out", say):
-            proto, report.blocked = in_blocked_layout(proto)
+        with stopwatch("lay out"):
+            proto, blocked = in_blocked_layout(proto)
     if compare is not None:
-        with timed(report, "verify", say):
-            result = compare(proto)
-        report.checks, report.tolerance = result.checks, result.tolerance
-        report.float32_error, report.reference = result.float32_error, result.reference
-        report.dtype, report.runtime = result.dtype, result.runtime
-    return proto
+        with stopwatch("verify"):
+            verification = compare(proto)
+    return Lowered(proto, target, blocked, verification)
 
 
 def _choose_target(
@@ -192,44 +236,37 @@ def _choose_target(
     inputs: Inputs,
     options: ExportOptions,
     compare: Callable[[onnx.ModelProto], Verification],
-    report: Report,
-    say: Progress,
-) -> Target:
-    """The candidate that is the fastest on this machine, as measured now or earlier; else portable."""
+    stopwatch: Stopwatch,
+) -> tuple[Target, Mapping[str, float]]:
+    """The candidate that is the fastest on this machine, else portable; and milliseconds by candidate.
+
+    They were measured now or earlier; none, if there are none.
+    """
     names = [value.name for value in proto.graph.input]
     feed = dict(zip(names, (tensor.numpy() for tensor in inputs.tensors()), strict=True))
     candidates = {
         target.name: target for target in CANDIDATES if options.dtype == "float32" or not target.blocked
     }
     memory, key = Memory(), fingerprint(proto, feed)
-    report.tuning = memory.recall(key) or {}
-    if not report.tuning.keys() & candidates.keys() and options.tune:
+    tuning = memory.recall(key) or {}
+    if not tuning.keys() & candidates.keys() and options.tune:
         with tempfile.TemporaryDirectory() as folder:
             files: dict[str, Path] = {}
             for name, target in candidates.items():
                 candidate = onnx.ModelProto()
                 candidate.CopyFrom(proto)
                 try:
-                    candidate = _finish(candidate, target, None, compare, Report(), say)
+                    candidate = _lower(candidate, target, None, compare, Stopwatch(stopwatch.announce)).proto
                 except PnCompilerError as error:
                     logger.info("candidate %s is left out: %s", name, error)
                     continue
                 files[name] = Path(folder, f"{len(files)}.onnx")
                 files[name].write_bytes(candidate.SerializeToString())
-            with timed(report, "tune", say):
-                report.tuning = milliseconds(files, feed, lambda: say("tune"))
-        memory.keep(key, report.tuning)
-    measured = {name: time for name, time in report.tuning.items() if name in candidates}
-    return candidates[min(measured, key=measured.__getitem__)] if measured else PORTABLE
-
-
-@contextlib.contextmanager
-def timed(report: Report, stage: str, say: Progress) -> Iterator[None]:
-    """Announces a stage and notes its seconds in the report."""
-    say(stage)
-    start = time.perf_counter()
-    yield
-    report.seconds[stage] = report.seconds.get(stage, 0.0) + time.perf_counter() - start
+            with stopwatch("tune"):
+                tuning = milliseconds(files, feed, lambda: stopwatch.announce("tune"))
+        memory.keep(key, tuning)
+    measured = {name: time for name, time in tuning.items() if name in candidates}
+    return candidates[min(measured, key=measured.__getitem__)] if measured else PORTABLE, tuning
 
 
 def _check_arguments(path: Path, inputs: Inputs) -> None:

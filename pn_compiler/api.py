@@ -7,7 +7,7 @@ from torch import nn
 
 from pn_compiler.base.config import Norm, ProxyPadding, TransformConfig, WarmStart
 from pn_compiler.base.errors import ConfigError
-from pn_compiler.base.option_checks import check_flags
+from pn_compiler.base.options import pick
 from pn_compiler.graph.graph_module import is_converted
 from pn_compiler.inspection.fake_tensors import fake_mode
 from pn_compiler.passes import PipelineEdit, conversion_pipeline, edited, preparation_pipeline
@@ -24,15 +24,15 @@ def transform(
     example_inputs: Any = None,
     *,
     example_kwargs: Mapping[str, Any] | None = None,
-    norm: Norm = "layer",
-    num_groups: int | None = None,
-    proxy: bool = True,
-    proxy_padding: ProxyPadding = "activation",
-    warm_start: WarmStart = "auto",
+    norm: Norm = TransformConfig.norm,
+    num_groups: int | None = TransformConfig.num_groups,
+    proxy: bool = TransformConfig.proxy,
+    proxy_padding: ProxyPadding = TransformConfig.proxy_padding,
+    warm_start: WarmStart = TransformConfig.warm_start,
     calibration: Iterable[Any] | None = None,
-    strict: bool = False,
-    norm_only_bias: bool = True,
-    leaves: Sequence[str | type[nn.Module]] = (),
+    strict: bool = TransformConfig.strict,
+    norm_only_bias: bool = TransformConfig.norm_only_bias,
+    leaves: Sequence[str | type[nn.Module]] = TransformConfig.leaves,
     pipeline: PipelineEdit | None = None,
 ) -> nn.Module:
     """Rewrites every BatchNorm of `model` into a normalizer that does not depend on the batch.
@@ -85,15 +85,7 @@ def transform(
 
     Source: Labatie et al., NeurIPS 2021 (arXiv 2106.03743).
     """
-    config = TransformConfig(
-        norm=norm,
-        num_groups=num_groups,
-        proxy=proxy,
-        proxy_padding=proxy_padding,
-        warm_start=warm_start,
-        norm_only_bias=norm_only_bias,
-    )
-    check_flags(strict=strict)
+    config = pick(TransformConfig, locals())
     model = unwrap(model)
     if is_converted(model):
         raise ConfigError("the model is already converted")

@@ -1,14 +1,19 @@
 """The arguments of the command ``pn-compile``."""
 
 import argparse
+import dataclasses
 import importlib.metadata
 import math
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
+from pn_compiler.base.config import DistillConfig, ExportConfig, FreezeConfig, RecoveryConfig, TransformConfig
 from pn_compiler.base.errors import printable
+from pn_compiler.base.options import Option, options_of
+from pn_compiler.repository.options import ModelRepository
 
-REPOSITORY_OPTIONS = ("name", "force", "max_batch_size")
 DATA_OPTIONS = ("mean", "std", "resize", "crop", "allow_data_code")
 
 
@@ -118,94 +123,62 @@ def make_parser() -> argparse.ArgumentParser:
 
     _add_data_options(parser)
 
-    conversion = parser.add_argument_group("conversion")
-    conversion.add_argument("--norm", choices=("layer", "group", "instance"), default="layer")
-    conversion.add_argument("--num-groups", type=_positive, metavar="G", help="implies --norm group")
-    conversion.add_argument(
-        "--proxy", action=argparse.BooleanOptionalAction, default=True, help="proxy normalization"
-    )
-    conversion.add_argument("--proxy-padding", choices=("activation", "output"), default="activation")
-    conversion.add_argument(
-        "--warm-start", choices=("auto", "running_stats", "none"),
-        help="what weight and bias are computed from (default: --calibrate, else the running statistics "
-        "where a BatchNorm was trained)",
-    )  # fmt: skip
-    conversion.add_argument(
+    add_options(parser.add_argument_group("conversion"), TransformConfig)
+    recovery = parser.add_argument_group("accuracy and speed")
+    recovery.add_argument(
         "--calibrate", metavar="DATA",
         help="fit weight and bias to unlabelled samples; some hundred are enough",
     )  # fmt: skip
-    conversion.add_argument(
-        "--distill", type=_positive, metavar="STEPS",
-        help="train the result for some steps, 150 for example, to give the outputs of the original on the "
-        "samples of --calibrate",
-    )  # fmt: skip
-    conversion.add_argument(
-        "--distill-logits", choices=("auto", "all", "none"),
-        help="which outputs hold logits of classes along dim 1, for --distill: all, with those of a "
-        "segmentation network; auto (the default): those [N, K]",
-    )  # fmt: skip
-    conversion.add_argument(
-        "--static-statistics", nargs="?", const="auto", choices=("auto", "all"),
-        help="replace instance statistics by constants from the samples of --calibrate: faster, and lossy; "
-        "auto (the default): as many as --error-budget allows",
-    )  # fmt: skip
-    conversion.add_argument(
-        "--error-budget", type=_share, metavar="E",
-        help="largest relative error of the output by --static-statistics (default: 0.01)",
-    )  # fmt: skip
-    conversion.add_argument(
-        "--leaf", dest="leaves", metavar="PATH", action="append", default=[],
-        help="a module, such as backbone.neck, whose forward must not be traced",
-    )  # fmt: skip
-    conversion.add_argument("--strict", action="store_true", help="exit with 3 if a BatchNorm is refused")
-
-    export = parser.add_argument_group("ONNX")
-    export.add_argument(
-        "--target", choices=("portable", "ort-cpu", "openvino", "cuda", "tensorrt", "auto"),
-        default="portable",
-        help="what the file is for: any runtime (the default); onnxruntime on CPUs like this one, on which "
-        "it is the fastest; OpenVINO; onnxruntime on a GPU; TensorRT; or what --tune found",
-    )  # fmt: skip
-    export.add_argument(
-        "--tune", action="store_true",
-        help="with --target auto: measure on this machine, unless it was done before, and keep the fastest",
-    )  # fmt: skip
-    export.add_argument(
-        "--opset", type=_positive, metavar="N",
-        help="18 to 24 (default: 20, which onnxruntime 1.17 loads; for OpenVINO and TensorRT 21)",
-    )  # fmt: skip
-    export.add_argument("--target-ort", metavar="VERSION", help="the onnxruntime that must load it, as 1.18")
-    export.add_argument("--static-batch", action="store_true", help="fix the batch to that of the input")
-    export.add_argument("--input-names", type=_names, default=(), metavar="A,B", help="in the file")
-    export.add_argument("--output-names", type=_names, default=(), metavar="A,B", help="in the file")
-    export.add_argument(
-        "--dtype", choices=("float32", "float16", "bfloat16"), default="float32",
-        help="of weights and activations; inputs, outputs and normalizers stay float32",
-    )  # fmt: skip
-    export.add_argument(
-        "--external-data", action="store_true",
-        help="write the weights to FILE.data, beside the ONNX file; above 2 GB this is done in any case",
-    )  # fmt: skip
-    export.add_argument(
-        "--verify", action=argparse.BooleanOptionalAction, default=True,
-        help="compare with PyTorch before writing",
-    )  # fmt: skip
-    _add_repository_options(parser)
+    add_options(recovery, RecoveryConfig)
+    add_options(parser.add_argument_group("ONNX"), ExportConfig)
+    add_options(parser.add_argument_group("serving"), ModelRepository)
     return parser
 
 
-def _add_repository_options(parser: argparse.ArgumentParser) -> None:
-    serving = parser.add_argument_group("serving")
-    serving.add_argument(
-        "--model-repository", type=_path, metavar="DIR",
-        help="write a folder that Triton and MLServer serve as it is; a model in it gets a new version",
-    )  # fmt: skip
-    serving.add_argument("--name", help="of the model in DIR")
-    serving.add_argument("--force", action="store_true", help="replace the newest version in DIR")
-    serving.add_argument(
-        "--max-batch-size", type=_positive, metavar="N",
-        help="samples that a server may put into one batch (default: 32)",
-    )  # fmt: skip
+def add_options(group: argparse._ArgumentGroup, stage: type) -> None:
+    """Adds the flags of the options that `stage` declares.
+
+    They have no defaults here: what the user leaves out is not in the namespace, and the API has its own.
+    """
+    for option in options_of(stage).values():
+        if option.flag:
+            group.add_argument(
+                option.flag, dest=option.name, default=argparse.SUPPRESS, help=_help(option), **_form(option)
+            )
+
+
+def _help(option: Option) -> str:
+    stated = isinstance(option.default, str | float | int) and not isinstance(option.default, bool)
+    return (
+        f"{option.about.help} (default: {option.default})" if stated and option.default else option.about.help
+    )
+
+
+def _form(option: Option) -> dict[str, Any]:
+    """How argparse reads the value of a flag, if it has one."""
+    about = option.about
+    if option.kind is bool and not option.default:
+        return {"action": "store_true"}
+    if option.kind is bool and about.flag:  # of another name, which says the opposite
+        return {"action": "store_false"}
+    if option.kind is bool:
+        return {"action": argparse.BooleanOptionalAction}
+    form: dict[str, Any] = {"metavar": about.metavar} if about.metavar else {}
+    if option.choices:
+        form["choices"] = tuple(choice for choice in option.choices if choice not in about.implied)
+        return form | ({"nargs": "?", "const": about.bare} if about.bare else {})
+    if about.repeated:
+        return form | {"action": "append"}
+    return form | {"type": _TYPES[option.kind]}
+
+
+_TYPES: dict[Any, Callable[[str], Any]] = {
+    int: _positive,
+    float: _share,
+    str: str,
+    Path: _path,
+    Sequence: _names,
+}
 
 
 def _add_data_options(parser: argparse.ArgumentParser) -> None:
@@ -223,3 +196,88 @@ def _add_data_options(parser: argparse.ArgumentParser) -> None:
     data.add_argument("--resize", type=_size, metavar="N", help="pixels of the shorter side, or H,W")
     data.add_argument("--crop", type=_size, metavar="N", help="side of the centre that is kept, or H,W")
     data.add_argument("--allow-data-code", action="store_true", help="let DATA be package.module:function")
+
+
+def check_usage(arguments: argparse.Namespace) -> None:
+    """Ends the command with status 2 if what was asked for does not go together."""
+    if arguments.model is None:
+        make_parser().error("the following arguments are required: model")
+    given = vars(arguments)
+    tasks = (arguments.output, given.get("directory"), arguments.diagnose)
+    if not arguments.dry_run and all(task is None for task in tasks):
+        make_parser().error("-o/--output is required (or --model-repository, --dry-run, or --diagnose)")
+    _check_repository_usage(arguments)
+    for name, flag in {"distill_steps": "--distill", "static_statistics": "--static-statistics"}.items():
+        if name in given and arguments.calibrate is None:
+            make_parser().error(f"{flag} needs samples: give --calibrate DATA")
+    if "distill_logits" in given and "distill_steps" not in given:
+        make_parser().error("--distill-logits goes with --distill")
+    if "error_budget" in given and given.get("static_statistics") != "auto":
+        make_parser().error("--error-budget goes with --static-statistics=auto")
+    if "tune" in given and given.get("target") != "auto":
+        make_parser().error("--tune goes with --target auto")
+    if arguments.diagnose is not None:
+        _check_diagnosis_usage(given)
+    about_data = [name for name in DATA_OPTIONS if given[name]]
+    if about_data and arguments.diagnose is None and arguments.calibrate is None:
+        flag = f"--{about_data[0].replace('_', '-')}"
+        make_parser().error(f"{flag} is about DATA, and there is none: see --calibrate and --diagnose")
+
+
+def _check_diagnosis_usage(given: Mapping[str, Any]) -> None:
+    clashes = {"output": "--output", "directory": "--model-repository", "dry_run": "--dry-run"}
+    clashes |= {"input_shape": "--input-shape", "calibrate": "--calibrate"}
+    for flag in (flag for name, flag in clashes.items() if given.get(name)):
+        make_parser().error(f"--diagnose writes no model and takes shapes from its data: leave out {flag}")
+
+
+def _check_repository_usage(arguments: argparse.Namespace) -> None:
+    given = [option for name, option in options_of(ModelRepository).items() if name in arguments]
+    names = [option.name for option in given]
+    if "directory" in names and "name" not in names:
+        make_parser().error("--model-repository needs the name of the model: give --name NAME")
+    if given and "directory" not in names:
+        make_parser().error(f"{given[0].flag} goes with --model-repository")
+
+
+_PAGE = """# Options
+
+Each option is declared once, with its default and the phrase below, in `pn_compiler/base/config.py`, and
+those of a model repository in `pn_compiler/repository/options.py`. The functions take their defaults from
+there, and `pn-compile` its flags. A new option is a field there and a parameter of each function that has it;
+the tests say what is missing. `python -m pn_compiler.arguments > docs/options.md` writes this page.
+"""
+_TITLES: dict[str, tuple[type, str]] = {
+    "Conversion": (TransformConfig, "`transform`; all but `norm_only_bias` in `compile`"),
+    "Recovery": (RecoveryConfig, "`compile`"),
+    "Distillation": (DistillConfig, "`distill`"),
+    "Static statistics": (FreezeConfig, "`freeze_statistics`"),
+    "Export": (
+        ExportConfig,
+        "`export_onnx` and `compile`; all but `target` and `tune` in `export_model_repository`",
+    ),
+    "Model repository": (ModelRepository, "`ModelRepository` and `export_model_repository`"),
+}
+
+
+def options_page() -> str:
+    """What docs/options.md holds."""
+    parts = [_PAGE]
+    for title, (stage, functions) in _TITLES.items():
+        rows = [_row(option) for option in options_of(stage).values()]
+        head = ("option", "`pn-compile`", "default", "choices", "what it does")
+        lines = [f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows)]
+        parts.append("\n".join([f"## {title}\n", f"Of {functions}.\n", *lines]) + "\n")
+    return "\n".join(parts)
+
+
+def _row(option: Option) -> tuple[str, ...]:
+    default = "" if option.default is dataclasses.MISSING else f"`{option.default!r}`"
+    both = option.kind is bool and option.default is True and option.about.flag is None
+    flag = f"`{option.flag}`" if option.flag else ""
+    flag += f", `--no-{option.flag.removeprefix('--')}`" if both else ""
+    return f"`{option.name}`", flag, default, ", ".join(option.choices), option.about.help
+
+
+if __name__ == "__main__":
+    sys.stdout.write(options_page())

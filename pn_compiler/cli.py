@@ -11,15 +11,17 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pn_compiler.arguments import DATA_OPTIONS, REPOSITORY_OPTIONS, make_parser
+from pn_compiler.arguments import check_usage, make_parser
+from pn_compiler.base.config import ExportConfig, RecoveryConfig, TransformConfig
 from pn_compiler.base.errors import ConfigError, PnCompilerError, RefusedError, named_line, printable
 from pn_compiler.base.interruption import STATUS as INTERRUPTED
 from pn_compiler.base.interruption import Interruption, interruptible
+from pn_compiler.base.options import options_of
+from pn_compiler.repository.options import ModelRepository
 
 if TYPE_CHECKING:
     from pn_compiler.data.sources import Batches
     from pn_compiler.loading import LoadedModel
-    from pn_compiler.repository.options import ModelRepository
 
 _STDOUT = Path("-")
 DONE, FAILED, USAGE, REFUSED = 0, 1, 2, 3
@@ -98,7 +100,7 @@ def _print(text: str) -> None:
 def _run(arguments: argparse.Namespace, interruption: Interruption) -> int:
     if arguments.list_passes:
         return _list_passes()
-    _check_usage(arguments)
+    check_usage(arguments)
     from pn_compiler.loading import load_model  # torch is only imported for work
 
     interruption.starting = False
@@ -127,42 +129,6 @@ def _run(arguments: argparse.Namespace, interruption: Interruption) -> int:
     return DONE
 
 
-def _check_usage(arguments: argparse.Namespace) -> None:
-    if arguments.model is None:
-        make_parser().error("the following arguments are required: model")
-    tasks = (arguments.output, arguments.model_repository, arguments.diagnose)
-    if not arguments.dry_run and all(task is None for task in tasks):
-        make_parser().error("-o/--output is required (or --model-repository, --dry-run, or --diagnose)")
-    _check_repository_usage(arguments)
-    for name in ("distill", "static_statistics"):
-        if getattr(arguments, name) is not None and arguments.calibrate is None:
-            make_parser().error(f"--{name.replace('_', '-')} needs samples: give --calibrate DATA")
-    if arguments.distill_logits is not None and arguments.distill is None:
-        make_parser().error("--distill-logits goes with --distill")
-    if arguments.error_budget is not None and arguments.static_statistics != "auto":
-        make_parser().error("--error-budget goes with --static-statistics=auto")
-    if arguments.tune and arguments.target != "auto":
-        make_parser().error("--tune goes with --target auto")
-    clashes = ("output", "model_repository", "dry_run", "input_shape", "calibrate")
-    for name in (name for name in clashes if arguments.diagnose is not None and getattr(arguments, name)):
-        make_parser().error(
-            f"--diagnose writes no model and takes shapes from its data: leave out --{name.replace('_', '-')}"
-        )
-    given = [name for name in DATA_OPTIONS if getattr(arguments, name)]
-    if given and arguments.diagnose is None and arguments.calibrate is None:
-        make_parser().error(
-            f"--{given[0].replace('_', '-')} is about DATA, and there is none: see --calibrate and --diagnose"
-        )
-
-
-def _check_repository_usage(arguments: argparse.Namespace) -> None:
-    if arguments.model_repository is not None and arguments.name is None:
-        make_parser().error("--model-repository needs the name of the model: give --name NAME")
-    given = [name for name in REPOSITORY_OPTIONS if getattr(arguments, name)]
-    if given and arguments.model_repository is None:
-        make_parser().error(f"--{given[0].replace('_', '-')} goes with --model-repository")
-
-
 def _check_files(arguments: argparse.Namespace, report: Path | None) -> None:
     """Raises PnCompilerError if a file cannot be written, or is another one that is named, too."""
     for path in (arguments.output, report):
@@ -171,7 +137,7 @@ def _check_files(arguments: argparse.Namespace, report: Path | None) -> None:
 
             check_writable(path)
     data = [Path(source) for source in (arguments.diagnose, arguments.calibrate) if source is not None]
-    weights = [Path(f"{arguments.output}.data")] if arguments.output and arguments.external_data else []
+    weights = [Path(f"{arguments.output}.data")] if arguments.output and "external_data" in arguments else []
     _refuse_same_file(arguments.model, arguments.output, report, *data, *weights)
 
 
@@ -200,13 +166,18 @@ def _identity(path: Path) -> object:
 def _transform_options(loaded: "LoadedModel", arguments: argparse.Namespace) -> dict[str, Any]:
     from pn_compiler.graph.graph_module import is_converted
 
-    names = ("norm", "num_groups", "proxy", "proxy_padding", "strict", "leaves")
-    options = {name: getattr(arguments, name) for name in names}
+    options = _given(arguments, TransformConfig)
     if arguments.calibrate is not None:
         options["calibration"] = _batches(loaded, arguments.calibrate, arguments)
-    fitted = arguments.calibrate is not None and not is_converted(loaded.model)
-    options["warm_start"] = arguments.warm_start or ("calibrate" if fitted else "auto")
+        if not is_converted(loaded.model):
+            options.setdefault("warm_start", "calibrate")
     return options
+
+
+def _given(arguments: argparse.Namespace, *stages: type) -> dict[str, Any]:
+    """The options of `stages` that the user gave, by name: the others keep the defaults of the API."""
+    names = (name for stage in stages for name in options_of(stage))
+    return {name: getattr(arguments, name) for name in names if name in arguments}
 
 
 def _example_inputs(loaded: "LoadedModel", arguments: argparse.Namespace) -> tuple[Any, ...] | None:
@@ -227,41 +198,22 @@ def _compile(
     """What to say, and the report as JSON."""
     import pn_compiler
 
+    repository = _given(arguments, ModelRepository)
+    options = _transform_options(loaded, arguments) | _given(arguments, RecoveryConfig, ExportConfig)
+    if loaded.fixed_batch is not None:
+        options["dynamic_batch"] = False
     report = pn_compiler.compile(
         loaded.model,
         arguments.output,
         _example_inputs(loaded, arguments),
-        target=arguments.target,
-        tune=arguments.tune,
-        opset_version=arguments.opset,
-        target_ort=arguments.target_ort,
-        input_names=arguments.input_names,
-        output_names=arguments.output_names,
-        repository=_repository(arguments),
-        dynamic_batch=not arguments.static_batch and loaded.fixed_batch is None,
-        external_data=arguments.external_data,
-        dtype=arguments.dtype,
-        verify=arguments.verify,
+        repository=ModelRepository(**repository) if repository else None,
         progress=say,
-        distill_steps=arguments.distill or 0,
-        distill_logits=arguments.distill_logits or "auto",
-        static_statistics=arguments.static_statistics,
-        **({} if arguments.error_budget is None else {"error_budget": arguments.error_budget}),
-        **_transform_options(loaded, arguments),
+        **options,
     )
     text = str(report)
     if loaded.fixed_batch is not None:
         text += f"\nbatch       fixed to {loaded.fixed_batch}, as the program was exported"
     return text, report.to_json()
-
-
-def _repository(arguments: argparse.Namespace) -> "ModelRepository | None":
-    from pn_compiler.repository.options import ModelRepository
-
-    if arguments.model_repository is None:
-        return None
-    options = {} if arguments.max_batch_size is None else {"max_batch_size": arguments.max_batch_size}
-    return ModelRepository(arguments.model_repository, arguments.name, arguments.force, **options)
 
 
 def _dry_run(loaded: "LoadedModel", arguments: argparse.Namespace) -> str:
@@ -318,7 +270,6 @@ def _diagnose(
 
 
 def _list_passes() -> int:
-    from pn_compiler.base.config import TransformConfig
     from pn_compiler.passes import fold_pipeline, freeze_pipeline, transform_pipeline
 
     pipelines = {

@@ -1,40 +1,52 @@
 """The public functions export_onnx and compile."""
 
-import contextlib
 import os
-import tempfile
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from pn_compiler.base.config import Norm, ProxyPadding, TransformConfig, WarmStart
-from pn_compiler.base.errors import ConfigError, ExportError, VerificationError
-from pn_compiler.base.option_checks import check_flags, check_function, check_number, check_path, one_of
-from pn_compiler.data.input_shape import choose_inputs, stated_inputs
-from pn_compiler.graph.graph_module import is_converted, notes, record, sites
-from pn_compiler.graph.graph_utils import count_operators, count_parameters
+from pn_compiler.base.config import (
+    DType,
+    ExportConfig,
+    Logits,
+    Norm,
+    ProxyPadding,
+    RecoveryConfig,
+    StaticStatistics,
+    TargetName,
+    TransformConfig,
+    WarmStart,
+)
+from pn_compiler.base.errors import ExportError
+from pn_compiler.base.option_checks import check_function
+from pn_compiler.base.options import pick
+from pn_compiler.base.stopwatch import Stopwatch
+from pn_compiler.graph.graph_module import is_converted
+from pn_compiler.graph.graph_utils import count_parameters
 from pn_compiler.graph.pass_base import Progress
-from pn_compiler.nn import ProxyNormAct
-from pn_compiler.pipeline.conversion import convert, first_sample, measure_conversion, prepare
-from pn_compiler.pipeline.folding import fold_in_place
-from pn_compiler.recovery.calibration import calibrate_prepared
-from pn_compiler.recovery.distillation import distill
-from pn_compiler.recovery.static_statistics import freeze_statistics
-from pn_compiler.regions.regions import trace
-from pn_compiler.repository.adding import add_to_repository
+from pn_compiler.pipeline.conversion import first_sample
 from pn_compiler.repository.options import ModelRepository
-from pn_compiler.running.copying import copy_model, unwrap
-from pn_compiler.running.evaluation import batches_of, check_dense, check_values, to_eval_mode
+from pn_compiler.running.copying import unwrap
+from pn_compiler.running.evaluation import batches_of, check_dense
 from pn_compiler.running.inputs import Inputs
-from pn_compiler.running.losses import Logits
+from pn_compiler.stages import (
+    Network,
+    check_calibration,
+    check_destinations,
+    compare,
+    convert_trace,
+    export_network,
+    has_sites,
+    on_cpu,
+    recover,
+    refuse_conversion,
+    trace_model,
+    witness,
+)
 
 if TYPE_CHECKING:
-    from pn_compiler.export import DType, ExportOptions, Report, TargetName
-
-StaticStatistics = Literal["auto", "all"]
-ERROR_BUDGET = 0.01
+    from pn_compiler.export import Report
 
 
 def export_onnx(
@@ -43,17 +55,17 @@ def export_onnx(
     example_inputs: Any,
     *,
     example_kwargs: Mapping[str, Any] | None = None,
-    target: "TargetName" = "portable",
-    tune: bool = False,
-    opset_version: int | None = None,
-    target_ort: str | None = None,
-    dynamic_batch: bool = True,
-    external_data: bool = False,
-    dtype: "DType" = "float32",
-    input_names: Sequence[str] = (),
-    output_names: Sequence[str] = (),
+    target: TargetName = ExportConfig.target,
+    tune: bool = ExportConfig.tune,
+    opset_version: int | None = ExportConfig.opset_version,
+    target_ort: str | None = ExportConfig.target_ort,
+    dynamic_batch: bool = ExportConfig.dynamic_batch,
+    external_data: bool = ExportConfig.external_data,
+    dtype: DType = ExportConfig.dtype,
+    input_names: Sequence[str] = ExportConfig.input_names,
+    output_names: Sequence[str] = ExportConfig.output_names,
     repository: ModelRepository | None = None,
-    verify: bool = True,
+    verify: bool = ExportConfig.verify,
     progress: Progress | None = None,
 ) -> "Report":
     """Folds `model` if it holds proxy normalization, exports it to ONNX and compares the two.
@@ -90,15 +102,12 @@ def export_onnx(
         ExportError: the model cannot be exported, or the file not written.
         VerificationError: the ONNX model computes something else; there is no file then.
     """
-    from pn_compiler.export import ExportOptions, Report  # onnx only when it is needed
+    arguments = locals()
+    from pn_compiler.export import ExportOptions  # onnx only when it is needed
 
-    options = ExportOptions.of(
-        target=target, tune=tune, opset_version=opset_version, target_ort=target_ort,
-        dynamic_batch=dynamic_batch, external_data=external_data, dtype=dtype, input_names=input_names,
-        output_names=output_names, verify=verify,
-    )  # fmt: skip
+    options = pick(ExportOptions, arguments)
     check_function("progress", progress)
-    _check_destinations(path, repository, target)
+    check_destinations(path, repository, target)
     inputs = Inputs.of(example_inputs, example_kwargs) or Inputs()
     if not inputs.tensors():
         raise ExportError(
@@ -106,9 +115,9 @@ def export_onnx(
         )
     check_dense(inputs, "example_inputs")
     model = unwrap(model)
-    report = Report(parameters_before=count_parameters(model))
-    copied = _on_cpu(model, share=not _has_sites(model))
-    return _export(copied, _witness(model, copied), path, repository, inputs, options, report, progress)
+    copied = on_cpu(model, share=not has_sites(model))
+    network = Network(copied, witness(model, copied), inputs, count_parameters(model))
+    return export_network(network, path, repository, options, Stopwatch(progress))
 
 
 def compile(  # noqa: A001  # the name that users of torch.compile look for
@@ -118,29 +127,29 @@ def compile(  # noqa: A001  # the name that users of torch.compile look for
     *,
     example_kwargs: Mapping[str, Any] | None = None,
     input_shape: tuple[int, ...] | None = None,
-    norm: Norm = "layer",
-    num_groups: int | None = None,
-    proxy: bool = True,
-    proxy_padding: ProxyPadding = "activation",
-    warm_start: WarmStart = "auto",
+    norm: Norm = TransformConfig.norm,
+    num_groups: int | None = TransformConfig.num_groups,
+    proxy: bool = TransformConfig.proxy,
+    proxy_padding: ProxyPadding = TransformConfig.proxy_padding,
+    warm_start: WarmStart = TransformConfig.warm_start,
     calibration: Iterable[Any] | None = None,
-    distill_steps: int = 0,
-    distill_logits: Logits = "auto",
-    static_statistics: StaticStatistics | None = None,
-    error_budget: float = ERROR_BUDGET,
-    strict: bool = False,
-    leaves: Sequence[str | type[nn.Module]] = (),
-    target: "TargetName" = "portable",
-    tune: bool = False,
-    opset_version: int | None = None,
-    target_ort: str | None = None,
-    dynamic_batch: bool = True,
-    external_data: bool = False,
-    dtype: "DType" = "float32",
-    input_names: Sequence[str] = (),
-    output_names: Sequence[str] = (),
+    distill_steps: int = RecoveryConfig.distill_steps,
+    distill_logits: Logits = RecoveryConfig.distill_logits,
+    static_statistics: StaticStatistics | None = RecoveryConfig.static_statistics,
+    error_budget: float = RecoveryConfig.error_budget,
+    strict: bool = TransformConfig.strict,
+    leaves: Sequence[str | type[nn.Module]] = TransformConfig.leaves,
+    target: TargetName = ExportConfig.target,
+    tune: bool = ExportConfig.tune,
+    opset_version: int | None = ExportConfig.opset_version,
+    target_ort: str | None = ExportConfig.target_ort,
+    dynamic_batch: bool = ExportConfig.dynamic_batch,
+    external_data: bool = ExportConfig.external_data,
+    dtype: DType = ExportConfig.dtype,
+    input_names: Sequence[str] = ExportConfig.input_names,
+    output_names: Sequence[str] = ExportConfig.output_names,
     repository: ModelRepository | None = None,
-    verify: bool = True,
+    verify: bool = ExportConfig.verify,
     progress: Progress | None = None,
 ) -> "Report":
     """From a trained BatchNorm network to a verified batch-independent ONNX file, in one call.
@@ -170,190 +179,29 @@ def compile(  # noqa: A001  # the name that users of torch.compile look for
         ConfigError: an impossible option, or an input shape that is missing or does not fit.
         Others: as `transform` and `export_onnx`.
     """
-    from pn_compiler.export import ExportOptions, Report, timed
+    arguments = locals()
+    from pn_compiler.export import ExportOptions
 
-    options = ExportOptions.of(
-        target=target, tune=tune, opset_version=opset_version, target_ort=target_ort,
-        dynamic_batch=dynamic_batch, external_data=external_data, dtype=dtype, input_names=input_names,
-        output_names=output_names, verify=verify,
-    )  # fmt: skip
+    options = pick(ExportOptions, arguments)
+    config, recovery = pick(TransformConfig, arguments), pick(RecoveryConfig, arguments)
     check_function("progress", progress)
-    check_flags(strict=strict)
-    check_number("error_budget", error_budget, "an error of 0 or more, such as 0.01", 0)
-    _check_destinations(path, repository, target)
-    config = TransformConfig(
-        norm=norm, num_groups=num_groups, proxy=proxy,
-        proxy_padding=proxy_padding, warm_start=warm_start,
-    )  # fmt: skip
-    original = unwrap(model)
-    model = _on_cpu(original, share=True)
-    if is_converted(model) and (leaves or config != TransformConfig()):
-        raise ConfigError("the model is already converted: options of transform have no effect")
-    if is_converted(model) and distill_steps:
-        raise ConfigError("the model is already converted: distill it with its BatchNorm network as teacher")
-    _check_calibration(calibration, config, distill_steps, distill_logits, static_statistics)
-    report = Report(parameters_before=count_parameters(model))
-    say = progress or (lambda stage: None)
-    given = Inputs.of(example_inputs, example_kwargs)
-    check_dense(given or Inputs(), "example_inputs")
+    check_destinations(path, repository, target)
+    original, stopwatch = unwrap(model), Stopwatch(progress)
+    model = on_cpu(original, share=True)
+    if is_converted(model):
+        refuse_conversion(config, recovery)
+    check_calibration(calibration, config, recovery)
+    example = Inputs.of(example_inputs, example_kwargs)
+    check_dense(example or Inputs(), "example_inputs")
     if calibration is not None:
         calibration = batches_of(calibration, again=True)
-        given = given if given or input_shape else first_sample(calibration)
-    with timed(report, "trace", say):
-        traced = trace(model, given, leaves, example=lambda: stated_inputs(model, input_shape))
-        report.operators_before = count_operators(region.gm for region in traced.regions)
-        inputs, report.input_shape_source = choose_inputs(model, traced.root, given, input_shape)
-    if is_converted(model):
-        record(traced.root, sites(model), notes(model))
-    else:
-        with timed(report, "prepare", say):
-            prepare(traced, _witness(original, model), inputs, say)
-        calibrated = None
-        if config.warm_start == "calibrate":
-            with timed(report, "calibrate", say):
-                calibrated = calibrate_prepared(traced, model, config, calibration)
-        with timed(report, "transform", say):
-            convert(traced, model, config, calibrated, strict=strict, progress=say)
-    converted = traced.root
-    if distill_steps:
-        with timed(report, "distill", say):
-            converted, report.distillation = distill(
-                converted, model, calibration, steps=distill_steps, logits=distill_logits
-            )
-    if static_statistics is not None:
-        budget = error_budget if static_statistics == "auto" else None
-        with timed(report, "freeze", say):
-            converted, report.static = freeze_statistics(converted, calibration, budget=budget)
-    if not is_converted(model):
-        with timed(report, "measure", say):
-            report.fidelity = measure_conversion(model, converted, inputs, calibration, distill_logits)
-    report.sites, report.notes = sites(converted), notes(converted)
-    return _export(converted, converted, path, repository, inputs, options, report, say)
-
-
-def _check_destinations(
-    path: str | os.PathLike[str] | None, repository: ModelRepository | None, target: "TargetName"
-) -> None:
-    """Raises ConfigError if nothing is to be written, ExportError if it cannot be."""
-    from pn_compiler.base.files import check_writable
-    from pn_compiler.repository.writing import check_repository
-
-    if path is None and repository is None:
-        raise ConfigError("nothing would be written: give a path or a repository")
-    if path is not None:
-        check_path("path", path)
-        check_writable(Path(path))
-    if repository is not None:
-        if not isinstance(repository, ModelRepository):
-            raise ConfigError(f"repository={repository!r:.80}: expected a pn_compiler.ModelRepository")
-        if target in ("ort-cpu", "auto"):
-            raise ConfigError(
-                f"target {target} may give a file for this kind of CPU only, and servers load a model "
-                "repository anywhere: leave it out"
-            )
-        check_repository(repository)
-
-
-def _on_cpu(model: nn.Module, *, share: bool) -> nn.Module:
-    """A copy of `model` on the CPU, in eval mode.
-
-    Args:
-        model: left untouched.
-        share: whether nothing will write to its parameters, so that they need no copy if they are there.
-
-    Raises:
-        ConfigError: it has no values.
-    """
-    check_values(model)
-    return to_eval_mode(copy_model(model, share_parameters=share and _is_on_cpu(model)).cpu())
-
-
-def _witness(original: nn.Module, copied: nn.Module) -> nn.Module:
-    """What results are compared with: the user's own model, unless it is on another device, then its copy."""
-    return original if _is_on_cpu(original) else copied
-
-
-def _is_on_cpu(model: nn.Module) -> bool:
-    return all(tensor.device.type == "cpu" for tensor in (*model.parameters(), *model.buffers()))
-
-
-def _has_sites(model: nn.Module) -> bool:
-    return any(isinstance(module, ProxyNormAct) for module in model.modules())
-
-
-def _check_calibration(
-    calibration: Iterable[Any] | None,
-    config: TransformConfig,
-    distill_steps: int,
-    distill_logits: Logits,
-    static_statistics: StaticStatistics | None,
-) -> None:
-    """Raises ConfigError if samples, or options of their uses, are missing or given for nothing."""
-    check_number("distill_steps", distill_steps, "a number of steps, 0 or more", 0, whole=True)
-    one_of("distill_logits", distill_logits, get_args(Logits))
-    if distill_logits != "auto" and not distill_steps:
-        raise ConfigError(f"distill_logits={distill_logits!r} has no effect without distill_steps")
-    if static_statistics is not None:
-        one_of("static_statistics", static_statistics, get_args(StaticStatistics))
-    uses = {
-        "warm_start='calibrate'": config.warm_start == "calibrate",
-        "distill_steps": distill_steps > 0,
-        "static_statistics": static_statistics is not None,
-    }
-    wanted = [name for name, used in uses.items() if used]
-    if wanted and calibration is None:
-        raise ConfigError(f"{wanted[0]} needs samples: give calibration=, batches of inputs")
-    if calibration is not None and not wanted:
-        raise ConfigError(f"calibration data are given, and nothing uses them: {', '.join(uses)} would")
-
-
-def _refuse_varying(model: nn.Module) -> None:
-    """Raises VerificationError if outputs of `model` vary from call to call, as its conversion has found."""
-    varying = [note for note in notes(model) if note.code == "PN125"] if is_converted(model) else []
-    if varying:
-        raise VerificationError(
-            f"{varying[0]}: a file, which gives the same in each call, cannot be compared with it; "
-            "verify=False writes one that was not compared"
-        )
-
-
-def _export(
-    model: nn.Module,
-    witness: nn.Module,
-    path: str | os.PathLike[str] | None,
-    repository: ModelRepository | None,
-    inputs: Inputs,
-    options: "ExportOptions",
-    report: "Report",
-    progress: Progress | None,
-) -> "Report":
-    """Folds `model`, which cannot be used afterwards, and writes the file, and from it the repository.
-
-    The file must compute what `witness` does: `model` itself, or what it was copied from. Without `path`
-    the file is a temporary one.
-    """
-    from pn_compiler.export import expect, timed, verified_batches, write_onnx
-
-    say = progress or (lambda stage: None)
-    if options.verify:
-        _refuse_varying(model)
-    reference: Any = model
-    if options.verify or repository is not None:
-        # before folding, which then needs no second copy of the weights
-        with timed(report, "reference", say):
-            reference = expect(witness, inputs, verified_batches(options.dynamic_batch))
-    if _has_sites(model):
-        with timed(report, "fold", say):
-            model = fold_in_place(model)
-        report.sites = sites(model) if report.sites else ()
-    with contextlib.ExitStack() as stack:
-        folder = stack.enter_context(tempfile.TemporaryDirectory()) if path is None else ""
-        file = Path(path or Path(folder, "model.onnx"))
-        write_onnx(
-            model, reference if options.verify else model, file, inputs, options, report=report,
-            progress=progress,
-        )  # fmt: skip
-        if repository is not None:
-            add_to_repository(repository, file, reference, report, options.dtype, progress)
-            report.path = str(path or report.path)
-    return report
+        example = example if example or input_shape else first_sample(calibration)
+    traced = trace_model(model, example, input_shape, leaves, stopwatch)
+    convert_trace(traced, model, witness(original, model), calibration, config, stopwatch)
+    recovered = recover(traced.trace.root, model, calibration, recovery, stopwatch)
+    fidelity = compare(model, recovered.model, traced.inputs, calibration, distill_logits, stopwatch)
+    network = Network(
+        recovered.model, recovered.model, traced.inputs, count_parameters(original),
+        traced=traced, recovered=recovered, fidelity=fidelity,
+    )  # fmt: skip
+    return export_network(network, path, repository, options, stopwatch)

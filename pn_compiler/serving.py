@@ -8,7 +8,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from pn_compiler.base.config import DType, ExportConfig
 from pn_compiler.base.errors import ConfigError
+from pn_compiler.base.options import changed, pick, values
+from pn_compiler.base.stopwatch import Stopwatch
 from pn_compiler.compilation import export_onnx
 from pn_compiler.graph.pass_base import Progress
 from pn_compiler.inspection.model_checks import check_module
@@ -17,7 +20,7 @@ from pn_compiler.repository.options import ModelRepository
 from pn_compiler.running.inputs import Inputs
 
 if TYPE_CHECKING:
-    from pn_compiler.export import DType, OnnxFile, Report
+    from pn_compiler.export import OnnxFile, Report
 
 
 def export_model_repository(
@@ -27,16 +30,16 @@ def export_model_repository(
     example_inputs: Any = None,
     *,
     example_kwargs: Mapping[str, Any] | None = None,
-    force: bool = False,
-    max_batch_size: int = 32,
-    opset_version: int | None = None,
-    target_ort: str | None = None,
-    dynamic_batch: bool = True,
-    external_data: bool = False,
-    dtype: "DType" = "float32",
-    input_names: Sequence[str] = (),
-    output_names: Sequence[str] = (),
-    verify: bool = True,
+    force: bool = ModelRepository.force,
+    max_batch_size: int = ModelRepository.max_batch_size,
+    opset_version: int | None = ExportConfig.opset_version,
+    target_ort: str | None = ExportConfig.target_ort,
+    dynamic_batch: bool = ExportConfig.dynamic_batch,
+    external_data: bool = ExportConfig.external_data,
+    dtype: DType = ExportConfig.dtype,
+    input_names: Sequence[str] = ExportConfig.input_names,
+    output_names: Sequence[str] = ExportConfig.output_names,
+    verify: bool = ExportConfig.verify,
     progress: Progress | None = None,
 ) -> "Report":
     """Writes a folder that Triton and MLServer serve as it is, and that tests itself: see docs/deploy.md.
@@ -66,21 +69,14 @@ def export_model_repository(
             inputs or outputs.
         VerificationError: the ONNX model computes something else; nothing is written then.
     """
-    repository = ModelRepository(Path(directory), name, force, max_batch_size)
+    repository, options = pick(ModelRepository, locals()), pick(ExportConfig, locals())
     if not isinstance(model, str | os.PathLike):
         check_module(model)
         return export_onnx(
             model, None, example_inputs, example_kwargs=example_kwargs, repository=repository,
-            opset_version=opset_version, target_ort=target_ort, dynamic_batch=dynamic_batch,
-            input_names=input_names, output_names=output_names, external_data=external_data, dtype=dtype,
-            verify=verify, progress=progress,
+            progress=progress, **values(options),
         )  # fmt: skip
-    options = {
-        "opset_version": opset_version is not None, "input_names": bool(input_names),
-        "output_names": bool(output_names), "dynamic_batch": not dynamic_batch, "dtype": dtype != "float32",
-        "external_data": external_data, "verify": not verify,
-    }  # fmt: skip
-    given = [name for name, changed in options.items() if changed]
+    given = [name for name in changed(options) if name != "target_ort"]
     if given:
         raise ConfigError(f"{model} is exported already, and taken as it is: leave out {', '.join(given)}")
     return _add_file(Path(model), repository, Inputs.of(example_inputs, example_kwargs), target_ort, progress)
@@ -104,8 +100,9 @@ def _add_file(
         path=str(path), opset_version=file.opset_version, ir_version=file.ir_version,
         inputs=file.inputs, outputs=file.outputs, file_bytes=path.stat().st_size,
     )  # fmt: skip
-    add_to_repository(repository, path, example or _random_inputs(file), report, progress=progress)
-    return report
+    return add_to_repository(
+        repository, path, example or _random_inputs(file), report, stopwatch=Stopwatch(progress)
+    )
 
 
 def _random_inputs(file: "OnnxFile") -> Inputs:

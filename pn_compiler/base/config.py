@@ -1,37 +1,75 @@
-"""The options of a conversion, validated once."""
+"""The options of each stage, validated once; those of a model repository are with it.
+
+Each is declared here and nowhere else: signatures take their defaults from the classes, ``pn-compile`` its
+flags, and docs/options.md its tables.
+"""
 
 import dataclasses
 import math
-from typing import Literal, get_args
+from collections.abc import Sequence
+from typing import Literal
 
 from pn_compiler.base.errors import ConfigError
-from pn_compiler.base.option_checks import check_flags, check_number, one_of
+from pn_compiler.base.option_checks import check_number, is_number
+from pn_compiler.base.options import about, check_kinds, freeze_lists
 
 Norm = Literal["layer", "group", "instance"]
 ProxyPadding = Literal["activation", "output"]
 WarmStart = Literal["auto", "running_stats", "calibrate", "none"]
+Logits = Literal["auto", "all", "none"]
+StaticStatistics = Literal["auto", "all"]
+TargetName = Literal["portable", "ort-cpu", "openvino", "cuda", "tensorrt", "auto"]
+DType = Literal["float32", "float16", "bfloat16"]
 
 DEFAULT_NUM_GROUPS = 32  # Wu & He 2018, "Group Normalization"
 MIN_CHANNELS_PER_GROUP = 8
 
 
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class TransformConfig:
     """Options of `pn_compiler.transform`; see there for their meaning."""
 
-    norm: Norm = "layer"
-    num_groups: int | None = None
-    proxy: bool = True
-    proxy_padding: ProxyPadding = "activation"
-    warm_start: WarmStart = "auto"
-    norm_only_bias: bool = True
+    norm: Norm = dataclasses.field(
+        default="layer",
+        metadata=about("what a normalizer takes its statistics over: all channels, groups, or each alone"),
+    )
+    num_groups: int | None = dataclasses.field(
+        default=None, metadata=about("groups of --norm group, which it implies", metavar="G")
+    )
+    proxy: bool = dataclasses.field(
+        default=True, metadata=about("add proxy normalization where an activation follows")
+    )
+    proxy_padding: ProxyPadding = dataclasses.field(
+        default="activation",
+        metadata=about("whether zeros are padded before the proxy shift, or to its output"),
+    )
+    warm_start: WarmStart = dataclasses.field(
+        default="auto",
+        metadata=about(
+            "what weight and bias are computed from, if not from --calibrate; auto: the running statistics "
+            "where a BatchNorm was trained",
+            implied=("calibrate",),
+        ),
+    )
+    norm_only_bias: bool = dataclasses.field(
+        default=True,
+        metadata=about("whether a normalizer that starts cold, without activation, has a bias", flag=""),
+    )
+    leaves: Sequence[str | type] = dataclasses.field(
+        default=(),
+        metadata=about(
+            "a module, such as backbone.neck, whose forward must not be traced",
+            flag="--leaf", metavar="PATH", repeated=True,
+        ),
+    )  # fmt: skip
+    strict: bool = dataclasses.field(
+        default=False, metadata=about("refuse the model, with exit status 3, if a BatchNorm is refused")
+    )
     proxy_eps: float = 0.03
 
     def __post_init__(self) -> None:
-        one_of("norm", self.norm, get_args(Norm))
-        one_of("proxy_padding", self.proxy_padding, get_args(ProxyPadding))
-        one_of("warm_start", self.warm_start, get_args(WarmStart))
-        check_flags(proxy=self.proxy, norm_only_bias=self.norm_only_bias)
+        freeze_lists(self)
+        check_kinds(self)
         if self.num_groups is not None:
             check_number("num_groups", self.num_groups, "a positive integer", 1, whole=True)
             if self.norm == "instance":
@@ -53,6 +91,161 @@ class TransformConfig:
             return math.gcd(num_channels, self.num_groups)
         most = max(1, min(DEFAULT_NUM_GROUPS, num_channels // MIN_CHANNELS_PER_GROUP))
         return next(g for g in range(most, 0, -1) if num_channels % g == 0)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RecoveryConfig:
+    """Options of `pn_compiler.compile` for what follows a conversion; see there for their meaning."""
+
+    distill_steps: int = dataclasses.field(
+        default=0,
+        metadata=about(
+            "train the result for some steps, 150 for example, to match the outputs of the original on the "
+            "samples of --calibrate",
+            flag="--distill", metavar="STEPS",
+        ),
+    )  # fmt: skip
+    distill_logits: Logits = dataclasses.field(
+        default="auto",
+        metadata=about(
+            "which outputs hold logits of classes along dim 1, for --distill: all, with those of a "
+            "segmentation network; auto: those [N, K]"
+        ),
+    )
+    static_statistics: StaticStatistics | None = dataclasses.field(
+        default=None,
+        metadata=about(
+            "replace instance statistics by constants from the samples of --calibrate: faster, and lossy; "
+            "auto, as without a value: as many as --error-budget allows",
+            bare="auto",
+        ),
+    )
+    error_budget: float = dataclasses.field(
+        default=0.01,
+        metadata=about("largest relative error of the output by --static-statistics", metavar="E"),
+    )
+
+    def __post_init__(self) -> None:
+        check_number("error_budget", self.error_budget, "an error of 0 or more, such as 0.01", 0)
+        check_number("distill_steps", self.distill_steps, "a number of steps, 0 or more", 0, whole=True)
+        check_kinds(self)
+        if self.distill_logits != "auto" and not self.distill_steps:
+            raise ConfigError(f"distill_logits={self.distill_logits!r} has no effect without distill_steps")
+
+
+_BOUNDS = {
+    "steps": (0, math.inf, "0 or more"),
+    "batch_size": (1, math.inf, "1 or more"),
+    "max_samples": (2, math.inf, "2 or more"),
+    "seed": (-(2**63), 2**63, "a whole number"),
+    "lr": (math.ulp(0), math.inf, "a number above 0"),
+    "held_out": (math.ulp(0), 1, "a share above 0 and below 1"),
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DistillConfig:
+    """Options of `pn_compiler.distill` that are numbers or choices; see there for their meaning."""
+
+    steps: int = dataclasses.field(default=150, metadata=about("of the optimizer; 0 only measures", flag=""))
+    batch_size: int = dataclasses.field(default=64, metadata=about("samples in a step", flag=""))
+    lr: float = dataclasses.field(default=5e-4, metadata=about("learning rate at the first step", flag=""))
+    seed: int = dataclasses.field(
+        default=0, metadata=about("of the held-out part and the order of samples", flag="")
+    )
+    max_samples: int = dataclasses.field(
+        default=4096, metadata=about("how many are used, the held-out ones included", flag="")
+    )
+    held_out: float = dataclasses.field(
+        default=0.2, metadata=about("share of the samples that is never trained on", flag="")
+    )
+    logits: Logits = dataclasses.field(
+        default="auto", metadata=about("which outputs hold logits of classes along dim 1", flag="")
+    )
+
+    def __post_init__(self) -> None:
+        check_kinds(self)
+        for name, (low, high, expected) in _BOUNDS.items():
+            value = getattr(self, name)
+            if not is_number(value, low, high, whole=name not in ("lr", "held_out")):
+                raise ConfigError(f"{name}={value!r:.80} is impossible: expected {expected}")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FreezeConfig:
+    """Options of `pn_compiler.freeze_statistics`; see there for their meaning."""
+
+    budget: float | None = dataclasses.field(
+        default=None, metadata=about("largest relative error of the output; None freezes all sites", flag="")
+    )
+    held_out: float = dataclasses.field(
+        default=0.25, metadata=about("share of the samples on which errors are measured", flag="")
+    )
+    max_samples: int = dataclasses.field(default=1024, metadata=about("how many are read at most", flag=""))
+
+    def __post_init__(self) -> None:
+        if self.budget is not None:
+            check_number("budget", self.budget, "an error of 0 or more, such as 0.01, or None", 0)
+        check_number("held_out", self.held_out, "a share above 0 and below 1", math.ulp(0), 1)
+        check_number("max_samples", self.max_samples, "2 or more", 2, whole=True)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ExportConfig:
+    """Options of `pn_compiler.export_onnx`; see there for their meaning.
+
+    `pn_compiler.export.ExportOptions` checks them against what runtimes and targets can do.
+    """
+
+    target: TargetName = dataclasses.field(
+        default="portable",
+        metadata=about(
+            "what the file is for: any runtime; onnxruntime on CPUs like this one, on which it is the "
+            "fastest; OpenVINO; onnxruntime on a GPU; TensorRT; or what --tune found"
+        ),
+    )
+    tune: bool = dataclasses.field(
+        default=False,
+        metadata=about(
+            "with --target auto: measure on this machine, unless it was done before, and keep the fastest"
+        ),
+    )
+    opset_version: int | None = dataclasses.field(
+        default=None,
+        metadata=about(
+            "18 to 24 (default: 20, which onnxruntime 1.17 loads; for OpenVINO and TensorRT 21)",
+            flag="--opset", metavar="N",
+        ),
+    )  # fmt: skip
+    target_ort: str | None = dataclasses.field(
+        default=None, metadata=about("the onnxruntime that must load it, as 1.18", metavar="VERSION")
+    )
+    dynamic_batch: bool = dataclasses.field(
+        default=True,
+        metadata=about(
+            "take any batch size; with --static-batch only that of the input", flag="--static-batch"
+        ),
+    )
+    input_names: Sequence[str] = dataclasses.field(
+        default=(), metadata=about("of the inputs in the file", metavar="A,B")
+    )
+    output_names: Sequence[str] = dataclasses.field(
+        default=(), metadata=about("of the outputs in the file", metavar="A,B")
+    )
+    dtype: DType = dataclasses.field(
+        default="float32",
+        metadata=about("of weights and activations; inputs, outputs and normalizers stay float32"),
+    )
+    external_data: bool = dataclasses.field(
+        default=False,
+        metadata=about(
+            "write the weights to FILE.data, beside the ONNX file; above 2 GB this is done in any case"
+        ),
+    )
+    verify: bool = dataclasses.field(default=True, metadata=about("compare with PyTorch before writing"))
+
+    def __post_init__(self) -> None:
+        freeze_lists(self)
 
 
 def norm_name(num_groups: int, num_channels: int) -> Norm:

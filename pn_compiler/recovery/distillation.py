@@ -2,33 +2,25 @@
 
 import dataclasses
 import functools
-import math
 import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from pn_compiler.base.config import DistillConfig, Logits
 from pn_compiler.base.errors import ConfigError
-from pn_compiler.base.option_checks import check_function, check_path, is_number, one_of
+from pn_compiler.base.option_checks import check_function, check_path
+from pn_compiler.base.options import pick
 from pn_compiler.base.strict_json import to_json
 from pn_compiler.data.samples import Outputs, Samples, digest
 from pn_compiler.recovery.lesson import Checkpoint, Lesson, Loss
 from pn_compiler.running.copying import copy_model, unwrap
 from pn_compiler.running.evaluation import untouched
-from pn_compiler.running.losses import Logits, output_loss, readings
-
-_BOUNDS = {
-    "steps": (0, math.inf, "0 or more"),
-    "batch_size": (1, math.inf, "1 or more"),
-    "max_samples": (2, math.inf, "2 or more"),
-    "seed": (-(2**63), 2**63, "a whole number"),
-    "lr": (math.ulp(0), math.inf, "a number above 0"),
-    "held_out": (math.ulp(0), 1, "a share above 0 and below 1"),
-}
+from pn_compiler.running.losses import output_loss, readings
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -90,13 +82,13 @@ def distill(
     teacher: nn.Module,
     batches: Any,
     *,
-    steps: int = 150,
-    batch_size: int = 64,
-    lr: float = 5e-4,
-    seed: int = 0,
-    max_samples: int = 4096,
-    held_out: float = 0.2,
-    logits: Logits = "auto",
+    steps: int = DistillConfig.steps,
+    batch_size: int = DistillConfig.batch_size,
+    lr: float = DistillConfig.lr,
+    seed: int = DistillConfig.seed,
+    max_samples: int = DistillConfig.max_samples,
+    held_out: float = DistillConfig.held_out,
+    logits: Logits = DistillConfig.logits,
     loss: Loss | None = None,
     checkpoint: str | os.PathLike[str] | None = None,
 ) -> tuple[nn.Module, DistillReport]:
@@ -148,11 +140,8 @@ def distill(
         ExportError: the checkpoint cannot be written.
         UnsupportedModelError: the model cannot be copied.
     """
+    config = pick(DistillConfig, locals())
     began = time.monotonic()
-    one_of("logits", logits, get_args(Logits))
-    options = _checked(
-        steps=steps, batch_size=batch_size, lr=lr, seed=seed, max_samples=max_samples, held_out=held_out
-    )
     check_function("loss", loss)
     if checkpoint is not None:
         check_path("checkpoint", checkpoint)
@@ -176,7 +165,7 @@ def distill(
         )  # fmt: skip
         if file is not None:
             values = {"samples": samples.digest(), "model": _digest(student), "teacher": _digest(teacher)}
-            file.resume(lesson, {**options, **values, "logits": logits})
+            file.resume(lesson, {**dataclasses.asdict(config), **values})
         prepared = time.monotonic()
         lesson.train(file)
     result = lesson.result
@@ -187,15 +176,6 @@ def distill(
         training=len(train), held_out=len(held), unit="batches" if samples.whole else "samples",
         seconds=prepared - began + lesson.seconds, stopped=lesson.stopped,
     )  # fmt: skip
-
-
-def _checked(**options: float) -> dict[str, float]:
-    """`options` themselves. Raises ConfigError if one is impossible."""
-    for name, value in options.items():
-        low, high, expected = _BOUNDS[name]
-        if not is_number(value, low, high, whole=name not in ("lr", "held_out")):
-            raise ConfigError(f"{name}={value!r:.80} is impossible: expected {expected}")
-    return options
 
 
 def _refuse(student: nn.Module) -> None:

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from pn_compiler.base.config import FreezeConfig
 from pn_compiler.base.errors import ConfigError
-from pn_compiler.base.option_checks import check_number
+from pn_compiler.base.options import pick
 from pn_compiler.data.samples import Samples
 from pn_compiler.graph.graph_module import is_converted, notes, record, sites
 from pn_compiler.graph.graph_utils import module_calls
@@ -34,9 +35,9 @@ def freeze_statistics(
     model: nn.Module,
     calibration: Any,
     *,
-    budget: float | None = None,
-    held_out: float = 0.25,
-    max_samples: int = 1024,
+    budget: float | None = FreezeConfig.budget,
+    held_out: float = FreezeConfig.held_out,
+    max_samples: int = FreezeConfig.max_samples,
 ) -> tuple[nn.Module, FreezeReport]:
     """Replaces normalizers by constants, in the order of least damage, within an error budget.
 
@@ -69,7 +70,7 @@ def freeze_statistics(
 
     Source: docs/static.md.
     """
-    _check_options(budget, held_out, max_samples)
+    pick(FreezeConfig, locals())  # checks them
     network = fold(model)
     with untouched(network):
         samples = Samples.read(calibration, network, max_samples, "calibration")
@@ -95,13 +96,6 @@ def freeze_statistics(
         tuple(rows), budget, best.errors.relative_l2, best.errors.agreement,
         len(data.estimation), len(data.held_out), "batches" if samples.whole else "samples",
     )  # fmt: skip
-
-
-def _check_options(budget: float | None, held_out: float, max_samples: int) -> None:
-    if budget is not None:
-        check_number("budget", budget, "an error of 0 or more, such as 0.01, or None", 0)
-    check_number("held_out", held_out, "a share above 0 and below 1", math.ulp(0), 1)
-    check_number("max_samples", max_samples, "2 or more", 2, whole=True)
 
 
 # Samples and sites ---------------------------------------------------------------------------------

@@ -1,17 +1,19 @@
 """A compiled model becomes a version in a model repository."""
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from pn_compiler.graph.pass_base import Progress
+from pn_compiler.base.config import DType, ExportConfig
+from pn_compiler.base.stopwatch import Stopwatch
 from pn_compiler.repository.options import ModelRepository
 from pn_compiler.running.inputs import Inputs
 
 if TYPE_CHECKING:
-    from pn_compiler.export import DType, Expected, OnnxFile, Report
+    from pn_compiler.export import Expected, OnnxFile, Report
 
 _BATCHES = (1, 3)
 
@@ -21,24 +23,29 @@ def add_to_repository(
     file: Path,
     golden: "Expected | Inputs",
     report: "Report",
-    dtype: "DType" = "float32",
-    progress: Progress | None = None,
-) -> None:
-    """Writes `file` as a version of a model, and notes in `report` where.
+    dtype: DType = ExportConfig.dtype,
+    stopwatch: Stopwatch | None = None,
+) -> "Report":
+    """Writes `file` as a version of a model.
 
     Args:
         golden: inputs and outputs of the PyTorch model; or only inputs, like which random ones are made, and
             onnxruntime, its optimizations off, gives the outputs.
-        report: about `file`; its path becomes that in the repository.
+        report: about `file`.
         dtype: of the weights in `file`.
+        stopwatch: announces and times the stage.
+
+    Returns:
+        The report about the file in the repository, and where that is.
     """
-    from pn_compiler.export import Expected, OnnxFile, default_tolerance, timed
+    from pn_compiler.export import Expected, OnnxFile, default_tolerance
     from pn_compiler.repository.golden_calls import golden_calls
     from pn_compiler.repository.writing import write_repository
 
     told_elsewhere = ("path", "inputs", "outputs", "opset_version", "ir_version", "repository", "batching")
     compilation = {k: v for k, v in json.loads(report.to_json()).items() if k not in told_elsewhere}
-    with timed(report, "repository", progress or (lambda stage: None)):
+    stopwatch = stopwatch or Stopwatch()
+    with stopwatch("repository"):
         model = OnnxFile.read(file)
         by_pytorch = isinstance(golden, Expected)
         if isinstance(golden, Expected):
@@ -50,8 +57,11 @@ def add_to_repository(
             tolerance=report.tolerance or default_tolerance(getattr(torch, dtype)),
             made={"golden_outputs": "PyTorch" if by_pytorch else "onnxruntime", "compilation": compilation},
         )  # fmt: skip
-    report.path = str(written.file)
-    report.repository, report.batching = str(written.folder), written.batching
+    return dataclasses.replace(
+        report,
+        path=str(written.file), repository=str(written.folder), batching=written.batching,
+        seconds=stopwatch.seconds,
+    )  # fmt: skip
 
 
 def _answers(

@@ -1,19 +1,19 @@
 """How far the outputs of a student are from those of its teacher."""
 
 import dataclasses
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from pn_compiler.base.config import Logits as Logits  # read from here, too
 from pn_compiler.base.errors import ConfigError
 from pn_compiler.base.option_checks import one_of
 
 TEMPERATURE = 4.0
 PIXEL_TEMPERATURE = 1.0
-Logits = Literal["auto", "all", "none"]
 
 
 def output_loss(student: Any, teacher: Any, logits: Logits = "auto") -> Tensor:

@@ -16,10 +16,10 @@ from torch import nn
 import pn_compiler
 from pn_compiler.base import files
 from pn_compiler.base.errors import ExportError, VerificationError
+from pn_compiler.base.stopwatch import Stopwatch
 from pn_compiler.export import (
     TARGETS,
     ExportOptions,
-    Report,
     external_data,
     make_session,
     to_onnx,
@@ -192,7 +192,7 @@ def test_weights_leave_memory_before_onnxruntime_takes_as_much(
 def test_two_stage_sums_find_weights_that_are_beside_the_file(tmp_path: Path) -> None:
     """300 ones are no inline constant any more."""
     net = nn.Sequential(nn.GroupNorm(300, 600), nn.GELU()).eval()
-    example, staged, report = Inputs((torch.randn(2, 600, 4, 4),)), tmp_path / "m.onnx", Report()
+    example, staged = Inputs((torch.randn(2, 600, 4, 4),)), tmp_path / "m.onnx"
     proto = export_graph(net, example, ExportOptions(external_data=True), staged)
 
     def too_far_off(candidate: onnx.ModelProto) -> Verification:
@@ -200,7 +200,7 @@ def test_two_stage_sums_find_weights_that_are_beside_the_file(tmp_path: Path) ->
             raise VerificationError("too far off")
         return verify_onnx(candidate, net, example, (1, 3), path=staged)
 
-    proto = to_onnx._finish(proto, TARGETS["portable"], staged, too_far_off, report, lambda stage: None)
-    assert report.norms.startswith("two-stage sums")
-    assert report.max_error is not None
-    assert report.max_error < 1e-5
+    lowered = to_onnx._lower(proto, TARGETS["portable"], staged, too_far_off, Stopwatch())
+    assert lowered.norms.startswith("two-stage sums")
+    assert lowered.verification is not None
+    assert max(check.error for check in lowered.verification.checks) < 1e-5

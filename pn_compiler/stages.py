@@ -1,0 +1,300 @@
+"""The stages of export_onnx and compile: what each takes, and its result, which nothing changes later."""
+
+import contextlib
+import dataclasses
+import os
+import tempfile
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from pn_compiler.base.config import Logits, RecoveryConfig, TargetName, TransformConfig
+from pn_compiler.base.errors import ConfigError, VerificationError
+from pn_compiler.base.option_checks import check_path
+from pn_compiler.base.stopwatch import Stopwatch
+from pn_compiler.data.input_shape import choose_inputs, stated_inputs
+from pn_compiler.graph.graph_module import is_converted, notes, record, sites
+from pn_compiler.graph.graph_utils import count_operators
+from pn_compiler.nn import ProxyNormAct
+from pn_compiler.pipeline.conversion import convert, measure_conversion, prepare
+from pn_compiler.pipeline.fidelity import Fidelity
+from pn_compiler.pipeline.folding import fold_in_place
+from pn_compiler.recovery.calibration import calibrate_prepared
+from pn_compiler.recovery.distillation import DistillReport, distill
+from pn_compiler.recovery.freeze_report import FreezeReport
+from pn_compiler.recovery.static_statistics import freeze_statistics
+from pn_compiler.regions.regions import Trace, trace
+from pn_compiler.repository.adding import add_to_repository
+from pn_compiler.repository.options import ModelRepository
+from pn_compiler.running.copying import copy_model
+from pn_compiler.running.evaluation import check_values, to_eval_mode
+from pn_compiler.running.inputs import Inputs
+
+if TYPE_CHECKING:
+    from pn_compiler.export import ExportOptions, Report
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Traced:
+    """A trace of a model, and what it is converted and exported with.
+
+    Attributes:
+        trace: its graphs are converted in place.
+        inputs: arguments of a call.
+        input_shape_source: where their shape came from, in words.
+        operators: how often each stands in the trace, before it is converted.
+    """
+
+    trace: Trace
+    inputs: Inputs
+    input_shape_source: str
+    operators: Mapping[str, int]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Recovered:
+    """A converted network after what was asked for to get accuracy and speed back, and the reports."""
+
+    model: nn.Module
+    distillation: DistillReport | None = None
+    static: FreezeReport | None = None
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Network:
+    """What is exported, and the results of the stages before that.
+
+    Attributes:
+        model: on the CPU, in eval mode. It cannot be used after the export.
+        witness: what the file must compute: `model` itself, or what it was copied from.
+        inputs: arguments of a call.
+        parameters: how many values were trained, before a conversion.
+        traced, recovered: None if the model was not converted here.
+        fidelity: how far outputs are from those of the model that was converted.
+    """
+
+    model: nn.Module
+    witness: nn.Module
+    inputs: Inputs
+    parameters: int
+    traced: Traced | None = None
+    recovered: Recovered | None = None
+    fidelity: Fidelity | None = None
+
+
+def trace_model(
+    model: nn.Module,
+    example: Inputs | None,
+    input_shape: tuple[int, ...] | None,
+    leaves: Sequence[str | type[nn.Module]],
+    stopwatch: Stopwatch,
+) -> Traced:
+    """Traces `model`, and chooses the inputs that are not given."""
+    with stopwatch("trace"):
+        traced = trace(model, example, leaves, example=lambda: stated_inputs(model, input_shape))
+        operators = count_operators(region.gm for region in traced.regions)
+        inputs, source = choose_inputs(model, traced.root, example, input_shape)
+    return Traced(traced, inputs, source, operators)
+
+
+def convert_trace(
+    traced: Traced,
+    model: nn.Module,
+    witness: nn.Module,
+    calibration: Iterable[Any] | None,
+    config: TransformConfig,
+    stopwatch: Stopwatch,
+) -> None:
+    """Converts the trace of `model` in place, after comparing it with `witness`, unless it is converted."""
+    if is_converted(model):
+        record(traced.trace.root, sites(model), notes(model))
+        return
+    with stopwatch("prepare"):
+        prepare(traced.trace, witness, traced.inputs, stopwatch.announce)
+    calibrated = None
+    if config.warm_start == "calibrate":
+        with stopwatch("calibrate"):
+            calibrated = calibrate_prepared(traced.trace, model, config, calibration)
+    with stopwatch("transform"):
+        convert(traced.trace, model, config, calibrated, strict=config.strict, progress=stopwatch.announce)
+
+
+def recover(
+    converted: nn.Module,
+    teacher: nn.Module,
+    calibration: Iterable[Any] | None,
+    config: RecoveryConfig,
+    stopwatch: Stopwatch,
+) -> Recovered:
+    """Distills and freezes copies of `converted`, as `config` asks."""
+    distillation = static = None
+    if config.distill_steps:
+        with stopwatch("distill"):
+            converted, distillation = distill(
+                converted, teacher, calibration, steps=config.distill_steps, logits=config.distill_logits
+            )
+    if config.static_statistics is not None:
+        budget = config.error_budget if config.static_statistics == "auto" else None
+        with stopwatch("freeze"):
+            converted, static = freeze_statistics(converted, calibration, budget=budget)
+    return Recovered(converted, distillation, static)
+
+
+def compare(
+    model: nn.Module,
+    converted: nn.Module,
+    inputs: Inputs,
+    calibration: Iterable[Any] | None,
+    logits: Logits,
+    stopwatch: Stopwatch,
+) -> Fidelity | None:
+    """How far outputs of `converted` are from those of `model`; None if that was converted before."""
+    if is_converted(model):
+        return None
+    with stopwatch("measure"):
+        return measure_conversion(model, converted, inputs, calibration, logits)
+
+
+def refuse_conversion(config: TransformConfig, recovery: RecoveryConfig) -> None:
+    """Raises ConfigError if options ask for another conversion of a model that is converted."""
+    if config != TransformConfig(strict=config.strict):
+        raise ConfigError("the model is already converted: options of transform have no effect")
+    if recovery.distill_steps:
+        raise ConfigError("the model is already converted: distill it with its BatchNorm network as teacher")
+
+
+def check_destinations(
+    path: str | os.PathLike[str] | None, repository: ModelRepository | None, target: TargetName
+) -> None:
+    """Raises ConfigError if nothing is to be written, ExportError if it cannot be."""
+    from pn_compiler.base.files import check_writable
+    from pn_compiler.repository.writing import check_repository
+
+    if path is None and repository is None:
+        raise ConfigError("nothing would be written: give a path or a repository")
+    if path is not None:
+        check_path("path", path)
+        check_writable(Path(path))
+    if repository is not None:
+        if not isinstance(repository, ModelRepository):
+            raise ConfigError(f"repository={repository!r:.80}: expected a pn_compiler.ModelRepository")
+        if target in ("ort-cpu", "auto"):
+            raise ConfigError(
+                f"target {target} may give a file for this kind of CPU only, and servers load a model "
+                "repository anywhere: leave it out"
+            )
+        check_repository(repository)
+
+
+def on_cpu(model: nn.Module, *, share: bool) -> nn.Module:
+    """A copy of `model` on the CPU, in eval mode.
+
+    Args:
+        model: left untouched.
+        share: whether nothing will write to its parameters, so that they need no copy if they are there.
+
+    Raises:
+        ConfigError: it has no values.
+    """
+    check_values(model)
+    return to_eval_mode(copy_model(model, share_parameters=share and _is_on_cpu(model)).cpu())
+
+
+def witness(original: nn.Module, copied: nn.Module) -> nn.Module:
+    """What results are compared with: the user's own model, unless it is on another device, then its copy."""
+    return original if _is_on_cpu(original) else copied
+
+
+def _is_on_cpu(model: nn.Module) -> bool:
+    return all(tensor.device.type == "cpu" for tensor in (*model.parameters(), *model.buffers()))
+
+
+def has_sites(model: nn.Module) -> bool:
+    return any(isinstance(module, ProxyNormAct) for module in model.modules())
+
+
+def check_calibration(
+    calibration: Iterable[Any] | None, config: TransformConfig, recovery: RecoveryConfig
+) -> None:
+    """Raises ConfigError if samples are missing, or given for nothing."""
+    uses = {
+        "warm_start='calibrate'": config.warm_start == "calibrate",
+        "distill_steps": recovery.distill_steps > 0,
+        "static_statistics": recovery.static_statistics is not None,
+    }
+    wanted = [name for name, used in uses.items() if used]
+    if wanted and calibration is None:
+        raise ConfigError(f"{wanted[0]} needs samples: give calibration=, batches of inputs")
+    if calibration is not None and not wanted:
+        raise ConfigError(f"calibration data are given, and nothing uses them: {', '.join(uses)} would")
+
+
+def _refuse_varying(model: nn.Module) -> None:
+    """Raises VerificationError if outputs of `model` vary from call to call, as its conversion has found."""
+    varying = [note for note in notes(model) if note.code == "PN125"] if is_converted(model) else []
+    if varying:
+        raise VerificationError(
+            f"{varying[0]}: a file, which gives the same in each call, cannot be compared with it; "
+            "verify=False writes one that was not compared"
+        )
+
+
+def export_network(
+    network: Network,
+    path: str | os.PathLike[str] | None,
+    repository: ModelRepository | None,
+    options: "ExportOptions",
+    stopwatch: Stopwatch,
+) -> "Report":
+    """Folds `network` and writes the file, and from it the repository; without `path` the file is temporary.
+
+    Returns:
+        The report, from the results of all stages.
+    """
+    from pn_compiler.export import expect, verified_batches, write_onnx
+
+    model = network.model
+    if options.verify:
+        _refuse_varying(model)
+    reference: Any = model
+    if options.verify or repository is not None:
+        # before folding, which then needs no second copy of the weights
+        with stopwatch("reference"):
+            reference = expect(network.witness, network.inputs, verified_batches(options.dynamic_batch))
+    if has_sites(model):
+        with stopwatch("fold"):
+            model = fold_in_place(model)
+    with contextlib.ExitStack() as stack:
+        folder = stack.enter_context(tempfile.TemporaryDirectory()) if path is None else ""
+        file = Path(path or Path(folder, "model.onnx"))
+        written = write_onnx(
+            model, reference if options.verify else model, file, network.inputs, options, stopwatch=stopwatch
+        )
+        report = _assembled(written, network, model)
+        if repository is None:
+            return report
+        stored = add_to_repository(repository, file, reference, report, options.dtype, stopwatch)
+        return stored if path is None else dataclasses.replace(stored, path=str(path))
+
+
+def _assembled(written: "Report", network: Network, folded: nn.Module) -> "Report":
+    """The report of all stages.
+
+    Args:
+        written: what there is to say of the file.
+        folded: the model in the file; its sites say what folding made of them.
+    """
+    report = dataclasses.replace(written, parameters_before=network.parameters, fidelity=network.fidelity)
+    if network.traced is None or network.recovered is None:
+        return report
+    return dataclasses.replace(
+        report,
+        input_shape_source=network.traced.input_shape_source,
+        operators_before=dict(network.traced.operators),
+        sites=sites(folded),
+        notes=notes(folded),
+        distillation=network.recovered.distillation,
+        static=network.recovered.static,
+    )
