@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from pn_compiler.base.errors import ConfigError
 from pn_compiler.base.option_checks import check_flags, one_of
-from pn_compiler.export.names import Names
+from pn_compiler.export.io_names import Names
 from pn_compiler.export.rewrites.half import DType, check_dtype
 from pn_compiler.export.runtimes import DEFAULT_OPSET, choose_opset
 from pn_compiler.export.targets import GROUP_NORM_OPSET, TARGETS, TargetName, check_target

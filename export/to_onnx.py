@@ -31,7 +31,7 @@ from pn_compiler.export.rewrites.blocked import in_blocked_layout
 from pn_compiler.export.rewrites.half import DTYPES, in_half
 from pn_compiler.export.rewrites.normalizers import use_two_stage_sums
 from pn_compiler.export.targets import CANDIDATES, PORTABLE, TARGETS, Target
-from pn_compiler.export.tuning import Memory, fingerprint, milliseconds
+from pn_compiler.export.tuning import TuningCache, fingerprint, milliseconds
 from pn_compiler.export.verify import Expected, Verification, expect, verify_onnx
 from pn_compiler.graph.graph_utils import count_parameters
 from pn_compiler.graph.pass_base import Progress
@@ -201,8 +201,8 @@ def _choose_target(
     candidates = {
         target.name: target for target in CANDIDATES if options.dtype == "float32" or not target.blocked
     }
-    memory, key = Memory(), fingerprint(proto, feed)
-    report.tuning = memory.recall(key) or {}
+    tuning_cache, key = TuningCache(), fingerprint(proto, feed)
+    report.tuning = tuning_cache.get(key) or {}
     if not report.tuning.keys() & candidates.keys() and options.tune:
         with tempfile.TemporaryDirectory() as folder:
             files: dict[str, Path] = {}
@@ -218,7 +218,7 @@ def _choose_target(
                 files[name].write_bytes(candidate.SerializeToString())
             with timed(report, "tune", say):
                 report.tuning = milliseconds(files, feed, lambda: say("tune"))
-        memory.keep(key, report.tuning)
+        tuning_cache.put(key, report.tuning)
     measured = {name: time for name, time in report.tuning.items() if name in candidates}
     return candidates[min(measured, key=measured.__getitem__)] if measured else PORTABLE
 

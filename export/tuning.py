@@ -102,19 +102,19 @@ def _processor() -> str:
     return platform.processor()
 
 
-class Memory:
+class TuningCache:
     """Results of earlier measurements: a JSON file in the user's cache, by fingerprint."""
 
     def __init__(self) -> None:
         cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
         self.path = cache / "pn_compiler" / "tuning.json"
 
-    def recall(self, key: str) -> dict[str, float] | None:
+    def get(self, key: str) -> dict[str, float] | None:
         """Milliseconds by candidate; None if it was never measured, or the file cannot be read."""
-        found = self._read().get(key)
-        return found if isinstance(found, dict) else None
+        times = self._read().get(key)
+        return times if isinstance(times, dict) else None
 
-    def keep(self, key: str, times: Mapping[str, float]) -> None:
+    def put(self, key: str, times: Mapping[str, float]) -> None:
         """Writes them down; a cache that cannot be written is no error."""
         with contextlib.suppress(OSError, ExportError):
             self.path.parent.mkdir(parents=True, exist_ok=True)

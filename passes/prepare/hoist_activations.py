@@ -8,7 +8,7 @@ from pn_compiler.graph.pass_base import GraphPass, PassResult
 from pn_compiler.inspection.batch_norms import is_batch_norm
 from pn_compiler.inspection.hooks import has_hooks
 from pn_compiler.operators.activations import is_activation, is_homogeneous
-from pn_compiler.operators.spelling import moves_values, operator_name, reads_shape
+from pn_compiler.operators.op_names import moves_values, operator_name, reads_shape
 from pn_compiler.passes.prepare.recognize_activations import RecognizeActivations
 
 _DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)

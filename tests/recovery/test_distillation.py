@@ -25,7 +25,7 @@ import pn_compiler
 from pn_compiler import DistillReport, distill, output_loss, relative_l2
 from pn_compiler.base.errors import ConfigError, ExportError, LoadError
 from pn_compiler.data import samples
-from pn_compiler.recovery import lesson
+from pn_compiler.recovery import trainer
 from pn_compiler.running import losses
 from pn_compiler.running.inputs import Inputs
 from pn_compiler.testing import randomize_batch_norms
@@ -162,14 +162,14 @@ def test_it_never_ends_worse_than_it_began(
     assert report.best_step == 0
     assert report.loss_after == report.loss_before
     assert same(state_of(student), state_of(converted))
-    assert "the model as it was" in str(report)
+    assert "the original model" in str(report)
 
 
 def test_the_best_step_wins(
     monkeypatch: pytest.MonkeyPatch, images: Tensor, teacher: nn.Module, converted: nn.Module
 ) -> None:
     """A loss that turns round after 10 steps, of 16 samples each, but not for the 13 held-out samples."""
-    monkeypatch.setattr(lesson, "EVALUATE_EVERY", 10)
+    monkeypatch.setattr(trainer, "EVALUATE_EVERY", 10)
     calls = []
 
     def loss(student: Tensor, wanted: Tensor) -> Tensor:
@@ -187,14 +187,14 @@ def test_steps_that_are_too_long_become_shorter(
     monkeypatch: pytest.MonkeyPatch, images: Tensor, teacher: nn.Module, converted: nn.Module
 ) -> None:
     """What a learning rate that is 100 times too high has spoilt is taken back."""
-    monkeypatch.setattr(lesson, "EVALUATE_EVERY", 5)
+    monkeypatch.setattr(trainer, "EVALUATE_EVERY", 5)
     x = images[:256]
     _, report = distill(converted, teacher, x, steps=60, lr=0.2)
-    assert report.retreats > 1
+    assert report.rollbacks > 1
     assert report.best_step > 10
     assert report.loss_after < 0.8 * report.loss_before
-    assert f"went back to its best state and on at a lower learning rate: {report.retreats}" in str(report)
-    monkeypatch.setattr(lesson, "SLOWER", 1.0)
+    assert f"rolled back to its best state and lowered the learning rate {report.rollbacks}" in str(report)
+    monkeypatch.setattr(trainer, "BACKOFF", 1.0)
     _, other = distill(converted, teacher, x, steps=60, lr=0.2)
     assert other.loss_after > report.loss_after
 
@@ -210,7 +210,7 @@ def test_no_steps_only_measure(images: Tensor, teacher: nn.Module, converted: nn
 def test_what_is_not_finite_ends_it(
     monkeypatch: pytest.MonkeyPatch, where: str, images: Tensor, teacher: nn.Module, converted: nn.Module
 ) -> None:
-    monkeypatch.setattr(lesson, "EVALUATE_EVERY", 10)
+    monkeypatch.setattr(trainer, "EVALUATE_EVERY", 10)
     calls = []
 
     def loss(student: Tensor, wanted: Tensor) -> Tensor:
@@ -517,15 +517,15 @@ class Noise(nn.Module):
 def test_an_interrupted_run_goes_on_bit_for_bit(
     noise: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, images: Tensor
 ) -> None:
-    """Interrupted in every call of the loss: steps and grades, those before the first step included."""
-    monkeypatch.setattr(lesson, "SAVE_EVERY", 0.0)
-    monkeypatch.setattr(lesson, "EVALUATE_EVERY", 3)
+    """Interrupted in every call of the loss: in steps and evaluations, the initial one included."""
+    monkeypatch.setattr(trainer, "SAVE_EVERY", 0.0)
+    monkeypatch.setattr(trainer, "EVALUATE_EVERY", 3)
     net = tiny()
     converted = nn.Sequential(pn_compiler.transform(net), Noise() if noise else nn.Identity())
     before = state_of(converted)
     whole, report = distill(converted, net, images[:64], **OPTIONS)
     assert report.best_step == STEPS
-    calls = 1 + STEPS + 3  # grades at 0, 3, 6 and 7, of one batch each
+    calls = 1 + STEPS + 3  # evaluations at 0, 3, 6 and 7, of one batch each
     for call in range(1, calls + 1):
         path = tmp_path / f"{call}.pt"
         for number in (call, 2) if call % 4 == 0 else (call,):  # some are interrupted twice
@@ -545,7 +545,7 @@ def test_a_finished_run_is_read_back(tmp_path: Path, images: Tensor) -> None:
     converted = pn_compiler.transform(net)
     path = tmp_path / "checkpoint"
     one, report = distill(converted, net, images[:64], **OPTIONS, checkpoint=path)
-    loss = stopping_loss(2, interrupt)  # only the grade at the start is taken again
+    loss = stopping_loss(2, interrupt)  # only the initial evaluation is repeated
     two, other = distill(converted, net, images[:64], **OPTIONS, checkpoint=path, loss=loss)
     assert same(state_of(one), state_of(two))
     assert without_seconds(other) == without_seconds(report)
@@ -554,13 +554,13 @@ def test_a_finished_run_is_read_back(tmp_path: Path, images: Tensor) -> None:
 def test_a_run_that_went_back_goes_on_bit_for_bit(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, images: Tensor
 ) -> None:
-    monkeypatch.setattr(lesson, "SAVE_EVERY", 0.0)
-    monkeypatch.setattr(lesson, "EVALUATE_EVERY", 2)
+    monkeypatch.setattr(trainer, "SAVE_EVERY", 0.0)
+    monkeypatch.setattr(trainer, "EVALUATE_EVERY", 2)
     net = tiny()
     converted = pn_compiler.transform(net)
     options = {**OPTIONS, "lr": 0.5}
     whole, report = distill(converted, net, images[:64], **options)
-    assert 0 < report.retreats < report.best_step
+    assert 0 < report.rollbacks < report.best_step
     for call in range(3, 1 + STEPS + 4 + 1):
         path = tmp_path / f"{call}.pt"
         with pytest.raises(KeyboardInterrupt):
@@ -575,12 +575,12 @@ def test_a_run_that_went_back_goes_on_bit_for_bit(
 KILLED = """
 import os, signal, sys, torch
 from pn_compiler import distill, output_loss, transform
-from pn_compiler.recovery import lesson
+from pn_compiler.recovery import trainer
 from pn_compiler.testing import randomize_batch_norms
 from torch import nn
 
 torch.set_num_threads(1)
-lesson.SAVE_EVERY = 0.0
+trainer.SAVE_EVERY = 0.0
 path, where, count = sys.argv[1], sys.argv[2], int(sys.argv[3])
 calls = []
 
