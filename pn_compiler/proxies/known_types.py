@@ -104,10 +104,10 @@ def attribute_of(value: Any, name: str) -> Any:
     if value is UNKNOWN:
         return UNKNOWN
     try:
-        found = getattr(value, name)
+        attribute_value = getattr(value, name)
     except Exception:  # properties may raise anything
         return UNKNOWN
-    return SAMPLE if isinstance(found, torch.Tensor) else found
+    return SAMPLE if isinstance(attribute_value, torch.Tensor) else attribute_value
 
 
 def sample_of(node: fx.Node, root: nn.Module, samples: dict[fx.Node, Any]) -> Any:

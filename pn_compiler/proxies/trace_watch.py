@@ -140,9 +140,9 @@ class PythonWatch:
                 return
             if _imports():
                 return
-            wanted = shims_for(names)
-            added = [name for name in wanted if name not in names]
-            known = {id(getattr(builtins, name)): SHIMS[name] for name in wanted}
+            shims = shims_for(names)
+            added = [name for name in shims if name not in names]
+            known = {id(getattr(builtins, name)): SHIMS[name] for name in shims}
             renamed = {name: value for name, value in names.items() if id(value) in known}
             self._user[id(names)] = names, added, renamed
             names.update((name, SHIMS[name]) for name in added)
