@@ -26,9 +26,9 @@ def account(
     looked_into = {note.site for note in missed if note.code in ("PN101", "PN111")}
     missed += [note for note in _lost_calls(model, traced, looked_into) if note.site not in table]
     notes += missed
-    found = table | {(site := skipped(note)).name: site for note in missed}
+    records = table | {(site := skipped(note)).name: site for note in missed}
     order = {name: place for place, (name, _) in enumerate(model.named_modules())}
-    sites = sorted(found.values(), key=lambda site: order.get(site.name, len(order)))
+    sites = sorted(records.values(), key=lambda site: order.get(site.name, len(order)))
     return tuple(dataclasses.replace(site, name=site.name or "the model") for site in sites)
 
 
@@ -114,14 +114,14 @@ def _lost(name: str, model: nn.Module, traced: Trace) -> Diagnostic:
     owner, _, attribute = name.rpartition(".")
     why, where = _why_whole(whole[-1], traced), whole[-1] or "the model"
     if owner == whole[-1] and _normalizes_with(model.get_submodule(owner), attribute):
-        found = f"{why}; it calls batch_norm with the weights and statistics of the BatchNorm"
+        message = f"{why}; it calls batch_norm with the weights and statistics of the BatchNorm"
         hint = f"write self.{attribute}(x) there in the place of that call"
-        return Diagnostic("PN101", name, found, hint)
+        return Diagnostic("PN101", name, message, hint)
     if children_looked_into(type(model.get_submodule(whole[-1]))) is None:  # type: ignore[arg-type]  # hashable
-        found = f"{why}; its code reads the statistics of some BatchNorm, which may be this one"
-        return Diagnostic("PN101", name, found, "read them as self.name.running_mean, or call modules only")
-    found = f"{why}; the BatchNorm is shared or looked into there"
-    return Diagnostic("PN101", name, found, f"let {where} call it as a module of its own")
+        message = f"{why}; its code reads the statistics of some BatchNorm, which may be this one"
+        return Diagnostic("PN101", name, message, "read them as self.name.running_mean, or call modules only")
+    message = f"{why}; the BatchNorm is shared or looked into there"
+    return Diagnostic("PN101", name, message, f"let {where} call it as a module of its own")
 
 
 def _why_whole(path: str, traced: Trace) -> str:

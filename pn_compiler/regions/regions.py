@@ -218,8 +218,8 @@ def _note_entered(gm: ConvertedModule, path: str, traced: Trace) -> None:
             inner = inner[:-1]  # the last one is called whole
         traced.entered.update(inner)
         if node.op == "call_function" and reaches_batch_norm(node.target):
-            found = traced.norm_calls if node in read else traced.unread_norm_calls
-            found.add(inner[-1] if inner else path)
+            calls = traced.norm_calls if node in read else traced.unread_norm_calls
+            calls.add(inner[-1] if inner else path)
 
 
 def _entered_for(node: fx.Node, path: str) -> list[str]:
