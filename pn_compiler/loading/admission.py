@@ -53,10 +53,10 @@ def admit(name: str, allow: Sequence[str]) -> Any:
     if name in _HELPERS:
         return resolve(name)
     if _within(name, _LIBRARIES):
-        found = resolve(name)
-        plain = inspect.isclass(found) and issubclass(found, nn.Module | enum.Enum)
-        if plain and _within(found.__module__, _LIBRARIES) and not _runs_code(found):
-            return found
+        admitted = resolve(name)
+        plain = inspect.isclass(admitted) and issubclass(admitted, nn.Module | enum.Enum)
+        if plain and _within(admitted.__module__, _LIBRARIES) and not _runs_code(admitted):
+            return admitted
     return None
 
 
@@ -64,28 +64,28 @@ def _within(name: str, packages: Sequence[str]) -> bool:
     return any(f"{name}.".startswith(f"{package}.") for package in packages)
 
 
-def is_module_class(found: object) -> bool:
-    return inspect.isclass(found) and issubclass(found, nn.Module)
+def is_module_class(value: object) -> bool:
+    return inspect.isclass(value) and issubclass(value, nn.Module)
 
 
 def _admit_on_request(name: str) -> Any:
     """The class that a user admits by ``--allow``. Raises LoadError for what no pickled module needs."""
     import_from_here()
-    found = resolve(name)
-    if not inspect.isclass(found):
-        raise LoadError(f"--allow {name}: it is a {type(found).__name__}, and only classes can be admitted")
-    if _runs_code(found):
+    cls = resolve(name)
+    if not inspect.isclass(cls):
+        raise LoadError(f"--allow {name}: it is a {type(cls).__name__}, and only classes can be admitted")
+    if _runs_code(cls):
         raise LoadError(f"--allow {name}: unpickling it runs source text; --unsafe-pickle lets files do that")
-    if is_module_class(found):
-        return found
-    package = found.__module__.partition(".")[0]
-    inert = dataclasses.is_dataclass(found) or issubclass(found, enum.Enum) or hasattr(found, "_fields")
+    if is_module_class(cls):
+        return cls
+    package = cls.__module__.partition(".")[0]
+    inert = dataclasses.is_dataclass(cls) or issubclass(cls, enum.Enum) or hasattr(cls, "_fields")
     if package in _NO_MODELS or not inert:
         raise LoadError(
             f"--allow {name}: it is neither an nn.Module, nor a dataclass, Enum or named tuple of yours, and "
             "might run code when it is unpickled"
         )
-    return found
+    return cls
 
 
 def _runs_code(cls: type) -> bool:
@@ -134,7 +134,7 @@ def resolve(name: str) -> Any:
     for split in range(len(parts) - 1, 0, -1):
         module = ".".join(parts[:split])
         try:
-            found: Any = _import(module)
+            holder: Any = _import(module)
         except ModuleNotFoundError as error:
             if error.name is not None and module.startswith(error.name):
                 continue
@@ -142,7 +142,7 @@ def resolve(name: str) -> Any:
         except Exception as error:
             raise LoadError(f"importing {module} failed: {first_line(error)}") from error
         try:
-            return functools.reduce(getattr, parts[split:], found)
+            return functools.reduce(getattr, parts[split:], holder)
         except AttributeError:
             break
     raise LoadError(f"{name} cannot be imported: install the package that defines it")

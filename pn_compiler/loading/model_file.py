@@ -71,10 +71,10 @@ def _unpickle(archive: Archive, allow: Sequence[str], *, unsafe: bool) -> Any:
     except LoadError as error:
         raise LoadError(f"{archive.path} is damaged: {error}") from error
     admitted = {name: admit(name, allow) for name in names}
-    if refused := [name for name, found in admitted.items() if found is None]:
+    if refused := [name for name, cls in admitted.items() if cls is None]:
         raise LoadError(f"{archive.path} {refusal(refused)}")
     audit_pickle(archive, admitted.get)
-    with torch.serialization.safe_globals([(found, name) for name, found in (ON_REQUEST | admitted).items()]):
+    with torch.serialization.safe_globals([(cls, name) for name, cls in (ON_REQUEST | admitted).items()]):
         return _torch_load(archive.path, weights_only=True)
 
 
@@ -146,8 +146,8 @@ def _state_dict(loaded: Any) -> dict[str, Any] | None:
     if not isinstance(loaded, dict):
         return None
     if not loaded or not all(isinstance(v, torch.Tensor) for v in loaded.values()):
-        found = (loaded[key] for key in _STATE_DICT_KEYS if isinstance(loaded.get(key), dict))
-        nested = next(found, None)
+        candidates = (loaded[key] for key in _STATE_DICT_KEYS if isinstance(loaded.get(key), dict))
+        nested = next(candidates, None)
         return None if nested is None else _state_dict(nested)
     state: dict[str, Any] = dict(loaded)
     for prefix in _WRAPPER_PREFIXES:

@@ -275,8 +275,8 @@ class _Audit:
 
 def _is_behaviour(cls: type, name: str) -> bool:
     """Whether `name` is a method or property of `cls`, with which the state would conflict."""
-    found = inspect.getattr_static(cls, name, None)
-    return callable(found) or hasattr(type(found), "__get__")
+    attribute = inspect.getattr_static(cls, name, None)
+    return callable(attribute) or hasattr(type(attribute), "__get__")
 
 
 def fits(size: Any, stride: Any, offset: Any, elements: int) -> bool:

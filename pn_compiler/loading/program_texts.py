@@ -76,13 +76,13 @@ def _is_tensor_operator(library: str, name: str, overload: str) -> bool:
     if name.startswith("_") and name not in _PRIVATE_OPERATORS:
         return False
     packet = getattr(getattr(torch.ops, library), name, None)
-    found = getattr(packet, overload, None)
-    if not isinstance(found, torch._ops.OpOverload):
+    operator = getattr(packet, overload, None)
+    if not isinstance(operator, torch._ops.OpOverload):
         return False
-    arguments = found._schema.arguments
+    arguments = operator._schema.arguments
     if any(argument.name == "filename" or "Storage" in str(argument.type) for argument in arguments):
         return False
-    values = [*arguments, *found._schema.returns]
+    values = [*arguments, *operator._schema.returns]
     return name in _NO_TENSORS or any("Tensor" in str(value.type) for value in values)
 
 
