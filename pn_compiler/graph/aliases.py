@@ -158,8 +158,8 @@ def tensor_behind(gm: nn.Module, node: fx.Node) -> str | None:
     """The path of the parameter or buffer that `node` is, or may be a view of; else None."""
     if node.op == "get_attr":
         return str(node.target)
-    found = (tensor_behind(gm, source) for source in shares(gm, node))
-    return next((path for path in found if path is not None), None)
+    paths = (tensor_behind(gm, source) for source in shares(gm, node))
+    return next((path for path in paths if path is not None), None)
 
 
 def returns_target(gm: fx.GraphModule, node: fx.Node) -> fx.Node | None:
@@ -328,21 +328,23 @@ def _flags(schema: Any) -> _Flags:
 @functools.cache
 def _schemas(name: str) -> tuple[_Flags, ...]:
     """What each overload of the ATen operator `name` does to its arguments, by name; () without overloads."""
-    found = torch._C._jit_get_schemas_for_operator(f"aten::{name}") if name else []
-    return tuple(_flags(schema) for schema in found)
+    schemas = torch._C._jit_get_schemas_for_operator(f"aten::{name}") if name else []
+    return tuple(_flags(schema) for schema in schemas)
 
 
 @functools.cache
 def _returns_tensor(name: str) -> bool:
     """Whether every overload of the ATen operator `name` on tensors returns one tensor."""
-    found = torch._C._jit_get_schemas_for_operator(f"aten::{name}") if name else []
-    of_tensors = [s for s in found if s.arguments and str(s.arguments[0].type) in ("Tensor", "List[Tensor]")]
+    schemas = torch._C._jit_get_schemas_for_operator(f"aten::{name}") if name else []
+    of_tensors = [
+        s for s in schemas if s.arguments and str(s.arguments[0].type) in ("Tensor", "List[Tensor]")
+    ]
     returned = [[str(value.type) for value in schema.returns] for schema in of_tensors]
     return bool(returned) and all(types in (["Tensor"], []) for types in returned)
 
 
 def _nodes(value: Any) -> list[fx.Node]:
     """The nodes in an argument, which may be nested."""
-    found: list[fx.Node] = []
-    fx.map_arg(value, found.append)
-    return found
+    nodes: list[fx.Node] = []
+    fx.map_arg(value, nodes.append)
+    return nodes

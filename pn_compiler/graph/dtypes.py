@@ -63,10 +63,10 @@ def _is_certain(gm: fx.GraphModule, node: fx.Node) -> bool:
         if current in seen:
             continue
         seen.add(current)
-        found = _sources(gm, current)
-        if found is None:
+        sources = _sources(gm, current)
+        if sources is None:
             return True
-        remaining += found
+        remaining += sources
     return False
 
 
