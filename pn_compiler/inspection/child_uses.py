@@ -60,7 +60,7 @@ def _uses(cls: type) -> tuple[frozenset[str], frozenset[str]]:
 def read_norms(cls: type) -> frozenset[str]:
     """Attributes of which the forward of `cls` reads BatchNorm-like parameters or statistics."""
     methods = {function.__name__: function for function in reversed([*functions_of(cls)])}
-    found: set[str] = set()
+    names: set[str] = set()
     forward = inspect.getattr_static(cls, "forward", None)
     remaining = [forward] if isinstance(forward, types.FunctionType) else []
     while remaining:
@@ -68,11 +68,11 @@ def read_norms(cls: type) -> frozenset[str]:
         for instruction in dis.get_instructions(remaining.pop()):
             name = instruction.argval
             if name in _NORM_STATE and before is not None and before.opname == "LOAD_ATTR":
-                found.add(str(before.argval))
+                names.add(str(before.argval))
             if name in methods:
                 remaining.append(methods.pop(name))  # each once
             before = instruction
-    return frozenset(found)
+    return frozenset(names)
 
 
 _NORM_STATE = frozenset(["weight", "bias", "running_mean", "running_var", "num_batches_tracked"])
@@ -116,7 +116,7 @@ _STATISTICS = frozenset(["running_mean", "running_var"])  # only a BatchNorm has
 @functools.cache
 def children_looked_into(cls: type) -> frozenset[str] | None:
     """Attributes of self whose running statistics methods of `cls` read; None if not all are known."""
-    found: set[str] = set()
+    names: set[str] = set()
     for base in cls.__mro__:
         if base is nn.Module:
             break
@@ -126,8 +126,8 @@ def children_looked_into(cls: type) -> frozenset[str] | None:
         reads = [read for tree in _methods(base) for read in _reads_of_statistics(tree)]
         if not reads or None in reads:
             return None
-        found.update(name for name in reads if name)
-    return frozenset(found)
+        names.update(name for name in reads if name)
+    return frozenset(names)
 
 
 def _names(code: types.CodeType) -> Iterator[str]:

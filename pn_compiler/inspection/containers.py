@@ -43,8 +43,8 @@ class Containers:
         if id(names) in self._held:
             return
         self._note(names, "")
-        found = (value for name, value in names.items() if name != _WARNED)
-        self.add([value for value in found if _is_held(value)], "")
+        values = (value for name, value in names.items() if name != _WARNED)
+        self.add([value for value in values if _is_held(value)], "")
 
     def add_classes(self, cls: type, owner: str) -> None:
         """Includes the attributes of the user's classes that `cls` derives from."""
@@ -59,8 +59,8 @@ class Containers:
 
     def changed(self) -> set[str]:
         """Paths of the modules that hold something that has changed; "" for globals."""
-        found = (key for key, (value, before) in self._held.items() if not _same(_contents(value), before))
-        return {owner for key in found for owner in self._owners[key]}
+        keys = (key for key, (value, before) in self._held.items() if not _same(_contents(value), before))
+        return {owner for key in keys for owner in self._owners[key]}
 
     def restore(self) -> None:
         """Undoes the changes."""

@@ -42,8 +42,8 @@ def calls_batch_norm(module: nn.Module) -> bool:
         return any(is_batch_norm_function(node.target) for node in module.graph.nodes)
     held = [function for value in vars(module).values() for function in _functions_in(value)]
     hooks = [hook for name in HOOKS for hook in getattr(module, name).values()]
-    found = _forward_calls(type(module))  # type: ignore[arg-type]  # classes are hashable
-    return found or any(map(reaches_batch_norm, (*held, *hooks)))
+    own_calls = _forward_calls(type(module))  # type: ignore[arg-type]  # classes are hashable
+    return own_calls or any(map(reaches_batch_norm, (*held, *hooks)))
 
 
 def _functions_in(value: Any) -> list[Any]:

@@ -62,8 +62,8 @@ def _captured(module: nn.Module) -> list[Any]:
     """The objects that the forward hooks of `module` can write to."""
     hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
     hooks = [hook for hook in hooks if not _of_torch(hook)]
-    found = [value for value in reachable(hooks) if _is_mutable(value)]
-    return [*found, *(value for hook in reachable(hooks) for value in named_globals(hook))]
+    mutable = [value for value in reachable(hooks) if _is_mutable(value)]
+    return [*mutable, *(value for hook in reachable(hooks) for value in named_globals(hook))]
 
 
 def _of_torch(hook: Any) -> bool:

@@ -40,9 +40,9 @@ def refuse_uninitialised(model: nn.Module) -> None:
 def refuse_global_hooks() -> None:
     """Raises ConfigError if global module hooks are registered: a graph would lose them."""
     kinds = ("forward_pre_hooks", "forward_hooks", "backward_pre_hooks", "backward_hooks")
-    found = [kind for kind in kinds if getattr(torch.nn.modules.module, f"_global_{kind}")]
-    if found:
+    used = [kind for kind in kinds if getattr(torch.nn.modules.module, f"_global_{kind}")]
+    if used:
         raise ConfigError(
-            f"global {found[0].replace('_', ' ')} of torch.nn.modules.module are registered, which would run "
+            f"global {used[0].replace('_', ' ')} of torch.nn.modules.module are registered, which would run "
             "while the model is traced and not in the graph: remove them, and register them afterwards"
         )

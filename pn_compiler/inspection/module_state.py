@@ -100,8 +100,8 @@ def _is_updated(buffer: torch.Tensor, before: torch.Tensor) -> bool:
 
 
 def _registered(module: nn.Module, *, copied: bool = True) -> tuple[dict[str, Any], ...]:
-    found: tuple[dict[str, Any], ...] = (module._parameters, module._buffers, module._modules)
-    return tuple(dict(values) for values in found) if copied else found
+    registries: tuple[dict[str, Any], ...] = (module._parameters, module._buffers, module._modules)
+    return tuple(dict(values) for values in registries) if copied else registries
 
 
 def _hooks(module: nn.Module) -> list[Any]:
@@ -184,14 +184,14 @@ def hidden(model: nn.Module, paths: Iterable[str]) -> Iterator[None]:
         for path in paths:
             module = model.get_submodule(path)
             names = _set_in_calls(type(module))
-            found = {name: value for name, value in vars(module).items() if name in names}
-            taken.append((module, found))
-            for name in found:
+            hidden_values = {name: value for name, value in vars(module).items() if name in names}
+            taken.append((module, hidden_values))
+            for name in hidden_values:
                 object.__delattr__(module, name)
         yield
     finally:
-        for module, found in taken:
-            vars(module).update(found)
+        for module, hidden_values in taken:
+            vars(module).update(hidden_values)
 
 
 def _set_in_calls(cls: type) -> set[str]:

@@ -72,7 +72,7 @@ def _reached(module: nn.Module) -> Iterator[types.CodeType]:
         for code in _codes(function.__code__):
             yield code
             named = {name for name in code.co_names if name != "forward"}
-            remaining += (found for name in named for found in methods.get(name, ()))
+            remaining += (m for name in named for m in methods.get(name, ()))
             remaining += _named_values(function, named)
 
 
