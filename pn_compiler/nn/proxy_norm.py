@@ -105,16 +105,16 @@ class ProxyNormAct(nn.Module):
     def compute_affine(self, given: tuple["Recipe", SiteAffine] | None = None) -> SiteAffine:
         """The affine that `forward` applies: from `given`, or computed here, memoized in eval mode."""
         if given is not None and self._fits(*given):
-            found = given[1]
+            affine = given[1]
         else:
             parameters, recipe = self._stacked(), self.recipe
-            found = self._memo.recall(
+            affine = self._memo.recall(
                 (recipe, parameters, *self.activation.parameters()),
                 lambda: site_affine(
                     parameters, self.activation, recipe.proxy_eps, into_affine=recipe.into_affine
                 ),
             )
-        return found if found.weight is not None else found._replace(weight=self.weight, bias=self.bias)
+        return affine if affine.weight is not None else affine._replace(weight=self.weight, bias=self.bias)
 
     @property
     def scales_affine(self) -> bool:
