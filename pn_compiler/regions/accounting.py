@@ -115,7 +115,7 @@ def _lost(name: str, model: nn.Module, traced: Trace) -> Diagnostic:
     why, where = _why_whole(whole[-1], traced), whole[-1] or "the model"
     if owner == whole[-1] and _normalizes_with(model.get_submodule(owner), attribute):
         message = f"{why}; it calls batch_norm with the weights and statistics of the BatchNorm"
-        hint = f"write self.{attribute}(x) there in the place of that call"
+        hint = f"write self.{attribute}(x) instead of that call"
         return Diagnostic("PN101", name, message, hint)
     if children_looked_into(type(model.get_submodule(whole[-1]))) is None:  # type: ignore[arg-type]  # hashable
         message = f"{why}; its code reads the statistics of some BatchNorm, which may be this one"
