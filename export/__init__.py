@@ -1,4 +1,4 @@
-"""From a folded PyTorch graph to a verified ONNX file, and the report about it."""
+"""Exports a folded PyTorch graph to a verified ONNX file, with a report."""
 
 from pn_compiler.base.config import DType, TargetName
 from pn_compiler.export.onnx_file import OnnxFile

@@ -17,7 +17,7 @@ from torch.utils import _pytree as pytree
 
 from pn_compiler.base.errors import ExportError, first_line
 from pn_compiler.export.external_data import move_weights_out
-from pn_compiler.export.names import rename
+from pn_compiler.export.io_names import rename
 from pn_compiler.export.options import ExportOptions
 from pn_compiler.export.rewrites.simplify import freeze_reshapes
 from pn_compiler.export.verify import imitate

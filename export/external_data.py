@@ -1,4 +1,4 @@
-"""Models whose weights are in a file of their own, since one protobuf message holds 2 GB at most."""
+"""Models with their weights in a separate file, because a protobuf message holds at most 2 GB."""
 
 from pathlib import Path
 
@@ -6,8 +6,8 @@ import onnx
 import onnx_ir
 from torch import nn
 
-_MAX_BYTES = 2**31 - 2**24  # of a message, less room for the graph
-_INLINE_BYTES = 1024  # shapes and the like: whoever infers shapes needs their values
+_MAX_BYTES = 2**31 - 2**24  # of a message, minus room for the graph
+_INLINE_BYTES = 1024  # keeps shapes and the like inline: shape inference needs their values
 
 
 def needs_external_data(model: nn.Module) -> bool:
@@ -18,10 +18,10 @@ def needs_external_data(model: nn.Module) -> bool:
 def move_weights_out(model: onnx_ir.Model, path: Path) -> None:
     """Writes the weights of `model`, which is to be saved as `path`, to ``<path>.data`` and refers to them.
 
-    They are written one by one: no second copy of them is in memory.
+    They are written one by one, without a second copy in memory.
 
     Raises:
-        OSError: the disk is full, or the like.
+        OSError: for example, the disk is full.
     """
     onnx_ir.external_data.unload_from_model(
         model, path.parent, f"{path.name}.data", size_threshold_bytes=_INLINE_BYTES

@@ -1,4 +1,4 @@
-"""An ONNX file with what lies beside it."""
+"""An ONNX file together with its external data."""
 
 import dataclasses
 import hashlib
@@ -21,8 +21,8 @@ class OnnxFile:
     Attributes:
         files: name in the folder of the model -> path; the first is the model, the others hold its weights.
         inputs, outputs: name, shape and element type, as in a report.
-        output_types: of the outputs in numpy.
-        opset_version, ir_version: of that file.
+        output_types: numpy types of the outputs.
+        opset_version, ir_version: versions of the file.
     """
 
     files: dict[str, Path]
@@ -34,7 +34,7 @@ class OnnxFile:
 
     @classmethod
     def read(cls, path: Path) -> "OnnxFile":
-        """Raises ExportError if it cannot be read, is damaged, or lacks a file of external data."""
+        """Reads `path`. Raises ExportError if it cannot be read, is damaged, or lacks external data."""
         try:
             proto = onnx.load(path, load_external_data=False)
         except OSError as error:
@@ -49,7 +49,7 @@ class OnnxFile:
             if not data.resolve().is_relative_to(path.parent.resolve()) or not data.is_file():
                 raise ExportError(f"{path} keeps weights in {location}, and there is no such file beside it")
             files[location] = data
-        constants = {tensor.name for tensor in proto.graph.initializer}  # which old files list as inputs, too
+        constants = {tensor.name for tensor in proto.graph.initializer}  # old files also list them as inputs
         opsets = {entry.domain: entry.version for entry in proto.opset_import}
         return cls(
             files,
@@ -61,7 +61,7 @@ class OnnxFile:
         )
 
     def copy_to(self, target: Path) -> Path:
-        """Copies it to `target`: a file, or a folder of this name if there are external data.
+        """Copies it to `target`: a file, or a folder of this name if it has external data.
 
         Returns:
             The path of the ONNX file.
@@ -83,18 +83,18 @@ class OnnxFile:
 
 
 def _external_locations(graph: onnx.GraphProto) -> set[str]:
-    """Names of the files of external data, those of subgraphs included."""
+    """Names of the files of external data, including those of subgraphs."""
     tensors = [*graph.initializer]
-    found: set[str] = set()
+    locations: set[str] = set()
     for node in graph.node:
         for attribute in node.attribute:
             tensors += [attribute.t, *attribute.tensors]
             for subgraph in (attribute.g, *attribute.graphs):
-                found |= _external_locations(subgraph)
+                locations |= _external_locations(subgraph)
     for tensor in tensors:
         if tensor.data_location == onnx.TensorProto.EXTERNAL:
-            found |= {entry.value for entry in tensor.external_data if entry.key == "location"}
-    return found
+            locations |= {entry.value for entry in tensor.external_data if entry.key == "location"}
+    return locations
 
 
 def _sha256(path: Path) -> str:

@@ -5,7 +5,7 @@ import dataclasses
 from pn_compiler.base.config import ExportConfig
 from pn_compiler.base.errors import ConfigError
 from pn_compiler.base.options import check_kinds
-from pn_compiler.export.names import Names
+from pn_compiler.export.io_names import Names
 from pn_compiler.export.rewrites.half import check_dtype
 from pn_compiler.export.runtimes import DEFAULT_OPSET, choose_opset
 from pn_compiler.export.targets import GROUP_NORM_OPSET, TARGETS, check_target

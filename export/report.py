@@ -1,4 +1,4 @@
-"""What is said after a compilation: to people as text, to machines as JSON."""
+"""The report of a compilation: text for people, JSON for machines."""
 
 import collections
 import dataclasses
@@ -36,28 +36,28 @@ class Report:
         opset_version, ir_version: of that file.
         inputs, outputs: name, shape and element type of each; a dynamic axis has a name.
         input_shape_source: where the input shape came from.
-        sites: one record a BatchNorm of the input model; empty if it was not converted here.
+        sites: one record per BatchNorm of the input model; empty if it was not converted here.
         notes: diagnostics of the conversion.
         parameters_before, parameters_after: number of trained values, before conversion and in the file.
         operators_before, operators_after: operators of the traced input model and of the ONNX file.
         checks: the comparisons that were made; empty with ``verify=False``.
-        tolerance: largest relative error that was accepted.
+        tolerance: the largest relative error that was accepted.
         float32_error: relative error of PyTorch's own result in `dtype`, for comparison.
-        dtype: of weights and activations.
-        runtime: what the file was run in.
+        dtype: dtype of weights and activations.
+        runtime: the runtime that the file was run in.
         reference: dtype of the PyTorch model that the file was compared with.
         target: the runtime that the file was written for; see docs/latency.md.
         blocked: how many normalizers are in onnxruntime's blocked layout, for target "ort-cpu".
-        tuning: milliseconds of an inference by candidate, as measured for target "auto" now or earlier.
-        norms: how the normalizers were lowered, if not as the target has it.
+        tuning: milliseconds per inference by candidate, as measured for target "auto" now or earlier.
+        norms: how the normalizers were lowered, if differently from the target's default.
         distillation: the report of `pn_compiler.distill`; None if there was none.
-        static: that of `pn_compiler.freeze_statistics`.
-        fidelity: how far outputs are from those of the model that was given; None if it was converted before.
-        file_bytes, data_bytes: size of the ONNX file, and of the file beside it with the weights, if any.
-        repository: the folder of the version that was written for servers.
-        batching: what a server may do with several requests, in words.
+        static: the report of `pn_compiler.freeze_statistics`; None if there was none.
+        fidelity: distance of the outputs from the original model's; None if it was converted before.
+        file_bytes, data_bytes: size of the ONNX file, and of the separate file with the weights, if any.
+        repository: the version folder that was written for servers.
+        batching: how a server may batch requests, in words.
         seconds: duration of each stage.
-        versions: of the packages that took part.
+        versions: versions of the packages involved.
     """
 
     path: str = ""
@@ -103,7 +103,7 @@ class Report:
 
     def __str__(self) -> str:
         lines = [format_sites(self.sites), ""] if self.sites else []
-        said = [note for note in self.notes if note.code != "PN212"]  # it stands at the end
+        said = [note for note in self.notes if note.code != "PN212"]  # it comes at the end
         lines += [str(note) for note in said if note.severity == "warning" or not note.site]
         names = sorted({*self.operators_before, *self.operators_after})
         rows = [
@@ -139,7 +139,7 @@ class Report:
         return "\n".join(lines)
 
     def _target(self) -> list[str]:
-        """Nothing for a portable file that was not chosen among others."""
+        """The lines about the target; none for a portable file that was not chosen among others."""
         lines = [f"target      {self.target}"] if self.target != "portable" or self.tuning else []
         if self.blocked:
             lines.append(

@@ -1,4 +1,4 @@
-"""Which opset and IR version which onnxruntime loads."""
+"""The opset and IR versions that each onnxruntime version loads."""
 
 import re
 
@@ -9,7 +9,7 @@ DEFAULT_OPSET = 20
 OPSETS = range(18, 25)
 
 #: onnxruntime -> highest opset and IR version that it loads, measured by loading models. A version in between
-#: loads at least what the one before it loads.
+#: loads at least what the previous one loads.
 CEILINGS = {(1, 17): (20, 9), (1, 18): (21, 10), (1, 22): (22, 10), (1, 23): (23, 11), (1, 24): (24, 12)}
 
 
@@ -17,7 +17,7 @@ def choose_opset(opset_version: int | None, target_ort: str | None, default: int
     """The opset that the user gave, else `default`, lowered to what `target_ort` loads.
 
     Raises:
-        ConfigError: `target_ort` is no version or too old, or cannot load the opset that was given.
+        ConfigError: `target_ort` is not a version, is too old, or cannot load the given opset.
         ExportError: there is no such opset.
     """
     highest, _ = (max(OPSETS), 0) if target_ort is None else ceiling(target_ort)
@@ -55,7 +55,7 @@ def ceiling(target_ort: str) -> tuple[int, int]:
 
 
 def oldest_onnxruntime(opset_version: int, ir_version: int) -> str:
-    """The oldest measured onnxruntime that loads such a file; "newer than ..." if none did."""
+    """The oldest onnxruntime measured to load such a file; "newer than ..." if none did."""
     fitting = [v for v, (opset, ir) in CEILINGS.items() if opset >= opset_version and ir >= ir_version]
     if not fitting:
         return "newer than " + ".".join(map(str, max(CEILINGS)))

@@ -1,4 +1,4 @@
-"""Sessions of onnxruntime on the CPU."""
+"""onnxruntime sessions on the CPU."""
 
 import onnxruntime
 
@@ -6,7 +6,7 @@ from pn_compiler.base.errors import ExportError, first_line
 
 
 def session_options(*, optimized: bool = True, threads: int = 0) -> onnxruntime.SessionOptions:
-    """Options that log errors only; `threads` 0 means all cores."""
+    """Options that only log errors; `threads` 0 means all cores."""
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     options.intra_op_num_threads = threads
@@ -24,7 +24,7 @@ def make_session(
 
 
 def load_session(path: str, *, optimized: bool = True) -> onnxruntime.InferenceSession:
-    """A session of a file, loaded as a server does: external data are found beside it or not at all.
+    """A session for a file, loaded as a server does: external data must be next to it.
 
     Raises:
         ExportError: onnxruntime cannot load it.

@@ -1,4 +1,4 @@
-"""For which runtime a file is written, and what of that is different in it."""
+"""The runtimes that a file can be written for, and how the files differ."""
 
 import dataclasses
 from typing import Literal
@@ -19,9 +19,9 @@ class Target:
     """How normalizers are written.
 
     Attributes:
-        name: of the target, and of the way if there are several.
+        name: name of the target, and of the variant if there are several.
         norms: InstanceNormalization, means in two stages, or GroupNormalization with its weight and bias.
-        affines: weight, bias and slopes of channels as depthwise 1x1 Conv, or as Mul, Add and PRelu.
+        affines: weight, bias and per-channel slopes as depthwise 1x1 Conv, or as Mul, Add and PRelu.
         blocked: whether the graph is laid out for onnxruntime on this kind of CPU: see `in_blocked_layout`.
     """
 
@@ -35,11 +35,11 @@ class Target:
         return GROUP_NORM_OPSET if self.norms == "group" else 18
 
     def lower(self, model: onnx.ModelProto, folder: str = "") -> None:
-        """Writes normalizers and PRelu of what torch.onnx gave in this way; the layout is not changed yet.
+        """Rewrites the normalizers and PRelu in torch.onnx's output for this target, not yet the layout.
 
         Args:
             model: edited in place.
-            folder: where the files of external data lie.
+            folder: the folder with the files of external data.
         """
         use_leaky_relus(model, folder)
         if self.norms == "group":
@@ -57,8 +57,8 @@ ORT_CPU = Target("ort-cpu", blocked=True)
 TARGETS = {
     "portable": PORTABLE,
     "ort-cpu": ORT_CPU,
-    "openvino": Target("openvino", norms="group"),  # a kernel that takes the activation along
-    "cuda": Target("cuda", affines="elementwise"),  # a depthwise Conv is a kernel of its own there
+    "openvino": Target("openvino", norms="group"),  # a kernel that fuses the activation
+    "cuda": Target("cuda", affines="elementwise"),  # a depthwise Conv would be a separate kernel
     "tensorrt": Target("tensorrt", norms="group"),  # its parser makes one normalization layer of it
 }
 #: what `tune` measures; sums in two stages can share several threads
@@ -72,7 +72,7 @@ CANDIDATES = (
 
 
 def check_target(options: ExportConfig, opset: int) -> None:
-    """Raises ConfigError if the target of `options` cannot do what else they ask for."""
+    """Raises ConfigError if the target of `options` does not support the others."""
     name = options.target
     if options.tune and name != "auto":
         raise ConfigError(f"tuning chooses a target, and {name} is given: use target auto")

@@ -32,7 +32,7 @@ from pn_compiler.export.rewrites.blocked import in_blocked_layout
 from pn_compiler.export.rewrites.half import DTYPES, in_half
 from pn_compiler.export.rewrites.normalizers import use_two_stage_sums
 from pn_compiler.export.targets import CANDIDATES, PORTABLE, TARGETS, Target
-from pn_compiler.export.tuning import Memory, fingerprint, milliseconds
+from pn_compiler.export.tuning import TuningCache, fingerprint, milliseconds
 from pn_compiler.export.verify import Expected, Verification, expect, verify_onnx
 from pn_compiler.graph.graph_utils import count_parameters
 from pn_compiler.running.inputs import Inputs
@@ -247,8 +247,8 @@ def _choose_target(
     candidates = {
         target.name: target for target in CANDIDATES if options.dtype == "float32" or not target.blocked
     }
-    memory, key = Memory(), fingerprint(proto, feed)
-    tuning = memory.recall(key) or {}
+    tuning_cache, key = TuningCache(), fingerprint(proto, feed)
+    tuning = tuning_cache.get(key) or {}
     if not tuning.keys() & candidates.keys() and options.tune:
         with tempfile.TemporaryDirectory() as folder:
             files: dict[str, Path] = {}
@@ -264,7 +264,7 @@ def _choose_target(
                 files[name].write_bytes(candidate.SerializeToString())
             with stopwatch("tune"):
                 tuning = milliseconds(files, feed, lambda: stopwatch.announce("tune"))
-        memory.keep(key, tuning)
+        tuning_cache.put(key, tuning)
     measured = {name: time for name, time in tuning.items() if name in candidates}
     return candidates[min(measured, key=measured.__getitem__)] if measured else PORTABLE, tuning
 

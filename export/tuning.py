@@ -1,4 +1,4 @@
-"""Which of several files of one network is the fastest on this machine."""
+"""Measures which of several files of one network is fastest on this machine, and caches the times."""
 
 import contextlib
 import functools
@@ -21,8 +21,8 @@ from pn_compiler.base.files import write_atomically
 from pn_compiler.export.sessions import make_session
 
 ROUNDS = 5
-_RUNS = 10  # in a session
-WARM_UP = 3  # runs before these
+_RUNS = 10  # per session
+WARM_UP = 3  # runs before the measured ones
 
 
 def take_turns(
@@ -32,16 +32,16 @@ def take_turns(
     rounds: int,
     runs: int,
 ) -> dict[str, list[float]]:
-    """Seconds of one inference, the median of a session, for each of `openers` and each round.
+    """Seconds per inference, the median over a session, for each of `openers` and each round.
 
-    There is one session at a time, for the threads of an idle one spin; they take turns, forwards in one
-    round and backwards in the next, so that a drift of the machine meets all of them.
+    Only one session is open at a time, because the threads of an idle one spin. Sessions take turns, forwards
+    in one round and backwards in the next, so that any drift of the machine affects all of them.
 
     Args:
-        openers: each opens a session; calling what it gives is one run.
+        openers: each opens a session and returns a function that runs it once.
         done: called after each session.
-        rounds: sessions of each.
-        runs: in a session, besides some to warm up.
+        rounds: number of sessions for each.
+        runs: number of measured runs per session, after a few to warm up.
     """
     seconds: dict[str, list[float]] = {name: [] for name in openers}
     for index in range(rounds):
@@ -66,9 +66,9 @@ def milliseconds(
     """Median time of an inference in onnxruntime on the CPU, all cores, for each of `files`.
 
     Args:
-        files: paths of ONNX files, by any name.
+        files: name -> path of an ONNX file.
         feed: inputs.
-        done: called after each session, of which there are `ROUNDS` for each file.
+        done: called after each session; each file gets `ROUNDS` of them.
     """
 
     def opener(path: Path) -> Callable[[], Callable[[], object]]:
@@ -81,7 +81,7 @@ def milliseconds(
 
 
 def fingerprint(model: onnx.ModelProto, feed: Mapping[str, np.ndarray[Any, Any]]) -> str:
-    """Of a network without its weights, the shapes of its inputs, onnxruntime and this machine."""
+    """A hash of a network without its weights, its input shapes, onnxruntime and this machine."""
     digest = hashlib.sha256()
     shapes = {name: (x.shape, str(x.dtype)) for name, x in feed.items()}
     machine = (onnxruntime.__version__, platform.machine(), _processor(), os.cpu_count())
@@ -94,28 +94,28 @@ def fingerprint(model: onnx.ModelProto, feed: Mapping[str, np.ndarray[Any, Any]]
 
 
 def _processor() -> str:
-    """Model and instruction sets of the CPU, where the system tells."""
+    """Model and instruction sets of the CPU, where the system reports them."""
     with contextlib.suppress(OSError):
         lines = Path("/proc/cpuinfo").read_text().splitlines()
-        told = {line.split(":")[0].strip(): line for line in reversed(lines)}
-        return told.get("model name", "") + told.get("flags", told.get("Features", ""))
+        fields = {line.split(":")[0].strip(): line for line in reversed(lines)}
+        return fields.get("model name", "") + fields.get("flags", fields.get("Features", ""))
     return platform.processor()
 
 
-class Memory:
+class TuningCache:
     """Results of earlier measurements: a JSON file in the user's cache, by fingerprint."""
 
     def __init__(self) -> None:
         cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
         self.path = cache / "pn_compiler" / "tuning.json"
 
-    def recall(self, key: str) -> dict[str, float] | None:
-        """Milliseconds by candidate; None if it was never measured, or the file cannot be read."""
-        found = self._read().get(key)
-        return found if isinstance(found, dict) else None
+    def get(self, key: str) -> dict[str, float] | None:
+        """Milliseconds by candidate; None if never measured, or if the file cannot be read."""
+        times = self._read().get(key)
+        return times if isinstance(times, dict) else None
 
-    def keep(self, key: str, times: Mapping[str, float]) -> None:
-        """Writes them down; a cache that cannot be written is no error."""
+    def put(self, key: str, times: Mapping[str, float]) -> None:
+        """Stores `times`; a cache that cannot be written is not an error."""
         with contextlib.suppress(OSError, ExportError):
             self.path.parent.mkdir(parents=True, exist_ok=True)
             content = json.dumps(self._read() | {key: dict(times)}, indent=1)

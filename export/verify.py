@@ -1,4 +1,4 @@
-"""Whether an ONNX model computes what the PyTorch model computes."""
+"""Verifies that an ONNX model computes what the PyTorch model computes."""
 
 import dataclasses
 import itertools
@@ -22,11 +22,11 @@ from pn_compiler.running.inputs import Inputs
 #: Relative to the largest magnitude of an output. onnxruntime's InstanceNormalization sums in float32: deep
 #: networks were seen to reach 1.1e-5 (fcn_resnet50, maxvit_t at 224 pixels).
 TOLERANCE = 1e-4
-#: Whatever PyTorch's own error is: beyond it a file would say that it computes what it does not.
+#: The limit regardless of PyTorch's own error; beyond it, calling a file verified would be wrong.
 MOST_TOLERATED = 1e-2
 _OWN_FACTOR = 4.0
-_EPS_FACTOR = 4.0  # of a dtype shorter than float32
-_LARGEST_OWN = 0.25  # beyond it there is nothing to compare
+_EPS_FACTOR = 4.0  # for dtypes shorter than float32
+_LARGEST_OWN = 0.25  # beyond it, a comparison is meaningless
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -41,35 +41,35 @@ class Verification:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Expected:
-    """What a PyTorch model gives, to compare ONNX models with.
+    """The outputs of a PyTorch model, to compare ONNX models with.
 
     Attributes:
         inputs: arguments of a call, by batch size.
-        wide: the outputs for each, computed in `reference`, mostly float64.
-        narrow: those of PyTorch in `dtype`.
-        reference: name of the dtype of `wide`.
-        dtype: of the ONNX model.
+        reference: the outputs for each, computed in `reference_dtype`, usually float64.
+        actual: PyTorch's own outputs in `dtype`.
+        reference_dtype: name of the dtype of `reference`.
+        dtype: dtype of the ONNX model.
         random: whether the model draws random numbers.
-        varying: for each output in `narrow`, whether another call with other random numbers gives another
-            one: then its difference from `wide` is no rounding.
+        varying: for each output in `actual`, whether it changes in another call with other random numbers:
+            then its difference from `reference` is not just rounding.
     """
 
     inputs: dict[int, Inputs]
-    wide: dict[int, list[Any]]
-    narrow: dict[int, list[Any]]
-    reference: str
+    reference: dict[int, list[Any]]
+    actual: dict[int, list[Any]]
+    reference_dtype: str
     dtype: torch.dtype = torch.float32
     random: bool = False
     varying: dict[int, list[Any]] = dataclasses.field(default_factory=dict)
 
     def in_dtype(self, model: nn.Module, dtype: torch.dtype) -> "Expected":
-        """What to expect of an ONNX model in `dtype`, of which `model` is the original in PyTorch."""
-        narrow = {batch: _leaves(model, x) for batch, x in self.inputs.items()}
-        return dataclasses.replace(self, narrow=narrow, dtype=dtype)
+        """The outputs expected of an ONNX model in `dtype`; `model` is the original in PyTorch."""
+        actual = {batch: _leaves(model, x) for batch, x in self.inputs.items()}
+        return dataclasses.replace(self, actual=actual, dtype=dtype)
 
     def outputs(self, count: int) -> dict[int, list[np.ndarray[Any, Any]]]:
-        """The `count` outputs that the ONNX model must give, by batch size."""
-        return {batch: _arrays(leaves, count) for batch, leaves in self.wide.items()}
+        """The `count` outputs expected of the ONNX model, by batch size."""
+        return {batch: _arrays(leaves, count) for batch, leaves in self.reference.items()}
 
     @property
     def dtype_name(self) -> str:
@@ -77,41 +77,41 @@ class Expected:
 
 
 def default_tolerance(dtype: torch.dtype) -> float:
-    """Relative to the largest magnitude: a multiple of the rounding of a single result in `dtype`."""
+    """The limit relative to the largest magnitude: a multiple of a single rounding in `dtype`."""
     return TOLERANCE if dtype == torch.float32 else _EPS_FACTOR * torch.finfo(dtype).eps
 
 
 def expect(model: nn.Module, example: Inputs, batches: Sequence[int | None]) -> Expected:
-    """Runs `model` on random inputs of each batch size, in float64 and as it is.
+    """Runs `model` on random inputs of each batch size, in float64 and in its own dtype.
 
     Args:
         model: the PyTorch model; it is run in eval mode and left as it was.
-        example: arguments whose shapes and statistics are imitated.
-        batches: batch sizes to try; None is that of the example.
+        example: arguments whose shapes and statistics the inputs imitate.
+        batches: batch sizes to try; None is the example's.
     """
     inputs = {_batch(x): x for x in (imitate(example, batch) for batch in batches)}
-    reference = torch.float64
+    reference_dtype = torch.float64
     with untouched(model, keep_state=True):
         seed_everything()
         before = torch.get_rng_state()
-        narrow = {batch: _own_leaves(model, x) for batch, x in inputs.items()}
+        actual = {batch: _own_leaves(model, x) for batch, x in inputs.items()}
         random = not torch.equal(before, torch.get_rng_state())
         seed_everything(1)
         again = {batch: _own_leaves(model, x) for batch, x in inputs.items()}
         try:
             seed_everything()
             with Float64(model):
-                wide = {batch: _leaves(model, _cast(x, torch.float64)) for batch, x in inputs.items()}
+                reference = {batch: _leaves(model, _cast(x, torch.float64)) for batch, x in inputs.items()}
         except (RuntimeError, TypeError):  # a dtype is written into the forward
-            reference = torch.float32
-            wide = narrow
-    varying = {batch: list(map(_varies, leaves, again[batch])) for batch, leaves in narrow.items()}
-    name = str(reference).removeprefix("torch.")
-    return Expected(inputs, wide, narrow, name, random=random, varying=varying)
+            reference_dtype = torch.float32
+            reference = actual
+    varying = {batch: list(map(_varies, leaves, again[batch])) for batch, leaves in actual.items()}
+    name = str(reference_dtype).removeprefix("torch.")
+    return Expected(inputs, reference, actual, name, random=random, varying=varying)
 
 
 def _varies(one: Any, other: Any) -> Any:
-    """Whether two calls gave another tensor, far enough apart to widen the limit: a tensor for a tensor."""
+    """For each output, whether two calls differ by more than the limit allows; the structure is kept."""
     if not isinstance(one, Tensor):
         return 0
     same = torch.equal(one.nan_to_num(), other.nan_to_num())
@@ -129,16 +129,16 @@ def verify_onnx(
 ) -> Verification:
     """Compares an ONNX model with PyTorch in float64, onnxruntime's optimizations off and on.
 
-    The limit is `tolerance`, or four times the error of PyTorch's own result in the dtype of the ONNX model
-    where the network amplifies rounding so much that this is more, up to 1e-2. onnxruntime has no
-    bfloat16 on the CPU: such a model runs in ONNX's reference evaluator instead.
+    The limit is `tolerance` or, if the network amplifies rounding so much that this is larger, four times the
+    error of PyTorch's own result in the dtype of the ONNX model, up to 1e-2. onnxruntime does not support
+    bfloat16 on the CPU; such a model runs in ONNX's reference evaluator instead.
 
     Args:
         proto: the ONNX model.
-        model: what `expect` gave, or else the PyTorch model, not folded, in eval mode.
+        model: the result of `expect`, or the PyTorch model, not folded, in eval mode.
         example, batches: as for `expect`.
         tolerance: see above; by default `default_tolerance` of the dtype.
-        path: the file of `proto`, if its weights are in a file beside it.
+        path: the file of `proto`, if its weights are in a separate file.
 
     Raises:
         VerificationError: an output differs by more than the limit, is not finite, or cannot be computed.
@@ -148,10 +148,10 @@ def verify_onnx(
         model = expect(model, example, batches)
     names = [value.name for value in proto.graph.output]
     expected = model.outputs(len(names))
-    narrow = {batch: _arrays(leaves, len(names)) for batch, leaves in model.narrow.items()}
+    actual = {batch: _arrays(leaves, len(names)) for batch, leaves in model.actual.items()}
     varying = _varying(model, names)
     steady = [place for place in range(len(names)) if names[place] not in varying]
-    float32_error = _own_error(model, narrow, expected, steady)
+    float32_error = _own_error(model, actual, expected, steady)
     least = default_tolerance(model.dtype) if tolerance is None else tolerance
     limit = max(least, min(_OWN_FACTOR * float32_error, MOST_TOLERATED))
     source = proto.SerializeToString() if path is None else str(path)
@@ -176,24 +176,24 @@ def verify_onnx(
                 )
             checks.append(Check(batch, optimized, output, worst))
     runtime = "ONNX's reference evaluator" if in_reference else "onnxruntime"
-    return Verification(tuple(checks), limit, float32_error, model.reference, model.dtype_name, runtime)
+    return Verification(tuple(checks), limit, float32_error, model.reference_dtype, model.dtype_name, runtime)
 
 
 def _varying(model: Expected, names: list[str]) -> set[str]:
     """Names of the outputs that vary from call to call, whatever the batch size."""
-    found = (zip(names, _arrays(leaves, len(names)), strict=True) for leaves in model.varying.values())
-    return {name for of_batch in found for name, varies in of_batch if varies}
+    varying = (zip(names, _arrays(leaves, len(names)), strict=True) for leaves in model.varying.values())
+    return {name for of_batch in varying for name, varies in of_batch if varies}
 
 
 def _own_error(
-    model: Expected, narrow: dict[int, list[Any]], expected: dict[int, list[Any]], steady: list[int]
+    model: Expected, actual: dict[int, list[Any]], expected: dict[int, list[Any]], steady: list[int]
 ) -> float:
-    """Error of PyTorch itself in the dtype of the file, at the `steady` outputs, which no call changes.
+    """PyTorch's own error in the dtype of the file, on the `steady` outputs, which do not vary by call.
 
     Raises:
-        VerificationError: it tells nothing.
+        VerificationError: it is too large to compare anything.
     """
-    pairs = ((narrow[b][place], expected[b][place]) for b in expected for place in steady)
+    pairs = ((actual[b][place], expected[b][place]) for b in expected for place in steady)
     error = max(itertools.starmap(relative_error, pairs), default=0.0)
     if not np.isfinite(error):
         own = "" if model.dtype == torch.float32 else f" in {model.dtype_name}"
@@ -209,7 +209,7 @@ def _own_error(
 def _outputs(
     source: bytes | str, proto: onnx.ModelProto, inputs: Mapping[int, Inputs], *, optimized: bool
 ) -> Iterator[tuple[int, list[np.ndarray[Any, Any]]]]:
-    """Batch size and onnxruntime's outputs for each of `inputs`; one session, on torch's threads."""
+    """Batch size and onnxruntime's outputs for each of `inputs`, in one session with torch's thread count."""
     try:
         session = make_session(source, optimized=optimized, threads=torch.get_num_threads())
     except Exception as error:
@@ -243,9 +243,9 @@ def _evaluate(
 
 
 def imitate(example: Inputs, batch: int | None) -> Inputs:
-    """Random inputs of batch size `batch` with the shapes, dtypes, means and deviations of the example.
+    """Random inputs of batch size `batch` with the example's shapes, dtypes, means and deviations.
 
-    Integers and booleans are drawn from the values of the example. None keeps its batch size.
+    Integers and booleans are drawn from the example's values. None keeps its batch size.
     """
     generator = torch.Generator().manual_seed(batch or 0)
 
@@ -276,7 +276,7 @@ def _cast(inputs: Inputs, dtype: torch.dtype) -> Inputs:
 
 @torch.no_grad()
 def _leaves(model: nn.Module, inputs: Inputs) -> list[Any]:
-    """The tensors and numbers that `model` gives."""
+    """The tensors and numbers in the output of `model`."""
     leaves = pytree.tree_leaves(inputs.call(model))
     return [leaf for leaf in leaves if isinstance(leaf, Tensor | int)]
 
@@ -284,7 +284,7 @@ def _leaves(model: nn.Module, inputs: Inputs) -> list[Any]:
 def _own_leaves(model: nn.Module, inputs: Inputs) -> list[Any]:
     try:
         return _leaves(model, inputs)
-    except Exception as error:  # whatever its forward raises
+    except Exception as error:  # its forward can raise anything
         raise VerificationError(
             f"the PyTorch model fails at batch {_batch(inputs)}: {first_line(error)}; if it takes "
             "one batch size only, try a static batch"
@@ -292,7 +292,7 @@ def _own_leaves(model: nn.Module, inputs: Inputs) -> list[Any]:
 
 
 def _arrays(leaves: list[Any], count: int) -> list[np.ndarray[Any, Any]]:
-    """Those `count` of `leaves` that the ONNX model has: the tensors, and sizes if they vary."""
+    """The `count` values among `leaves` that the ONNX model returns: the tensors, and sizes if they vary."""
     tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
     if len(tensors) != count:
         tensors = [torch.as_tensor(leaf) for leaf in leaves]
@@ -302,21 +302,21 @@ def _arrays(leaves: list[Any], count: int) -> list[np.ndarray[Any, Any]]:
 
 
 def _worst(
-    got: list[np.ndarray[Any, Any]], expected: list[np.ndarray[Any, Any]], names: list[str]
+    actual: list[np.ndarray[Any, Any]], expected: list[np.ndarray[Any, Any]], names: list[str]
 ) -> tuple[str, float]:
-    """(name, relative error) of the output that is furthest from what is expected."""
-    errors = [(relative_error(g, e), name) for g, e, name in zip(got, expected, names, strict=True)]
-    error, name = max(errors)  # none is nan, which max would pass over
+    """(name, relative error) of the output that is furthest from the expected one."""
+    errors = [(relative_error(g, e), name) for g, e, name in zip(actual, expected, names, strict=True)]
+    error, name = max(errors)  # none is nan, which max would miss
     return name, error
 
 
-def relative_error(got: np.ndarray[Any, Any], expected: np.ndarray[Any, Any]) -> float:
+def relative_error(actual: np.ndarray[Any, Any], expected: np.ndarray[Any, Any]) -> float:
     """Largest absolute difference, relative to the largest magnitude expected; inf if not comparable."""
-    comparable = got.shape == expected.shape and got.dtype.kind == expected.dtype.kind
-    if not (comparable and np.isfinite(expected).all() and np.isfinite(got).all()):
+    comparable = actual.shape == expected.shape and actual.dtype.kind == expected.dtype.kind
+    if not (comparable and np.isfinite(expected).all() and np.isfinite(actual).all()):
         return float("inf")
-    if got.size == 0:
+    if actual.size == 0:
         return 0.0
-    difference = float(np.abs(got.astype(np.float64) - expected.astype(np.float64)).max())
+    difference = float(np.abs(actual.astype(np.float64) - expected.astype(np.float64)).max())
     largest = float(np.abs(expected.astype(np.float64)).max())
     return difference / largest if largest > 0 else difference

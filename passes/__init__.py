@@ -1,4 +1,4 @@
-"""The passes, and the pipelines that they form. Nothing registers itself: these lists are all."""
+"""The passes and the pipelines that they form. Nothing registers itself: these lists are complete."""
 
 from collections.abc import Callable, Iterable, Mapping
 
@@ -29,9 +29,9 @@ from pn_compiler.passes.route_affine import RouteAffine
 def preparation_pipeline() -> tuple[GraphPass, ...]:
     """The passes that every conversion begins with, in order: each BatchNorm becomes a plain module."""
     return (
-        CanonicalizeModules(),  # functional and fused layers become modules: the rest match modules only
-        CanonicalizeActivations(),  # likewise, and in-place effects become edges that can be followed
-        RecognizeActivations(),  # needs those modules; finds x * sigmoid(x) and its like
+        CanonicalizeModules(),  # functional and fused layers become modules: the rest only match modules
+        CanonicalizeActivations(),  # likewise, and in-place effects become edges
+        RecognizeActivations(),  # needs those modules; finds x * sigmoid(x) and the like
         HoistActivations(),  # last of the preparations: every activation now stands next to its BatchNorm
     )
 
@@ -56,7 +56,7 @@ def conversion_pipeline(
         ),  # changes outputs on purpose; the warm start is computed here
         InsertProxyNorm(config),  # reads the new normalizers' affine; consumers undo it in a warm start
         *(
-            (RouteAffine(through_padding=True),)  # the padding then stands before the shift
+            (RouteAffine(through_padding=True),)  # the padding then comes before the shift
             if config.proxy_padding == "activation"
             else ()
         ),
@@ -96,22 +96,22 @@ def fold_pipeline() -> tuple[GraphPass, ...]:
     """The passes of `pn_compiler.fold`, in order: proxy statistics become constants. Eval only."""
     return (
         UnshareStatistics(),  # a site is folded with its own constants
-        RouteAffine(through_padding=False),  # what is still whole sinks as far as it exactly can
-        SinkAffine(),  # what is left of that goes through branches, as far as all of it can
+        RouteAffine(through_padding=False),  # sites still whole: as far as is exact
+        SinkAffine(),  # the rest moves through branches, where every path ends in an absorber
         FoldProxyNorm(),  # constants go into weights, biases and bounds
         RemoveDeadModules(),  # last: drops what the rewrites orphaned
     )
 
 
 def freeze_pipeline(constants: Mapping[str, tuple[Tensor, Tensor]]) -> tuple[GraphPass, ...]:
-    """The passes of `pn_compiler.freeze_statistics`, in order, behind those of `fold`. Eval only.
+    """The passes of `pn_compiler.freeze_statistics`, in order, after those of `fold`. Eval only.
 
-    `constants` holds scale and shift, [C], of each normalizer that is frozen, by path.
+    `constants` holds scale and shift, [C], of each normalizer to freeze, by path.
     """
     return (
         FreezeNormalizers(constants),  # changes outputs on purpose
-        SplitClips(),  # while the affine before a clip still stands alone: it takes in one of the two halves
-        SplitGates(),  # likewise: what is frozen is still told by its affine
-        AbsorbConstants(),  # what stays is one operator each
+        SplitClips(),  # while the affine before a clip is still separate: it absorbs one of the two halves
+        SplitGates(),  # likewise: frozen sites are still recognised by their affine
+        AbsorbConstants(),  # those that remain become one operator each
         RemoveDeadModules(),  # last: drops what the rewrites orphaned
     )

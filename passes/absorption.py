@@ -12,7 +12,7 @@ from pn_compiler.graph.ranks import flattens_channels, flattens_module, rank, re
 from pn_compiler.inspection.hooks import has_hooks
 from pn_compiler.nn import INPUT_AFFINE
 from pn_compiler.numerics.affine import absorb_affine
-from pn_compiler.operators.spelling import operands, operator_name, reads_shape, reduced_dims
+from pn_compiler.operators.op_names import operands, operator_name, reads_shape, reduced_dims
 
 # A scale r > 0 and a shift v per channel commute with an operator L if L(a r + v) = L(a) r + v. Max
 # pooling pads with -inf; dropout belongs here as padding does: what it drops is a, before the shift.

@@ -14,7 +14,7 @@ from pn_compiler.graph.graph_utils import called_module
 from pn_compiler.graph.ranks import rank, reads_batch, size_of
 from pn_compiler.nn import ChannelAffine, ProxyNormAct
 from pn_compiler.operators.activations import activation_of, is_activation
-from pn_compiler.operators.spelling import listed_sizes, operands, operator_name
+from pn_compiler.operators.op_names import listed_sizes, operands, operator_name
 
 _PADS = (
     nn.modules.padding._ReflectionPadNd,

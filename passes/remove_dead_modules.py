@@ -1,4 +1,4 @@
-"""The pass that drops what the others orphaned."""
+"""The pass that drops the modules orphaned by others."""
 
 from torch import fx
 

@@ -1,4 +1,4 @@
-"""The pass that lets consumers take in the scale and shift of a site."""
+"""The pass that lets consumers absorb the scale and shift of a site."""
 
 from torch import fx
 
@@ -11,12 +11,12 @@ from pn_compiler.passes.site_outputs import read_outputs, site_outputs
 
 
 class RouteAffine(GraphPass):
-    """Moves z = a r + v from a site to the linear operators that read it; the others get it where they read.
+    """Moves z = a r + v from a site into the linear operators that read it, or right before other readers.
 
     Given:   z = ProxyNormAct(x); conv(maxpool(z)); z + y
     Result:  a, r, v = ProxyNormAct(x); InputAffineConv(maxpool(a), r, v); ChannelAffine(a, r, v) + y
     Given:   z * sigmoid(conv(mean(z)))              Result:  ChannelAffine(a, r, v, sigmoid(...))
-    Leaves alone: sites without a consumer that could take it in.
+    Leaves alone: sites without a consumer that could absorb it.
     Outputs: preserved to rounding, but with ``through_padding`` a zero-padded operator pads a, not z.
     Source: docs/method.md, "Where the padding stands".
     """
@@ -46,7 +46,7 @@ def _open(
     gm: fx.GraphModule, path: str, site: ProxyNormAct, calls: list[fx.Node], routes: list[Route],
     router: Router,
 ) -> None:  # fmt: skip
-    """Makes the site hand out activation, scale and shift, and gives them to where the routes end."""
+    """Makes the site return activation, scale and shift, and connects them to where the routes end."""
     before = {call: site_outputs(gm, call) for call in calls}
     had_affine = "affine" in site.outputs
     remaining = iter(routes)
@@ -85,7 +85,7 @@ def _apply_where_blocked(
     for blocked in route.blocked:
         value = values["activation"] if blocked.value is z else blocked.value
         affine = (values.get("scale"), values["shift"])
-        # all that read a pinned value must read one and the same tensor
+        # all readers of a pinned value must read the same tensor
         gate = None if blocked.value in router.pinned else gate_of(gm, blocked.user, value)
         if gate is not None:
             at = add_module(gm, f"{path}_gated", ChannelAffine())

@@ -1,4 +1,4 @@
-"""Reading the several outputs of a ProxyNormAct in a graph."""
+"""Reads the outputs of a ProxyNormAct in a graph."""
 
 import operator
 from collections.abc import Iterable
@@ -24,7 +24,7 @@ def site_outputs(gm: fx.GraphModule, call: fx.Node) -> dict[Output, list[fx.Node
 
 
 def read_outputs(gm: fx.GraphModule, call: fx.Node) -> dict[Output, fx.Node]:
-    """One new node for each output of a ProxyNormAct call; the call itself if it has one only."""
+    """One new node for each output of a ProxyNormAct call; the call itself if it has only one."""
     module = called_module(gm, call)
     assert isinstance(module, ProxyNormAct)
     if len(module.outputs) == 1:
@@ -40,14 +40,14 @@ def read_outputs(gm: fx.GraphModule, call: fx.Node) -> dict[Output, fx.Node]:
 
 
 def where_it_went(site: str, how: str, places: Iterable[fx.Node]) -> Diagnostic:
-    """The remark that scale and shift of `site` are now `how` ("into", "before") the calls `places`."""
+    """The diagnostic that scale and shift of `site` went `how` ("into", "before") the calls `places`."""
     names = list(dict.fromkeys(str(p.target if p.op == "call_module" else p.name) for p in places))
     more = f" and {len(names) - 2} more" if len(names) > 3 else ""
     return Diagnostic("PN210", site, f"{how} {', '.join(names[: 2 if more else 3])}{more}".strip())
 
 
 def chain_between(first: fx.Node, last: fx.Node) -> list[fx.Node]:
-    """The nodes of the chain that begins behind `first` and ends in `last`, from its end."""
+    """The nodes of the chain from after `first` to `last`, last one first."""
     nodes = []
     while last is not first:
         nodes.append(last)

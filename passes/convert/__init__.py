@@ -1,1 +1,1 @@
-"""BatchNorm in, normalizers and proxy normalization out."""
+"""Replaces BatchNorm by normalizers and proxy normalization."""

@@ -49,7 +49,7 @@ class InsertProxyNorm(GraphPass):
 
     def run(self, gm: fx.GraphModule) -> PassResult:
         calls = module_calls(gm)
-        # Any padding will do: undoing is exact with the padding before the shift, and as good as it can be
+        # Any padding will do: compensation is exact with the padding before the shift, and the best possible
         # with the reference's.
         router = Router(gm, through_padding=True)
         pinned = find_aliases(gm).pinned
@@ -73,7 +73,7 @@ class InsertProxyNorm(GraphPass):
         return PassResult(rewritten, tuple(notes))
 
     def _drop_bias(self, gm: fx.GraphModule, name: str) -> None:
-        """The reference has no bias at norm-only sites that start from scratch."""
+        """Drops the bias, as the reference does at norm-only sites that start from scratch."""
         site = site_table(gm)[name]
         if site.kind == "norm_only" and not site.warm_start and not self.config.norm_only_bias:
             norm = gm.get_submodule(name)
@@ -83,7 +83,7 @@ class InsertProxyNorm(GraphPass):
     def _try_rewrite(
         self, gm: fx.GraphModule, site: Site, calls: list[_Call], act: nn.Module, router: Router
     ) -> Diagnostic | None:
-        """Rewrites the site, or says why not; PN207 is a remark about one that is rewritten."""
+        """Rewrites the site, or says why not; PN207 is a note about a rewritten site."""
         if not self.config.proxy:
             return Diagnostic("PN203", site.name, "proxy normalization is switched off")
         norm = gm.get_submodule(site.name)
@@ -109,7 +109,7 @@ class InsertProxyNorm(GraphPass):
 def _match(
     gm: fx.GraphModule, norms: list[fx.Node], name: str, pinned: frozenset[fx.Node]
 ) -> list[_Call] | Diagnostic:
-    """Each call of one normalizer with the activation behind it, or why there is no such pairing."""
+    """Pairs each call of one normalizer with the activation behind it, or says why that is impossible."""
     if not norms:
         return Diagnostic("PN102", name, "nothing reads its output in the traced forward")
     if not pinned.isdisjoint(norms):
@@ -133,7 +133,7 @@ def _match(
 
 
 def _is_activation_call(gm: fx.GraphModule, node: fx.Node) -> bool:
-    """Whether `node` is an activation that a site may take in."""
+    """Whether `node` is an activation that a site may include."""
     module = called_module(gm, node)
     return module is not None and is_activation(module) and not has_hooks(module)
 
@@ -149,7 +149,7 @@ def _blocked(name: str, blocked: list[Blocked]) -> Diagnostic:
 
 
 def _inexact(gm: fx.GraphModule, name: str, norm: nn.GroupNorm, calls: list[_Call]) -> Diagnostic | None:
-    """A remark if some consumer pads with zeros behind the shift."""
+    """A diagnostic if some consumer pads with zeros behind the shift."""
     router = Router(gm, through_padding=False)
     blocked = [b for c in calls for b in router.route(c.activation, norm.num_channels).blocked]
     if not blocked:
@@ -193,7 +193,7 @@ def compensate(consumer: nn.Module, site: ProxyNormAct) -> None:
             consumer.weight.new_zeros(consumer.weight.shape[0]), consumer.weight.requires_grad
         )
     if not has_values(consumer.weight):
-        return  # there are no values to change
+        return  # no values to change
     scale, shift = site.scale_and_shift(torch.float64)
     groups = getattr(consumer, "groups", 1)
     repeats = consumer.weight.shape[1] * groups // scale.shape[0]  # above 1 behind a flatten
@@ -210,7 +210,7 @@ def compensate(consumer: nn.Module, site: ProxyNormAct) -> None:
 
 
 def _replace(gm: fx.GraphModule, path: str, calls: list[_Call], new: ProxyNormAct) -> None:
-    """Puts `new` at `path`; users beside the activation keep reading the affine output."""
+    """Puts `new` at `path`; users other than the activation keep reading the affine output."""
     others = {c.norm: [user for user in c.norm.users if user is not c.activation] for c in calls}
     if any(others.values()):
         new.outputs = ("output", "affine")

@@ -1,4 +1,4 @@
-"""The pass that puts a batch-independent normalizer in the place of each BatchNorm."""
+"""The pass that replaces each BatchNorm by a batch-independent normalizer."""
 
 from collections.abc import Mapping
 
@@ -30,7 +30,7 @@ from pn_compiler.inspection.batch_norms import (
 from pn_compiler.inspection.fake_tensors import has_values
 from pn_compiler.inspection.functional_norms import NAMES, reaches_batch_norm
 from pn_compiler.inspection.hooks import has_hooks
-from pn_compiler.operators.spelling import operator_name
+from pn_compiler.operators.op_names import operator_name
 from pn_compiler.passes.prepare.canonicalize_modules import CanonicalizeModules
 from pn_compiler.passes.prepare.norm_calls import is_norm_call, norm_operands
 
@@ -54,7 +54,7 @@ class ReplaceBatchNorm(GraphPass):
         calibrated: Mapping[str, Calibrated] | None = None,
         left_alone: frozenset[str] = frozenset(),
     ) -> None:
-        """`left_alone` are the paths of BatchNorms that code which is not traced calls, too."""
+        """`left_alone`: paths of BatchNorms that untraced code also calls."""
         self.config = config
         self.calibrated = calibrated or {}
         self.left_alone = left_alone
@@ -75,10 +75,10 @@ class ReplaceBatchNorm(GraphPass):
             assert isinstance(norm, _BatchNorm)
             num_groups, remark = self._groups(path, norm, calls)
             put_site(gm, self._rewrite(gm, path, norm, num_groups))
-            for found in (self._residual(path), remark):
-                if found is not None:
-                    notes.append(found)
-                    update_site(gm, path, found)
+            for diagnostic in (self._residual(path), remark):
+                if diagnostic is not None:
+                    notes.append(diagnostic)
+                    update_site(gm, path, diagnostic)
             rewritten += 1
         for node in gm.graph.nodes:
             refusal = _refused_call(gm, node)
@@ -158,7 +158,7 @@ class ReplaceBatchNorm(GraphPass):
         return num_groups, None
 
     def _residual(self, path: str) -> Diagnostic | None:
-        """A remark if no weight and bias come near what the BatchNorm computes."""
+        """A diagnostic if no weight and bias come close to what the BatchNorm computes."""
         fitted = self.calibrated.get(path)
         if fitted is None or fitted.residual <= LARGE_RESIDUAL:
             return None
@@ -192,7 +192,7 @@ class ReplaceBatchNorm(GraphPass):
 
 
 def _read_outside(gm: fx.GraphModule) -> set[int]:
-    """Identities of the modules whose parameters or buffers the graph reads beside calling them."""
+    """Ids of the modules whose parameters or buffers the graph reads directly."""
     owners = (str(node.target).rpartition(".")[0] for node in gm.graph.nodes if _is_read(node))
     return {id(gm.get_submodule(owner)) for owner in owners}
 
@@ -202,7 +202,7 @@ def _is_read(node: fx.Node) -> bool:
 
 
 def _read_refusal(path: str, read: bool) -> Diagnostic | None:
-    """Why a BatchNorm stays whose parameters or statistics other code reads: a normalizer has others."""
+    """Why a BatchNorm stays whose parameters or statistics are read elsewhere: a normalizer's differ."""
     if not read:
         return None
     return Diagnostic(
@@ -214,9 +214,9 @@ def _read_refusal(path: str, read: bool) -> Diagnostic | None:
 
 
 def _nearby(gm: fx.GraphModule, path: str) -> torch.Tensor:
-    """A tensor in the dtype and on the device in which the BatchNorm at `path`, which has none, computes.
+    """A tensor with the dtype and device of the BatchNorm at `path`, which itself has no tensors.
 
-    It is a parameter of the closest module before it that has one, else of any.
+    It is a parameter of the closest preceding module that has one, else of any module.
     """
     remaining, seen = list(module_calls(gm)[path]), set()
     while remaining:
@@ -233,7 +233,7 @@ def _nearby(gm: fx.GraphModule, path: str) -> torch.Tensor:
 
 
 def _refused_call(gm: fx.GraphModule, node: fx.Node) -> Diagnostic | None:
-    """Why the batch_norm that `node` calls, or that what it calls reaches, stays; None if it calls none."""
+    """Why a batch_norm that `node` calls, directly or not, stays; None if it calls none."""
     if is_norm_call(node):
         return _unreadable(node)
     if node.op != "call_function" or operator_name(node) in NAMES or not reaches_batch_norm(node.target):

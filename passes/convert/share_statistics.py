@@ -19,10 +19,10 @@ class ShareStatistics(GraphPass):
 
     Given:   ProxyNormAct(x); ProxyNormAct(y)
     Result:  p, q = ProxyStatistics(weight, ..., proxy_bias); ProxyNormAct(x, p); ProxyNormAct(y, q)
-    Leaves alone: sites whose activation learns, and those that have no like.
-    Outputs: preserved to rounding, or to that of the quadrature (1e-9), whose nodes sites then share.
-    Source: they depend on parameters alone (docs/method.md). Each site runs dozens of operators on tensors
-        of size [C]; between two convolutions they run from cold caches, at several times their cost.
+    Leaves alone: sites whose activation has parameters, and those without others like them.
+    Outputs: preserved to rounding, or to the accuracy of the quadrature (1e-9), whose nodes sites then share.
+    Source: they depend only on parameters (docs/method.md). Each site runs dozens of operators on tensors
+        of size [C]; between two convolutions they run with cold caches, at several times their cost.
     """
 
     runs_after = (RouteAffine,)

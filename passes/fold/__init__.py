@@ -1,1 +1,1 @@
-"""Proxy statistics become constants, which sink into the layers around them. Eval only."""
+"""Turns proxy statistics into constants and folds them into the layers around them. Eval only."""

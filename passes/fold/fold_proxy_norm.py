@@ -68,14 +68,14 @@ class FoldProxyNorm(GraphPass):
         return PassResult(rewritten, tuple(notes))
 
     def ensures(self, gm: fx.GraphModule) -> None:
-        for name in module_calls(gm):  # a region inside a leaf is a graph of its own
+        for name in module_calls(gm):  # a region inside a leaf is a separate graph
             module = gm.get_submodule(name)
             if isinstance(module, ProxyNormAct | ChannelAffine) or type(module) in _PLAIN:
                 raise PostconditionError(f"{name} ({type(module).__name__}) is not folded")
 
 
 def _notes(gm: fx.GraphModule, path: str, site: ProxyNormAct, calls: list[fx.Node]) -> list[Diagnostic]:
-    """Where scale and shift of the site go: into consumers, before other readers, or nowhere."""
+    """Where scale and shift of the site went: into consumers, before other readers, or nowhere."""
     if "output" in site.outputs:
         bounds = clip_bounds(site.activation) is not None and "affine" not in site.outputs
         return [where_it_went(path, "into its bounds" if bounds else "behind its activation", ())]
@@ -85,8 +85,12 @@ def _notes(gm: fx.GraphModule, path: str, site: ProxyNormAct, calls: list[fx.Nod
     applied = [user for user in users if user not in into]
     gates = [user for user in applied if len(user.args) > 3]
     before = [reader for user in applied if user not in gates for reader in user.users]
-    found = {"into": into, "before": before, "with the gate before": [g for u in gates for g in u.users]}
-    return [where_it_went(path, how, places) for how, places in found.items() if places]
+    moved = {
+        "into": into,
+        "before": before,
+        "with the gate before": [g for u in gates for g in u.users],
+    }
+    return [where_it_went(path, how, places) for how, places in moved.items() if places]
 
 
 def _fold_site(
@@ -96,7 +100,7 @@ def _fold_site(
     calls: list[fx.Node],
     constants: dict[fx.Node, Tensor],
 ) -> None:
-    """Normalizer -> activation -> what remains, in place of the site."""
+    """Replaces the site by normalizer -> activation -> what remains."""
     scale, shift = site.scale_and_shift(torch.float64)
     whole = "output" in site.outputs
     clamp = _clamp(site, scale, shift) if whole and "affine" not in site.outputs else None
@@ -134,7 +138,7 @@ def _fold_site(
 
 
 def _pure(activation: nn.Module) -> nn.Module:
-    """`activation`, which leaves its input alone from now on: others may read that."""
+    """Makes `activation` not work in place, because others may read its input."""
     if hasattr(activation, "inplace"):
         activation.inplace = False  # type: ignore[assignment]  # a bool, typed for tensors
     return activation
@@ -156,7 +160,7 @@ def _constant(operand: object, constants: dict[fx.Node, Tensor]) -> Tensor | Non
 def _fold_channel_affine(
     gm: fx.GraphModule, path: str, calls: list[fx.Node], constants: dict[fx.Node, Tensor]
 ) -> None:
-    for call in calls:  # one each: every ChannelAffine is added for one place
+    for call in calls:  # a single one: every ChannelAffine is added for one place
         scale, shift = (_constant(operand, constants) for operand in call.args[1:3])
         dtype = next((p.dtype for p in gm.parameters()), torch.float32)
         replace_module(

@@ -1,4 +1,4 @@
-"""The pass that carries the scale and shift of sites through what commutes with them, branches included."""
+"""The pass that moves the scale and shift of sites through operators that commute with them, and branches."""
 
 import dataclasses
 import operator
@@ -12,7 +12,7 @@ from pn_compiler.graph.graph_utils import called_module
 from pn_compiler.graph.pass_base import GraphPass, PassResult
 from pn_compiler.graph.ranks import flattens_channels, flattens_module, rank
 from pn_compiler.nn import ChannelAffine, ProxyNormAct
-from pn_compiler.operators.spelling import operator_name, reads_shape
+from pn_compiler.operators.op_names import operator_name, reads_shape
 from pn_compiler.passes.absorption import Router, commutes, put_into
 from pn_compiler.passes.channels import (
     channels_of,
@@ -30,13 +30,13 @@ from pn_compiler.passes.site_outputs import chain_between, site_outputs, where_i
 
 @dataclasses.dataclass(frozen=True)
 class _Pair:
-    """What has still to be done to the value of a node: x * scale + shift.
+    """The affine still to be applied to the value of a node: x * scale + shift.
 
     Attributes:
         scale, shift: [C], float64.
-        sources: the nodes whose scale and shift they are made of.
-        flat: whether the value is [N, C * S], of [N, C, *].
-        axis: of the channels.
+        sources: the nodes that the scale and shift come from.
+        flat: whether the value is [N, C * S], flattened from [N, C, *].
+        axis: axis of the channels.
     """
 
     scale: Tensor
@@ -54,8 +54,8 @@ class SinkAffine(GraphPass):
 
     Given:   cat(ProxyNormAct(x), y) -> maxpool -> conv1x1     Result:  cat(act(gn(x)), y) -> maxpool -> conv'
              ChannelAffine(a, r, v) + y -> conv1x1             a + y -> conv', if r = 1
-    Leaves alone: those of which a part would have to be applied after all, for something that reads it is not
-        linear, pads with zeros, or adds a value of another scale.
+    Leaves alone: those of which some part would still have to be applied, because a reader is not linear,
+        pads with zeros, or adds a value with another scale.
     Outputs: preserved to rounding, in eval mode only.
     Source: docs/method.md, "Folding".
     """
@@ -84,21 +84,21 @@ class SinkAffine(GraphPass):
 
 
 def _sources(gm: fx.GraphModule) -> dict[fx.Node, _Pair]:
-    """Where a scale and shift are applied now: sites that are whole, and ChannelAffines without a gate."""
-    found: dict[fx.Node, _Pair] = {}
+    """Where a scale and shift are applied now: whole sites, and ChannelAffines without a gate."""
+    result: dict[fx.Node, _Pair] = {}
     calls = Counter(node.target for node in gm.graph.nodes if node.op == "call_module")
     for node in gm.graph.nodes:
         module = called_module(gm, node)
         if isinstance(module, ProxyNormAct) and "output" in module.outputs and calls[node.target] == 1:
             reads = site_outputs(gm, node)["output"]
             if len(reads) == 1:
-                found[reads[0]] = _pair(module, reads[0], scaled=not module.scales_affine)
+                result[reads[0]] = _pair(module, reads[0], scaled=not module.scales_affine)
         elif isinstance(module, ChannelAffine) and len(node.args) == 3:
             _, scale, shift = node.args
             site = called_module(gm, shift.args[0]) if isinstance(shift, fx.Node) else None  # type: ignore[arg-type]
             if isinstance(site, ProxyNormAct):
-                found[node] = _pair(site, node, scaled=scale is not None)
-    return found
+                result[node] = _pair(site, node, scaled=scale is not None)
+    return result
 
 
 def _pair(site: ProxyNormAct, source: fx.Node, *, scaled: bool) -> _Pair:
@@ -118,7 +118,7 @@ def _site_of(gm: fx.GraphModule, source: fx.Node) -> str:
 
 
 def _drop(gm: fx.GraphModule, source: fx.Node) -> None:
-    """Readers of `source` get the activation, without scale and shift."""
+    """Makes readers of `source` read the activation, without scale and shift."""
     module = called_module(gm, source)
     if isinstance(module, ChannelAffine):
         value = source.args[0]
@@ -133,11 +133,11 @@ def _drop(gm: fx.GraphModule, source: fx.Node) -> None:
 
 
 class _Flow:
-    """One walk over a graph: where the pairs of `sources` end.
+    """One walk over a graph that finds where the pairs of `sources` end.
 
     Attributes:
-        absorbers: the linear operators that can take in what is still to be done, and that.
-        blocked: the sources of which some part reaches something else.
+        absorbers: the linear operators that can absorb a pair -> that pair.
+        blocked: the sources of which some part reaches anything else.
     """
 
     def __init__(self, gm: fx.GraphModule, router: Router, sources: dict[fx.Node, _Pair]) -> None:
@@ -160,7 +160,7 @@ class _Flow:
                 self.pairs[node] = self.sources[node]
 
     def _ends(self, node: fx.Node) -> bool:
-        """Whether `node` can take the pair of its input in."""
+        """Whether `node` can absorb the pair of its input."""
         if len(node.all_input_nodes) != 1 or (value := node.all_input_nodes[0]) not in self.pairs:
             return False
         pair = self.pairs[value]
@@ -173,7 +173,7 @@ class _Flow:
         return True
 
     def _ends_channels_last(self, node: fx.Node, value: fx.Node, pair: _Pair) -> bool:
-        """Whether `node` is a linear layer over the last axis, and the channels are there."""
+        """Whether `node` is a linear layer over the last axis, with the channels there."""
         module, dims = called_module(self.gm, node), rank(value)
         return (
             type(module) is nn.Linear
@@ -184,7 +184,7 @@ class _Flow:
         )
 
     def _passes(self, node: fx.Node) -> bool:
-        """Whether the pairs of the inputs of `node` can be applied to its output instead: then it has one."""
+        """Whether the pairs of `node`'s inputs can be applied to its output instead, which then has one."""
         first = node.all_input_nodes[0]
         if first in self.parts:
             index = node.args[1] if node.target is operator.getitem else None
@@ -242,8 +242,8 @@ class _Flow:
         return True
 
     def _concatenate(self, branches: Sequence[fx.Node]) -> _Pair | None:
-        found = [self._pair_of(branch) for branch in branches]
-        pairs = [pair for pair in found if pair is not None]
+        candidates = [self._pair_of(branch) for branch in branches]
+        pairs = [pair for pair in candidates if pair is not None]
         if len(pairs) < len(branches) or any(pair.flat or pair.axis != 1 for pair in pairs):
             return None
         return _Pair(
@@ -253,7 +253,7 @@ class _Flow:
         )
 
     def _pair_of(self, node: fx.Node) -> _Pair | None:
-        """That of `node`, or the identity; None if the number of its channels is unknown."""
+        """The pair of `node`, or the identity; None if its number of channels is unknown."""
         if node in self.pairs:
             return self.pairs[node]
         size = channels_of(self.gm, node)
@@ -263,7 +263,7 @@ class _Flow:
         return _Pair(like.new_ones(size), like.new_zeros(size), frozenset())
 
     def _add(self, node: fx.Node) -> _Pair | None:
-        """(a r + v) + (b r + w) = (a + b) r + (v + w); what has no pair has r = 1 and w = 0."""
+        """(a r + v) + (b r + w) = (a + b) r + (v + w); a value without a pair has r = 1 and w = 0."""
         if len(node.args) != 2 or node.kwargs:
             return None
         operands = [n for n in node.args if isinstance(n, fx.Node)]

@@ -1,4 +1,4 @@
-"""The pass that gives the computation of proxy statistics back to the sites."""
+"""The pass that moves the computation of proxy statistics back into the sites."""
 
 from torch import fx
 
@@ -8,7 +8,7 @@ from pn_compiler.nn import ProxyNormAct, ProxyStatistics
 
 
 class UnshareStatistics(GraphPass):
-    """Undoes ShareStatistics: a site that is to be folded stands on its own.
+    """Undoes ShareStatistics, so that each site computes its own statistics before it is folded.
 
     Given:   p, q = ProxyStatistics(weight, ..., proxy_bias); ProxyNormAct(x, p); ProxyNormAct(y, q)
     Result:  ProxyNormAct(x); ProxyNormAct(y)

@@ -1,1 +1,1 @@
-"""Constants in the place of normalizers: what is left of them goes into the layers around."""
+"""Replaces normalizers by constants, which the layers around them absorb."""

@@ -1,4 +1,4 @@
-"""The pass that puts constant scales and shifts into the convolutions around them."""
+"""The pass that lets convolutions absorb constant scales and shifts."""
 
 import torch
 from torch import Tensor, fx, nn
@@ -9,7 +9,7 @@ from pn_compiler.graph.pass_base import GraphPass, PassResult
 from pn_compiler.graph.ranks import rank
 from pn_compiler.nn import ConstantAffine
 from pn_compiler.numerics.affine import absorb_output_affine
-from pn_compiler.operators.spelling import reads_shape
+from pn_compiler.operators.op_names import reads_shape
 from pn_compiler.passes.absorption import Router, put_into, set_weight_and_bias
 from pn_compiler.passes.freeze.split_clips import SplitClips
 from pn_compiler.passes.freeze.split_gates import SplitGates
@@ -26,13 +26,13 @@ _PRODUCERS = (
 
 
 class AbsorbConstants(GraphPass):
-    """Puts each constant scale and shift into the convolution before it, or into all that read it.
+    """Lets the convolution before each constant scale and shift, or all of its readers, absorb it.
 
     Given:   conv(W, b) -> x s + t           Result:  conv(W s, b s + t)
              x s + t -> maxpool -> conv               maxpool -> conv'
              conv(x) -> relu -> x s + t -> add        unchanged; s = 1 or t = 0 is written out
-    Leaves alone: those behind an activation, an addition or anything else that is not linear, or that
-        something else reads, if some reader cannot take them in either.
+    Leaves alone: those behind an activation, an addition or anything else that is not linear or has other
+        readers, if some reader of theirs cannot absorb them either.
     Outputs: preserved to rounding.
     Source: docs/static.md.
     """
@@ -49,7 +49,7 @@ class AbsorbConstants(GraphPass):
             if not isinstance(affine, ConstantAffine) or any(len(call.args) > 1 for call in calls):
                 continue
             rewritten += affine.scale is None or affine.shift is None
-            scale, shift = affine.write_out()  # one operator then, which keeps a blocked layout
+            scale, shift = affine.write_out()  # becomes one operator, which keeps a blocked layout
             for call in calls:
                 fixed = call.all_input_nodes[0] in overwritten  # its readers would read it later
                 if fixed:
@@ -62,7 +62,7 @@ class AbsorbConstants(GraphPass):
 
 
 def _put_before(gm: fx.GraphModule, call: fx.Node, scale: Tensor, shift: Tensor) -> bool:
-    """Puts the affine of `call` into what it reads, if that is linear and nothing else reads it."""
+    """Puts the affine of `call` into the operator it reads, if that is linear and has no other readers."""
     producer = call.all_input_nodes[0]
     module = called_module(gm, producer)
     if type(module) not in _PRODUCERS or not all(u is call or reads_shape(u) for u in producer.users):
@@ -86,7 +86,7 @@ def _put_behind(gm: fx.GraphModule, call: fx.Node, scale: Tensor, shift: Tensor)
     if route.blocked or not route.absorbers:
         return False
     if set(call.users) != set(route.absorbers) and not (scale > 0).all():
-        return False  # something lies between, such as a max pool, with which only a positive scale commutes
+        return False  # with an operator in between, such as a max pool, only a positive scale commutes
     for absorber in route.absorbers:
         put_into(gm, absorber, scale, shift)
     return True

@@ -1,4 +1,4 @@
-"""The pass that puts constants in the place of normalizers."""
+"""The pass that replaces normalizers by constants."""
 
 from collections.abc import Mapping
 
@@ -22,7 +22,7 @@ class FreezeNormalizers(GraphPass):
     runs_after = (FoldProxyNorm,)
 
     def __init__(self, constants: Mapping[str, tuple[Tensor, Tensor]]) -> None:
-        """Path of each normalizer to freeze -> (scale, shift), [C] each."""
+        """`constants`: path of each normalizer to freeze -> (scale, shift), [C] each."""
         self.constants = constants
 
     def run(self, gm: fx.GraphModule) -> PassResult:

@@ -1,4 +1,4 @@
-"""The pass that gives frozen sites their plain activation back."""
+"""The pass that restores the plain activation of frozen sites."""
 
 import torch
 from torch import fx, nn
@@ -20,9 +20,9 @@ class SplitClips(GraphPass):
 
     Given:   max(x s + t, l)                 Result:  relu(x s + t - l) + l
              clip(x s + t, l, h)                      relu6((x s + t - l) / r) r + l with r = (h - l) / 6
-    The first affine goes into a convolution, with which runtimes fuse a plain activation. They do not fuse
-    one whose bounds are tensors.
-    Leaves alone: clips behind a normalizer that is not frozen: there they save the second affine.
+    The first affine goes into a convolution. Runtimes fuse a plain activation with that, but not one whose
+    bounds are tensors.
+    Leaves alone: clips behind a normalizer that is not frozen, where they save the second affine.
     Outputs: preserved to rounding.
     Source: docs/static.md.
     """
@@ -45,7 +45,7 @@ class SplitClips(GraphPass):
 
 
 def _is_own_affine(gm: fx.GraphModule, node: fx.Node, calls: dict[str, list[fx.Node]]) -> bool:
-    """Whether `node` is a constant affine that nothing but one clip reads."""
+    """Whether `node` is a constant affine whose only reader is a clip."""
     plain = isinstance(called_module(gm, node), ConstantAffine) and len(node.args) == 1
     return plain and len(node.users) == 1 and all(len(call.users) == 1 for call in calls[str(node.target)])
 

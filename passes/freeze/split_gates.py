@@ -1,4 +1,4 @@
-"""The pass that gives gates of frozen sites a plain product."""
+"""The pass that reduces the gates of frozen sites to plain products."""
 
 import operator
 
@@ -14,11 +14,11 @@ from pn_compiler.passes.freeze.freeze_normalizers import FreezeNormalizers
 
 
 class SplitGates(GraphPass):
-    """Takes the affine out of the gate of a frozen site, and gives its result to all that read the site.
+    """Moves the affine of a frozen site out of its gate, and passes its result to all readers of the site.
 
     Given:   (a s + t) * sigmoid(conv(mean(a)))      Result:  z = a s + t; z * sigmoid(conv'(mean(z)))
-    Behind a convolution the affine then runs in the blocked layout, where the gate's product cannot run:
-    efficientnet_b0 is 2 % faster so. Without readers that can take z instead, they keep a.
+    Behind a convolution the affine then runs in the blocked layout, which the gate's product does not
+    support: this makes efficientnet_b0 2 % faster. Readers that cannot take z instead keep a.
     Leaves alone: gates behind a normalizer that is not frozen, where no layout is blocked.
     Outputs: preserved to rounding.
     Source: docs/static.md.

@@ -1,1 +1,1 @@
-"""Every spelling of a layer or activation becomes a plain module next to its BatchNorm."""
+"""Turns every spelling of a layer or activation into a plain module next to its BatchNorm."""

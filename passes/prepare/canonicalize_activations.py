@@ -1,4 +1,4 @@
-"""The pass that turns every spelling of an activation into a module without side effect."""
+"""The pass that turns every spelling of an activation into a module without side effects."""
 
 import operator
 from collections.abc import Collection
@@ -12,7 +12,7 @@ from pn_compiler.graph.pass_base import GraphPass, PassResult
 from pn_compiler.graph.ranks import dtype
 from pn_compiler.inspection.hooks import has_hooks
 from pn_compiler.operators.activations import activation_of, reading_input
-from pn_compiler.operators.spelling import operator_name
+from pn_compiler.operators.op_names import operator_name
 
 
 class CanonicalizeActivations(GraphPass):
@@ -21,9 +21,9 @@ class CanonicalizeActivations(GraphPass):
     Given:   y = bn(x); F.relu_(y); z = y + w         Result:  y = bn(x); r = relu(y); z = r + w
              y += w; y.size(0)                                 z = y + w; z.size(0)
              nn.Identity()(x)                                  x
-    Leaves alone: functions that are no activation, or whose bounds are computed in the graph; those of
-        integers and booleans, and clamps of what may be; writes that are seen through a view, by the
-        caller or by code that is not traced; y += w of other dtypes.
+    Leaves alone: functions that are not activations, or whose bounds are computed in the graph; those on
+        integers and booleans, and clamps on what may be; writes observed through a view, by the caller or
+        by untraced code; y += w with different dtypes.
     Outputs: preserved exactly.
     """
 
@@ -49,7 +49,7 @@ class CanonicalizeActivations(GraphPass):
 
 
 def _redirect_later_users(gm: fx.GraphModule, node: fx.Node) -> int:
-    """What reads a tensor after `node` has overwritten and returned it, reads the result: the same tensor."""
+    """Lets later readers of a tensor that `node` overwrites and returns read its result, the same tensor."""
     target = returns_target(gm, node)
     later = [] if target is None else [user for user in target.users if user > node]
     for user in later:
@@ -72,13 +72,13 @@ def _rewrite(gm: fx.GraphModule, node: fx.Node, overwritten: Collection[fx.Node]
 
 
 def _takes(gm: fx.GraphModule, value: fx.Node, module: nn.Module) -> bool:
-    """Whether `module` computes of `value` what the function does: bounds of Hardtanh are no integers."""
+    """Whether `module` computes on `value` what the function does: Hardtanh's bounds are not integers."""
     floating = is_floating(gm, value)
     return not isinstance(module, nn.Hardtanh) if floating is None else floating
 
 
 def _without_writing(node: fx.Node) -> int:
-    """Writes ``y += w``, which nothing else sees, as y + w: hooks and other passes know no other sum."""
+    """Rewrites ``y += w`` to y + w if nothing else observes it: other passes only know that form."""
     name = in_place_operator(node)
     if name is None or len(node.args) != 2 or len({dtype(source) for source in node.all_input_nodes}) > 1:
         return 0  # in place the dtype is that of y

@@ -1,4 +1,4 @@
-"""The pass that turns functional and fused layers into the modules of torch.nn."""
+"""The pass that turns functional and fused layers into torch.nn modules."""
 
 from typing import Any
 
@@ -10,7 +10,7 @@ from pn_compiler.graph.graph_utils import add_module, call_module_after, module_
 from pn_compiler.graph.pass_base import GraphPass, PassResult
 from pn_compiler.inspection.batch_norms import has_plain_forward
 from pn_compiler.inspection.hooks import has_hooks
-from pn_compiler.operators.spelling import counts_batches, operands, operator_name
+from pn_compiler.operators.op_names import counts_batches, operands, operator_name
 from pn_compiler.passes.prepare.norm_calls import modularize_norms
 
 _CONVS: dict[str, type[nn.Module]] = {"conv1d": nn.Conv1d, "conv2d": nn.Conv2d, "conv3d": nn.Conv3d}
@@ -23,8 +23,8 @@ class CanonicalizeModules(GraphPass):
     Given:   F.batch_norm(F.conv2d(x, c.weight), n.running_mean, ...)     Result:  n(c(x))
              timm's BatchNormAct2d(x)                                              act(drop(bn(x)))
              p(x); p.act(x) of a BatchNorm p                                       p(x); p_act(x)
-    Leaves alone: calls whose operands are not the parameters of one owner, or under other names for conv and
-        linear (a batch_norm among them is reported by ReplaceBatchNorm as PN106).
+    Leaves alone: calls whose operands are not the parameters of one owner or, for conv and linear, have other
+        names (ReplaceBatchNorm reports a batch_norm among them as PN106).
     Outputs: preserved exactly.
     """
 
@@ -38,7 +38,7 @@ class CanonicalizeModules(GraphPass):
                 _split(gm, path, calls)
                 rewritten += len(calls)
         for node in list(gm.graph.nodes):
-            if counts_batches(node) and not node.users:  # of a BatchNorm to be replaced
+            if counts_batches(node) and not node.users:  # belongs to a BatchNorm to be replaced
                 gm.graph.erase_node(node)
                 rewritten += 1
             elif node.op == "call_function":
@@ -47,7 +47,7 @@ class CanonicalizeModules(GraphPass):
 
 
 def is_fused_norm_act(module: nn.Module) -> bool:
-    """Whether `module` is BatchNorm, dropout and activation in one, as timm's BatchNormAct2d."""
+    """Whether `module` is BatchNorm, dropout and activation in one, like timm's BatchNormAct2d."""
     return (
         isinstance(module, _BatchNorm)
         and type(module).__module__.startswith("timm.layers")
@@ -84,7 +84,7 @@ def _split(gm: fx.GraphModule, path: str, calls: list[fx.Node]) -> None:
 
 
 def _move_parts_out(gm: fx.GraphModule, path: str) -> int:
-    """Gives what the BatchNorm at `path` holds, and the graph calls itself, a place beside it."""
+    """Moves children of the BatchNorm at `path` that the graph itself calls next to it."""
     norm = gm.get_submodule(path)
     parts = list(norm.named_children())
     for name, part in parts:
@@ -151,7 +151,7 @@ def _tensor(gm: fx.GraphModule, operand: Any) -> torch.Tensor | None:
 def _replace_by_module(
     gm: fx.GraphModule, node: fx.Node, given: dict[str, Any], module: nn.Module | None
 ) -> int:
-    """Puts `module`, with the tensors of `given`, at the path that owns them, and calls it."""
+    """Puts `module`, with the tensors in `given`, at the path that owns them, and calls it instead."""
     if module is None or not node.args:
         return 0
     tensors = {key: value for key, value in given.items() if isinstance(value, fx.Node)}
@@ -167,7 +167,7 @@ def _replace_by_module(
     elif (
         type(holder) is not type(module)
         or holder.extra_repr() != module.extra_repr()
-        or has_hooks(holder)  # which the function does not call
+        or has_hooks(holder)  # the function does not call them
     ):
         return 0
     with gm.graph.inserting_after(node):
@@ -179,7 +179,7 @@ def _replace_by_module(
 
 
 def _common_owner(gm: fx.GraphModule, tensors: dict[str, fx.Node]) -> str | None:
-    """The path that owns all of `tensors` under their usual names, and nothing else; or None."""
+    """The path that owns exactly `tensors`, under their usual names; else None."""
     owners = set()
     for key, node in tensors.items():
         owner, _, name = str(node.target).rpartition(".")

@@ -1,6 +1,7 @@
-"""What an elementwise expression computes of one value, on the whole real line.
+"""What an elementwise expression of one value computes, on the whole real line.
 
-Clamps, comparisons, products and sums are composed exactly. Of the rest it is known where it may bend.
+Clamps, comparisons, products and sums are composed exactly. For the rest, the points where it may bend are
+known.
 """
 
 import inspect
@@ -20,13 +21,13 @@ from pn_compiler.inspection.hooks import has_hooks
 from pn_compiler.operators import piecewise
 from pn_compiler.operators.activations import is_activation, kinks_of
 from pn_compiler.operators.known_activations import piecewise_of
+from pn_compiler.operators.op_names import operator_name
 from pn_compiler.operators.piecewise import NotPiecewiseError, Piecewise
-from pn_compiler.operators.spelling import operator_name
 
 
 @dataclass(frozen=True)
 class Smooth:
-    """A function that is no piecewise polynomial, and analytic but at `edges`."""
+    """A function that is not a piecewise polynomial, and analytic except at `edges`."""
 
     edges: frozenset[Fraction]
 
@@ -36,11 +37,11 @@ Evaluate = Callable[..., Value]
 
 
 def value_of(gm: fx.GraphModule, node: fx.Node, values: dict[fx.Node, Value]) -> Value | None:
-    """What `node` computes of the value that `values` are functions of; None if that is not known.
+    """The function that `node` computes of the variable of `values`; None if unknown.
 
     Args:
-        values: of the nodes that it reads; one that is overwritten stays what it was, so must not be read
-            again, or there is no answer.
+        values: the functions computed by the nodes that it reads. An entry keeps its old function if the node
+            is overwritten, so the result is None if it is read again.
     """
     if not _is_read_before(gm, node):
         return None
@@ -59,7 +60,7 @@ def value_of(gm: fx.GraphModule, node: fx.Node, values: dict[fx.Node, Value]) ->
 
 
 def _arguments(node: fx.Node, values: dict[fx.Node, Value]) -> tuple[list[Any], dict[str, Any]]:
-    """Positional ones, the input among them, and keywords."""
+    """Positional arguments, including the input, and keywords."""
     args = [values[a] if isinstance(a, fx.Node) else a for a in node.args]
     kwargs = {k: values[a] if isinstance(a, fx.Node) else a for k, a in node.kwargs.items()}
     if "input" in kwargs:
@@ -76,7 +77,7 @@ def spelled(node: fx.Node) -> str:
 
 
 def constant_of(gm: fx.GraphModule, node: fx.Node) -> Piecewise | None:
-    """The number that `node` reads if tracing has taken it from the forward, such as torch.tensor(0.)."""
+    """The number that `node` reads if tracing stored it from the forward, such as torch.tensor(0.)."""
     target = str(node.target)
     if node.op != "get_attr" or not target.startswith("_tensor_constant"):
         return None
@@ -92,7 +93,7 @@ def constant_of(gm: fx.GraphModule, node: fx.Node) -> Piecewise | None:
 
 
 def _is_read_before(gm: fx.GraphModule, node: fx.Node) -> bool:
-    """Whether nothing reads what `node` overwrites, if it does, later on."""
+    """Whether what `node` overwrites, if anything, is not read later."""
     return all(user <= node for target in writes(gm, node) for user in target.users)
 
 
@@ -107,7 +108,7 @@ def _of_module(module: nn.Module, x: Value) -> Value | None:
 
 
 def _known(x: Any) -> Piecewise:
-    """`x` itself: where another function bends cannot be told for what is made of it."""
+    """Returns `x` if it is piecewise; otherwise the bends of a function of it are unknown."""
     if isinstance(x, int | float) and not isinstance(x, bool):
         return piecewise.constant(x)
     if not isinstance(x, Piecewise):
@@ -124,7 +125,7 @@ def _smooth(*values: Any) -> Smooth:
 
 
 def _combine(function: Callable[..., Piecewise], *values: Any) -> Value:
-    """`function` of what is piecewise polynomial, if it stays so."""
+    """Applies `function` to piecewise polynomials, if the result is one as well."""
     operands = [_any(x) for x in values]
     if all(isinstance(x, Piecewise) for x in operands):
         try:

@@ -8,7 +8,7 @@ from pn_compiler.graph.pass_base import GraphPass, PassResult
 from pn_compiler.inspection.batch_norms import is_batch_norm
 from pn_compiler.inspection.hooks import has_hooks
 from pn_compiler.operators.activations import is_activation, is_homogeneous
-from pn_compiler.operators.spelling import moves_values, operator_name, reads_shape
+from pn_compiler.operators.op_names import moves_values, operator_name, reads_shape
 from pn_compiler.passes.prepare.recognize_activations import RecognizeActivations
 
 _DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
@@ -16,13 +16,13 @@ _DROPOUT_NAMES = ("dropout", "dropout1d", "dropout2d", "dropout3d")
 
 
 class HoistActivations(GraphPass):
-    """Moves an activation before the views and dropouts that stand between it and a BatchNorm.
+    """Moves an activation before the views and dropouts between it and a BatchNorm.
 
     Given:   act(flatten(bn(x)))                     Result:  flatten(act(bn(x)))
              y = bn(x); conv(act(y)); y.shape                 y = bn(x); conv(act(y)); x.shape
     Leaves alone: chains with other readers in between; a dropout before an activation that is not
-        homogeneous, since relu(k y) = k relu(y) for the k of a dropout, and silu(k y) is another value;
-        a dropout in place; a slope per channel (PReLU) behind a view.
+        homogeneous, since relu(k y) = k relu(y) for the k of a dropout, but not for silu; an in-place
+        dropout; a slope per channel (PReLU) behind a view.
     Outputs: preserved exactly.
     """
 
@@ -44,9 +44,9 @@ class HoistActivations(GraphPass):
 
 
 def _read_shape_of_input(norm: fx.Node, aliases: Aliases) -> int:
-    """Who asks for the shape of a BatchNorm's output gets that of its input, which is the same.
+    """Makes readers of the shape of a BatchNorm's output read that of its input, which is the same.
 
-    Not of an input that is overwritten: ``squeeze_`` and its like change its shape later.
+    Not if the input is overwritten: ``squeeze_`` and the like change its shape later.
     """
     if norm.all_input_nodes[0] in aliases.overwritten:
         return 0
@@ -81,7 +81,7 @@ def _passes(gm: fx.GraphModule, node: fx.Node, activation: nn.Module) -> bool:
     if moves_values(node, module):
         return all(parameter.numel() == 1 for parameter in activation.parameters())
     drops = type(module) in _DROPOUTS or operator_name(node) in _DROPOUT_NAMES
-    in_place = bool(writes(gm, node))  # over the output of the activation, which its gradient needs
+    in_place = bool(writes(gm, node))  # it would overwrite the activation's output, which the gradient needs
     return drops and not in_place and is_homogeneous(activation)
 
 

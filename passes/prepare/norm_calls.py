@@ -1,4 +1,4 @@
-"""Calls of batch_norm as a function: their operands, and the module that can take their place."""
+"""Calls of batch_norm as a function: their operands, and the module that can replace them."""
 
 import dataclasses
 import operator
@@ -15,10 +15,10 @@ from pn_compiler.inspection.batch_norms import FixedMode
 from pn_compiler.inspection.functional_norms import NAMES
 from pn_compiler.inspection.hooks import has_hooks
 from pn_compiler.nn import ReadTraining
-from pn_compiler.operators.spelling import operands, operator_name
+from pn_compiler.operators.op_names import operands, operator_name
 
 _TENSORS = ("weight", "bias", "running_mean", "running_var")
-_ATEN = (*_TENSORS, "training", "momentum", "eps")  # what follows the input
+_ATEN = (*_TENSORS, "training", "momentum", "eps")  # the operands after the input
 _FUNCTIONAL = ("running_mean", "running_var", "weight", "bias", "training", "momentum", "eps")
 _OTHER_NAMES = {
     "exponential_average_factor": "momentum", "epsilon": "eps", "use_input_stats": "training",
@@ -36,9 +36,9 @@ _NORMS: dict[int, type[_BatchNorm]] = {
 
 
 def is_norm_call(node: fx.Node) -> bool:
-    """Whether `node` calls batch_norm, under any name, on what depends on the inputs of the graph.
+    """Whether `node` calls batch_norm, under any name, on a value that depends on the graph's inputs.
 
-    timm's StdConv2d calls it on a weight. With running statistics only, instance_norm is batch_norm.
+    timm's StdConv2d calls it on a weight. With only running statistics, instance_norm is batch_norm.
     """
     name = operator_name(node)
     if name == "instance_norm" and norm_operands(node).get("training", True) is not False:
@@ -47,19 +47,19 @@ def is_norm_call(node: fx.Node) -> bool:
 
 
 def norm_operands(node: fx.Node) -> dict[str, Any]:
-    """The operands of a batch_norm or instance_norm by name, whichever order they come in."""
+    """The operands of a batch_norm or instance_norm by name, whatever their order."""
     name = operator_name(node)
     if name in _FIXED_MODE:
-        found = operands(node, *(n for n in _ATEN if n != "training")) | {"training": _FIXED_MODE[name]}
+        given = operands(node, *(n for n in _ATEN if n != "training")) | {"training": _FIXED_MODE[name]}
     elif name == "_native_batch_norm_legit" and len(node.args) + len(node.kwargs) <= 6:  # its no_stats
-        found = operands(node, "weight", "bias", "training", "momentum", "eps")
+        given = operands(node, "weight", "bias", "training", "momentum", "eps")
     else:
-        found = operands(node, *(_FUNCTIONAL if _is_functional(node) else _ATEN))
-    return {_OTHER_NAMES.get(key, key): value for key, value in found.items() if key != "input"}
+        given = operands(node, *(_FUNCTIONAL if _is_functional(node) else _ATEN))
+    return {_OTHER_NAMES.get(key, key): value for key, value in given.items() if key != "input"}
 
 
 def _is_functional(node: fx.Node) -> bool:
-    """F.batch_norm wants (running_mean, running_var, weight, bias); torch's and ATen's the reverse."""
+    """F.batch_norm takes (running_mean, running_var, weight, bias); torch's and ATen's take the reverse."""
     return node.target in (F.batch_norm, F.instance_norm)
 
 
@@ -84,11 +84,11 @@ class _Site:
     """Calls of batch_norm on the same parameters and buffers.
 
     Attributes:
-        calls: of the function.
-        operands: of each of them.
+        calls: the calls of the function.
+        operands: the operands that they share.
         reads: operand -> path of the parameter or buffer.
         owner: path of the module that holds all of these.
-        mode: the `training` of all of them if that is written in; None if it is that of the module.
+        mode: the `training` argument of all calls if it is constant; None if it is the module's flag.
     """
 
     calls: tuple[fx.Node, ...]
@@ -110,13 +110,13 @@ def modularize_norms(gm: fx.GraphModule) -> int:
 
 
 def _identity(node: fx.Node) -> dict[str, Any]:
-    """Operands, with the path in the place of a read of a parameter, and without the mode."""
+    """Operands without the mode, with reads of parameters replaced by their paths."""
     given = {key: value for key, value in norm_operands(node).items() if key != "training"}
     return {key: v.target if isinstance(v, fx.Node) and v.op == "get_attr" else v for key, v in given.items()}
 
 
 def _outputs(node: fx.Node) -> list[fx.Node] | None:
-    """The nodes that stand for the normalized values; None if saved statistics are read, too."""
+    """The nodes that hold the normalized values; None if saved statistics are read as well."""
     if operator_name(node) in ("batch_norm", "instance_norm"):
         return [node]
     others = [user for user in node.users if user.target is not operator.getitem or user.args[1] != 0]
@@ -147,7 +147,7 @@ def _is_mode(gm: fx.GraphModule, value: Any) -> bool:
 
 
 def _own_all(gm: fx.GraphModule, site: _Site) -> bool:
-    """Whether nothing but the calls of `site` reads its tensors, which are vectors of one length."""
+    """Whether only the calls of `site` read its tensors, which must be vectors of equal length."""
     values = {path: _value(gm, path) for path in site.reads.values()}
     paths = [name for name, value in _tensors(gm) if any(value is own for own in values.values())]
     alone = len(paths) == len(values) == len(site.reads) and site.owner not in module_calls(gm)
@@ -171,7 +171,7 @@ def _get_attrs(gm: fx.GraphModule, *paths: str) -> list[fx.Node]:
 
 
 def _place(gm: fx.GraphModule, site: _Site) -> str | None:
-    """The path of a BatchNorm that computes what `site` computes, put there if need be; None if none can."""
+    """The path of a BatchNorm that computes what `site` does, created if needed; None if impossible."""
     module = _norm_of(gm, site)
     if module is None:
         return None
@@ -198,7 +198,7 @@ def _place(gm: fx.GraphModule, site: _Site) -> str | None:
 
 
 def _flags(site: _Site) -> set[fx.Node]:
-    """The reads of the training flag for `site` alone."""
+    """The reads of the training flag that only `site` uses."""
     modes = [norm_operands(call).get("training") for call in site.calls]
     return {m for m in modes if isinstance(m, fx.Node) and m.users.keys() <= set(site.calls)}
 
@@ -208,7 +208,7 @@ def _rewrite(gm: fx.GraphModule, site: _Site, path: str) -> int:
     for call in site.calls:
         _call_instead(gm, call, path)
     for node in [*flags, *gm.graph.find_nodes(op="get_attr")]:
-        if not node.users:  # what it reads may be gone
+        if not node.users:  # the tensor that it reads may be gone
             gm.graph.erase_node(node)
     return len(site.calls)
 
@@ -225,7 +225,7 @@ def _call_instead(gm: fx.GraphModule, call: fx.Node, path: str) -> None:
 
 
 def _norm_of(gm: fx.GraphModule, site: _Site) -> _BatchNorm | None:
-    """A BatchNorm with the tensors of `site`; None if a number of it is unknown."""
+    """A BatchNorm with the tensors of `site`; None if one of its numbers is unknown."""
     tensors = {key: _value(gm, path) for key, path in site.reads.items()}
     source = _input_of(site.calls[0])
     known = rank(source) if isinstance(source, fx.Node) else None

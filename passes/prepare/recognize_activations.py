@@ -1,4 +1,4 @@
-"""The pass that finds activations which a model writes out by hand."""
+"""The pass that recognises activations written out by hand."""
 
 from collections.abc import Collection, Iterator
 
@@ -12,23 +12,23 @@ from pn_compiler.inspection.batch_norms import is_batch_norm
 from pn_compiler.inspection.hooks import has_hooks
 from pn_compiler.operators.activations import is_activation, reading_input
 from pn_compiler.operators.known_activations import known_by_values, known_module, known_piecewise
+from pn_compiler.operators.op_names import moves_values, reads_shape
 from pn_compiler.operators.piecewise import Piecewise, identity
-from pn_compiler.operators.spelling import moves_values, reads_shape
 from pn_compiler.passes.prepare.canonicalize_activations import CanonicalizeActivations
 from pn_compiler.passes.prepare.elementwise import Value, constant_of, value_of
 
-_KEEPING_OUTPUT = (nn.Sigmoid, nn.Tanh)  # for the gradient, and nothing like them does otherwise
+_KEEPING_OUTPUT = (nn.Sigmoid, nn.Tanh)  # they keep their output for the gradient, in every spelling
 _LONGEST = 16  # operators; the tanh form of GELU takes 8
 
 
 class RecognizeActivations(GraphPass):
-    """Turns an activation that is written out behind a BatchNorm into the module of torch.nn it equals.
+    """Turns an activation written out behind a BatchNorm into the torch.nn module that it equals.
 
     Given:   y = bn(x); y * torch.sigmoid(y)         Result:  y = bn(x); silu(y)
              y = bn(x); MySwish()(y)                          y = bn(x); silu(y)
              y = bn(x); y.clamp_min(0).clamp_max(40)          y = bn(x); hardtanh(y, 0, 40)
     Clamps, comparisons, sums and products are composed exactly; others are compared by values up to 1e6.
-    Leaves alone: expressions that equal no activation of the table on the whole real line.
+    Leaves alone: expressions that equal no activation in the table on the whole real line.
     Outputs: preserved to rounding.
     """
 
@@ -49,7 +49,7 @@ class RecognizeActivations(GraphPass):
 
 
 def _rewrite(gm: fx.GraphModule, source: fx.Node, overwritten: Collection[fx.Node]) -> int:
-    """Replaces what is computed of `source` alone, if it is an activation."""
+    """Replaces an expression that depends only on `source`, if it is an activation."""
     readers = [user for user in source.users if not reads_shape(user)]
     if len(readers) == 1:
         module = called_module(gm, readers[0])
@@ -82,27 +82,27 @@ def _activation(gm: fx.GraphModule, source: fx.Node, inside: list[fx.Node], valu
     """The activation that the last node of `inside` computes, if it is one on the whole real line."""
     function = _as_module(gm, source, inside)
     if isinstance(value, Piecewise):
-        found = known_piecewise(value)
+        activation = known_piecewise(value)
     else:
-        found = known_by_values(function)
-        switches = {0.0, float(found.threshold)} if isinstance(found, nn.Softplus) else {0.0}
+        activation = known_by_values(function)
+        switches = {0.0, float(activation.threshold)} if isinstance(activation, nn.Softplus) else {0.0}
         if not value.edges <= switches:
-            return None  # a bend elsewhere, however small
+            return None  # it bends elsewhere, however little
     dtypes = {p.dtype for p in gm.parameters() if p.is_floating_point()}
-    return found if found is not None and all(_keeps(function, dtype) for dtype in dtypes) else None
+    return activation if activation is not None and all(_keeps(function, dtype) for dtype in dtypes) else None
 
 
 @torch.no_grad()
 def _keeps(function: nn.Module, dtype: torch.dtype) -> bool:
-    """Whether it gives the dtype that it gets: y * (y > 0).float() makes float32 of float16."""
+    """Whether `function` preserves the dtype: y * (y > 0).float() turns float16 into float32."""
     try:
         return bool(function(torch.ones(1, dtype=dtype)).dtype == dtype)
-    except RuntimeError:  # constants elsewhere
+    except RuntimeError:  # constants on another device
         return False
 
 
 def _rewrite_leaf(gm: fx.GraphModule, call: fx.Node, module: nn.Module) -> int:
-    """Replaces a module without state that torch.fx did not enter, if it is an activation."""
+    """Replaces a stateless module that was not traced into, if it is an activation."""
     own = not type(module).__module__.startswith("torch.")
     stateless = next(module.parameters(), None) is None and next(module.buffers(), None) is None
     if not (own and stateless) or has_hooks(module) or len(call.args) != 1 or call.kwargs:
@@ -116,9 +116,9 @@ def _rewrite_leaf(gm: fx.GraphModule, call: fx.Node, module: nn.Module) -> int:
 
 
 def _expressions(gm: fx.GraphModule, source: fx.Node) -> Iterator[tuple[list[fx.Node], Value]]:
-    """Sets of nodes that compute one value of `source` alone and that nothing else reads, smallest first.
+    """Sets of nodes that compute one value from only `source` and have no other readers, smallest first.
 
-    Each with what its last node computes.
+    Each comes with the function that its last node computes.
     """
     values: dict[fx.Node, Value] = {source: identity()}
     inside: list[fx.Node] = []
@@ -137,7 +137,7 @@ def _expressions(gm: fx.GraphModule, source: fx.Node) -> Iterator[tuple[list[fx.
 
 
 def _next_value(gm: fx.GraphModule, node: fx.Node, values: dict[fx.Node, Value]) -> Value | None:
-    """What `node` computes of `values`, and of constants that it may read beside them."""
+    """The function that `node` computes of `values`, and of constants that it may also read."""
     inputs = node.all_input_nodes
     if not any(i in values for i in inputs):
         return None
@@ -146,7 +146,7 @@ def _next_value(gm: fx.GraphModule, node: fx.Node, values: dict[fx.Node, Value])
 
 
 def _ancestors(node: fx.Node, inside: list[fx.Node]) -> list[fx.Node]:
-    """Those of `inside` from which `node` is computed, itself included, in order."""
+    """The nodes of `inside` that `node` is computed from, including itself, in order."""
     needed = {node}
     for candidate in reversed(inside):
         if any(user in needed for user in candidate.users):
@@ -155,7 +155,7 @@ def _ancestors(node: fx.Node, inside: list[fx.Node]) -> list[fx.Node]:
 
 
 def _as_module(gm: fx.GraphModule, source: fx.Node, inside: list[fx.Node]) -> fx.GraphModule:
-    """What `inside` computes of `source`, as a module of one argument."""
+    """The expression `inside` of `source`, as a module of one argument."""
     expression = fx.Graph()
     values = {source: expression.placeholder("x")}
 

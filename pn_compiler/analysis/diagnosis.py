@@ -9,8 +9,8 @@ from pn_compiler.base.diagnostics import format_table
 from pn_compiler.base.errors import ConfigError
 from pn_compiler.base.strict_json import to_json
 
-COLLAPSED = 0.5  # share of P1 above which a site is said to be collapsed: most of its power is a constant
-UNIFORM = 1e-3  # share of P2 + P4 below which its instance statistics are said not to vary
+COLLAPSED = 0.5  # a site with a larger share of P1 counts as collapsed: most of its power is a constant
+UNIFORM = 1e-3  # below this share of P2 + P4, a site's instance statistics count as constant
 
 _NAMED = 5  # sites in a line of text
 _LABELS = ("P1 constant per channel", "P2 instance mean", "P3 within an instance", "P4 instance deviation")
@@ -21,10 +21,10 @@ class SitePower:
     """Power decomposition at one call of one normalizer; see `diagnose` for the definitions.
 
     Attributes:
-        name: path of the module; its second call within a forward is ``name:2``.
+        name: path of the module; the second call within a forward is ``name:2``.
         kind: "BN", "LN", "GN" or "IN" by what is normalized over, with "+PN" for proxy normalization.
         channels: C.
-        samples: how many instances were seen.
+        samples: number of instances seen.
         p1, p2, p3, p4: the four powers, averaged over channels.
     """
 
@@ -39,7 +39,7 @@ class SitePower:
 
     @property
     def power(self) -> float:
-        """P1 + P2 + P3 + P4, the mean square of y: 1, less what eps takes, if y was normalized just here."""
+        """P1 + P2 + P3 + P4, the mean square of y: 1, up to eps, if y is normalized right here."""
         return self.p1 + self.p2 + self.p3 + self.p4
 
     @property
@@ -55,7 +55,7 @@ class Diagnosis:
 
     Attributes:
         sites: in the order in which the forward calls them, that is, by depth.
-        notes: what was left out, or has to be known to read the figures.
+        notes: what was left out, and what you need to know to read the figures.
     """
 
     sites: tuple[SitePower, ...]
@@ -63,7 +63,7 @@ class Diagnosis:
 
     @property
     def collapsed(self) -> tuple[SitePower, ...]:
-        """Sites where P1 has more than half of the power: channel-wise constant functions (LayerNorm)."""
+        """Sites where P1 is more than half of the power: channel-wise constant functions (LayerNorm)."""
         return tuple(site for site in self.sites if site.shares[0] > COLLAPSED)
 
     @property
@@ -127,8 +127,8 @@ class Diagnosis:
         write_atomically(Path(path), content.getvalue())
 
 
-def _verdict(title: str, found: tuple[SitePower, ...], total: int) -> list[str]:
-    if not found:
+def _verdict(title: str, affected: tuple[SitePower, ...], total: int) -> list[str]:
+    if not affected:
         return []
-    names = [site.name for site in found[:_NAMED]] + (["..."] if len(found) > _NAMED else [])
-    return [f"{title} at {len(found)} of {total} sites: {', '.join(names)}"]
+    names = [site.name for site in affected[:_NAMED]] + (["..."] if len(affected) > _NAMED else [])
+    return [f"{title} at {len(affected)} of {total} sites: {', '.join(names)}"]

@@ -29,40 +29,41 @@ def diagnose(
 ) -> Diagnosis:
     """Decomposes the power of the pre-activations at every normalizer that `model` calls.
 
-    With y [N, C, *] what a normalizer makes of its input **before** weight and bias, as in the paper (where
-    the activation is phi(weight * y + bias)), and per sample and channel the instance mean m and the
-    instance standard deviation s of y over space::
+    Let y [N, C, *] be the normalized input **before** weight and bias, as in the paper (where the activation
+    is phi(weight * y + bias)), and m and s its instance mean and instance standard deviation over space, per
+    sample and channel. Then::
 
         P1 = (E m)^2    P2 = Var m    P3 = (E s)^2    P4 = Var s        P1 + P2 + P3 + P4 = E y^2
 
-    E and Var (the population's, divided by N) go over all samples of all batches, for each channel; the
-    powers are then averaged over channels. [N, C] inputs have no space: s = 0.
+    E and Var (the population variance, divided by N) are taken over all samples of all batches, per channel;
+    the powers are then averaged over channels. [N, C] inputs have no spatial axes: s = 0.
 
     Normalizers are ``nn.BatchNorm*``, ``SyncBatchNorm``, ``nn.InstanceNorm*``, ``nn.GroupNorm``,
-    ``nn.LayerNorm`` over [C, *], their subclasses, and `pn_compiler.nn.ProxyNormAct`. Calls of functions
-    such as ``F.group_norm`` are not seen. A module that is called several times counts as several sites.
+    ``nn.LayerNorm`` over [C, *], their subclasses, and `pn_compiler.nn.ProxyNormAct`. Functional calls such
+    as ``F.group_norm`` are not seen. A module that is called several times counts as several sites.
 
-    The model runs in eval mode without gradients, and is as before when this returns or raises: modes,
-    buffers, hooks and attributes. So are torch's random numbers on CPU and CUDA, whatever `batches` draws.
+    The model runs in eval mode without gradients, and its state is restored when this returns or raises:
+    modes, buffers, hooks and attributes. So is torch's random state on CPU and CUDA, whatever `batches`
+    draws.
 
     Args:
         model: any module, converted or not, on any device.
         batches: batches of inputs, such as a DataLoader or a list. Of a tuple or list the first element is
             the input, as in (images, labels); a mapping holds arguments by name; anything else is the one
-            argument. Tensors are moved to the device of the model. A tensor or a mapping that stands for
-            `batches` is one batch. Memory does not grow with their number.
-        batch_statistics: BatchNorm normalizes with the statistics of each batch, as it does in training and
-            in the paper's plots, and not with its running statistics. Use it for networks that are not
-            trained yet, with batches as large as in training.
-        affine: decompose weight * y + bias instead, which is what the activation gets. A warm start makes
-            this the same as in the BatchNorm network, not y: its bias undoes what P1 of y shows.
+            argument. Tensors are moved to the device of the model. A single tensor or mapping is one batch.
+            Memory does not grow with the number of batches.
+        batch_statistics: let BatchNorm normalize with the statistics of each batch, as it does in training
+            and in the paper's plots, instead of its running statistics. Use it for untrained networks, with
+            batches as large as in training.
+        affine: decompose weight * y + bias instead, the input of the activation. A warm start preserves that
+            from the BatchNorm network, but not y: its bias undoes what P1 of y shows.
 
     Returns:
-        One row for each site, in the order of the calls.
+        One row for each site, in call order.
 
     Raises:
         ConfigError: there is no batch, the model does not run on one or has no values, or values are nan or
-            infinite: the message names the first site.
+            infinite; the message names the first site.
         UnsupportedModelError: the model has uninitialised lazy modules.
 
     Source: Labatie et al., NeurIPS 2021 (arXiv 2106.03743), the power decomposition and Figure 2.
@@ -81,14 +82,14 @@ def diagnose(
 
 def _warm_note(model: nn.Module) -> list[str]:
     warm = sum(site.warm_start for site in sites(model)) if is_converted(model) else 0
-    text = f"{warm} sites started warm: their bias undoes a part of what P1 shows, see affine=True"
+    text = f"{warm} sites started warm: their bias undoes part of what P1 shows, see affine=True"
     return [text] if warm else []
 
 
 class _Moments:
-    """Mean and population variance over N of values [N, *] that come in batches, in float64.
+    """Running mean and population variance over N of batches of values [N, *], in float64.
 
-    Merges means and sums of squared deviations (Chan, Golub and LeVeque, 1983): no cancellation.
+    Merges means and sums of squared deviations (Chan, Golub and LeVeque, 1983), to avoid cancellation.
     """
 
     def __init__(self) -> None:
@@ -104,12 +105,12 @@ class _Moments:
         self.count = total
 
     def powers(self) -> list[float]:
-        """Of values [N, 2, C], m and s: P1, P2, P3, P4."""
+        """P1, P2, P3, P4 of the values [N, 2, C], which hold m and s."""
         return [float(p) for p in torch.stack([self.mean**2, self.squares / self.count], 1).mean(2).flatten()]
 
 
 class _Recorder:
-    """Reads the inputs of all normalizers while a model runs."""
+    """Records the moments of all normalizers' inputs while a model runs."""
 
     def __init__(self, *, batch_statistics: bool, affine: bool) -> None:
         self.batch_statistics = batch_statistics
@@ -168,8 +169,8 @@ class _Recorder:
             )
         if not self.moments and not self.notes:
             notes.append(
-                "no normalizer is called as a module: functional calls are not seen, which "
-                "pn_compiler.transform makes modules of"
+                "no normalizer is called as a module: functional calls are not seen, but "
+                "pn_compiler.transform turns them into modules"
             )
         return Diagnosis(tuple(rows), tuple(notes))
 
@@ -179,7 +180,7 @@ def _is_new(norm: _BatchNorm) -> bool:
 
 
 def _refusal(module: nn.Module, x: Tensor, *, affine: bool) -> str:
-    """Why there are no channels to decompose `x` by; empty if there are."""
+    """Why `x` cannot be decomposed by channel; empty if it can."""
     shape = tuple(x.shape)
     if isinstance(module, nn.LayerNorm):
         over = module.normalized_shape
@@ -201,7 +202,7 @@ def _instance_moments(x: Tensor) -> tuple[Tensor, Tensor]:
 def _normalized(module: nn.Module, mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor]:
     """Instance mean and standard deviation of y, [N, C] each, from mean and variance of the input.
 
-    y is the input less a constant per instance and channel, times another: no pass over y is needed.
+    y is the input minus one constant per instance and channel, times another: no pass over y is needed.
     """
     centre, spread = _statistics(module, mean, var)
     deviation = (spread + module.eps).sqrt()  # type: ignore[operator]  # eps of a module is a float
@@ -209,7 +210,7 @@ def _normalized(module: nn.Module, mean: Tensor, var: Tensor) -> tuple[Tensor, T
 
 
 def _with_affine(module: nn.Module, mean: Tensor, deviation: Tensor) -> tuple[Tensor, Tensor]:
-    """The same of weight * y + bias."""
+    """Instance mean and standard deviation of weight * y + bias, from those of y."""
     if isinstance(weight := module.weight, Tensor):
         factor = weight.detach().cpu().double()
         mean, deviation = mean * factor, deviation * factor.abs()
@@ -219,14 +220,14 @@ def _with_affine(module: nn.Module, mean: Tensor, deviation: Tensor) -> tuple[Te
 
 
 def _statistics(module: nn.Module, mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and variance with which `module` normalizes, [N or 1, C], from those of the instances [N, C]."""
+    """The mean and variance `module` normalizes with, [N or 1, C], from those of the instances [N, C]."""
     if isinstance(module, _BatchNorm | _InstanceNorm):
         stored = module.running_mean, module.running_var
         if not module.training and stored[0] is not None and stored[1] is not None:
             return stored[0].cpu().double()[None], stored[1].cpu().double()[None]
         if isinstance(module, _InstanceNorm):
             return mean, var
-        # the variance of all is the mean of the variances and the variance of the means
+        # total variance = mean of the variances + variance of the means
         return mean.mean(0, True), var.mean(0, True) + mean.var(0, correction=0, keepdim=True)
     groups = _groups(module)
     grouped = mean.view(len(mean), groups, -1)

@@ -1,1 +1,1 @@
-"""Samples: from files, folders of images and functions; the inputs to compile with."""
+"""Samples from files, folders of images and functions, and the inputs to compile with."""

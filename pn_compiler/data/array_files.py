@@ -1,4 +1,4 @@
-"""Arrays from files, by name, without running code that the file brings and read from disk when used."""
+"""Named arrays from files, read from disk as they are used; no code in a file is run."""
 
 import zipfile
 from pathlib import Path
@@ -14,9 +14,9 @@ from pn_compiler.running.memory import total_memory
 
 
 def read_arrays(path: Path) -> dict[str, NDArray[Any] | Tensor]:
-    """Name -> array of a file ``.npy``, ``.npz`` or ``.safetensors``; a single one has the name "".
+    """Name -> array of a ``.npy``, ``.npz`` or ``.safetensors`` file; a single array has the name "".
 
-    All but ``.npz`` are read from disk where values are used.
+    Except for ``.npz``, values are read from disk as they are used.
 
     Raises:
         ConfigError: the file is missing, damaged, of another kind, or holds Python objects.
@@ -50,13 +50,13 @@ def _read_numpy(path: Path, *, packed: bool) -> dict[str, NDArray[Any]]:
         raise
     except OSError as error:
         raise ConfigError(f"cannot read {path}: {error.strerror or error}") from error
-    except Exception as error:  # whatever a damaged header or archive provokes in numpy and zipfile
+    except Exception as error:  # a damaged header or archive can raise anything in numpy and zipfile
         why = "it is damaged, or holds Python objects and not plain arrays"
         raise ConfigError(f"cannot read {path}: {why} ({first_line(error)[:200]})") from error
 
 
 def _refuse_bombs(path: Path, file: BinaryIO) -> None:
-    """Raises ConfigError if the arrays are larger than memory, which they are read into at once."""
+    """Raises ConfigError if the arrays are larger than memory: they are read into it at once."""
     with zipfile.ZipFile(file) as archive:
         size = sum(entry.file_size for entry in archive.infolist())
     file.seek(0)
@@ -74,6 +74,6 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
     try:
         with safe_open(path, framework="pt") as file:  # maps the file into memory
             return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # not a dict
-    except Exception as error:  # a SafetensorError, or whatever else a damaged header provokes
+    except Exception as error:  # a SafetensorError, or anything else that a damaged header raises
         why = "it is damaged, or another format"
         raise ConfigError(f"cannot read {path}: {why} ({first_line(error)[:200]})") from error

@@ -1,4 +1,4 @@
-"""A folder of images as samples, prepared as torchvision's transforms prepare them. Imports Pillow."""
+"""A folder of images as samples, preprocessed as by torchvision's transforms. Imports Pillow."""
 
 import dataclasses
 import math
@@ -16,7 +16,7 @@ from pn_compiler.base.errors import ConfigError, first_line
 from pn_compiler.base.regular_files import why_unreadable
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")  # torchvision's
-_FORMATS = ("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP")  # of these; Pillow runs Ghostscript for others
+_FORMATS = ("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP")  # no others: for some Pillow runs Ghostscript
 GRAY, RGB = 1, 3  # channels
 
 Size = int | Sequence[int]
@@ -24,14 +24,14 @@ Size = int | Sequence[int]
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Preprocessing:
-    """What torchvision's ``Resize``, ``CenterCrop``, ``ToTensor`` and ``Normalize`` do, in this order.
+    """Does what torchvision's ``Resize``, ``CenterCrop``, ``ToTensor`` and ``Normalize`` do, in this order.
 
     Attributes:
         channels: 1 (gray) or 3 (RGB).
-        mean: one for each channel or for all, on the scale 0 to 1; goes with `std`.
-        std: values become (pixel / 255 - mean) / std. Without both they stay between 0 and 1.
+        mean: one per channel, or one for all, on the scale 0 to 1; requires `std`.
+        std: values become (pixel / 255 - mean) / std. Without mean and std they stay between 0 and 1.
         resize: pixels of the shorter side, or (height, width); bilinear, with antialiasing.
-        crop: side of the square that is cut from the centre, or (height, width); black around smaller images.
+        crop: side of the central square to crop, or (height, width); smaller images are padded with black.
 
     Raises:
         ConfigError: a value makes no sense.
@@ -60,7 +60,7 @@ class Preprocessing:
             raise ConfigError(f"std {self.std}: expected positive values, for pixels on the scale 0 to 1")
 
     def pixels(self, image: Image.Image) -> NDArray[np.uint8]:
-        """[H, W, C] of an RGB image: gray, resized and cropped as asked for."""
+        """[H, W, C] of an RGB image, converted to gray, resized and cropped as configured."""
         if self.channels == GRAY:
             image = image.convert("L")
         if self.resize is not None:
@@ -93,7 +93,7 @@ def _resized(size: tuple[int, int], to: Size) -> tuple[int, int]:
 
 
 def _box(size: tuple[int, int], crop: Size) -> tuple[int, int, int, int]:
-    """Left, top, right, bottom of the centre of an image of (width, height), with torchvision's rounding."""
+    """Left, top, right, bottom of a (width, height) image's central crop, with torchvision's rounding."""
     height, width = (crop, crop) if isinstance(crop, int) else crop
     left, top = (
         round((old - new) / 2) if old >= new else -((new - old) // 2)
@@ -104,12 +104,12 @@ def _box(size: tuple[int, int], crop: Size) -> tuple[int, int, int, int]:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class ImageFolder:
-    """Images [N, C, H, W], float32, which are decoded when rows are asked for.
+    """Images [N, C, H, W], float32, which are decoded when rows are read.
 
     Attributes:
-        paths: of the files, sorted.
-        preprocessing: of each image.
-        size: (height, width) that the first image has after it, and all must have.
+        paths: paths of the files, sorted.
+        preprocessing: applied to each image.
+        size: (height, width) of the first image after preprocessing; all must have it.
     """
 
     paths: Sequence[str]
@@ -118,7 +118,7 @@ class ImageFolder:
 
     @classmethod
     def open(cls, folder: Path, preprocessing: Preprocessing) -> "ImageFolder":
-        """All images in `folder` and the folders in it. The first is decoded.
+        """All images in `folder` and its subfolders. Only the first is decoded.
 
         Raises:
             ConfigError: there is none, or the first cannot be read.
@@ -158,22 +158,22 @@ class ImageFolder:
 
 
 def find_images(folder: Path) -> list[str]:
-    """The images in `folder` and the folders in it, told by their extensions, sorted; not the hidden ones.
+    """The images in `folder` and its subfolders, by extension, sorted; hidden ones are skipped.
 
     Raises:
         ConfigError: a folder cannot be read.
     """
-    found, seen = [], set()
+    images, seen = [], set()
     for root, folders, files in os.walk(folder, onerror=_refuse, followlinks=True):
         place = os.path.realpath(root)
-        if place in seen:  # a link back to a folder above it
+        if place in seen:  # a link back to a parent folder
             folders.clear()
             continue
         seen.add(place)
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         names = (name for name in files if name.lower().endswith(EXTENSIONS) and not name.startswith("."))
-        found += [os.path.join(root, name) for name in names]
-    return sorted(found)
+        images += [os.path.join(root, name) for name in names]
+    return sorted(images)
 
 
 def _refuse(error: OSError) -> None:
@@ -181,10 +181,10 @@ def _refuse(error: OSError) -> None:
 
 
 def read_image(path: str) -> Image.Image:
-    """In RGB, as torchvision's default loader reads it.
+    """Reads an image in RGB, as torchvision's default loader does.
 
-    Palettes are looked up. Transparency is dropped. The orientation in EXIF is not applied. Of an image with
-    several frames it is the first. 16-bit gray is cut off at 255, which leaves hardly more than white.
+    Palettes are resolved. Transparency is dropped. The EXIF orientation is not applied. Of several frames,
+    the first is read. 16-bit gray is clipped at 255, which leaves little more than white.
 
     Raises:
         ConfigError: there is no such file, or it is damaged or not an image.
@@ -196,6 +196,6 @@ def read_image(path: str) -> Image.Image:
             return Image.open(file, formats=_FORMATS).convert("RGB")
     except UnidentifiedImageError as error:
         raise ConfigError(f"cannot read the image {path}: it is damaged, or not an image") from error
-    except Exception as error:  # whatever a damaged file provokes
+    except Exception as error:  # a damaged file can raise anything
         cause = getattr(error, "strerror", None) or first_line(error)
         raise ConfigError(f"cannot read the image {path}: {cause}") from error

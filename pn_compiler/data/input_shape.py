@@ -1,4 +1,4 @@
-"""The inputs with which a model is compiled: given, stored in the file, or guessed from its first layer."""
+"""The inputs to compile a model with: given, stored in the file, or guessed from its first layer."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -14,7 +14,7 @@ from pn_compiler.running.inputs import Inputs
 from pn_compiler.running.memory import refuse_giant_tensors, total_memory
 
 GUESSED_PIXELS = 224
-_MOST_GUESSED = 2**28  # elements of an input whose shape nobody gave
+_MOST_GUESSED = 2**28  # most elements of an input whose shape the user did not give
 _ASK = "pass the shape, for example --input-shape 1,3,224,224 (input_shape=(1, 3, 224, 224))"
 
 
@@ -24,7 +24,7 @@ def choose_inputs(
     given: Inputs | None,
     input_shape: tuple[int, ...] | None,
 ) -> tuple[Inputs, str]:
-    """(inputs, where their shape came from). The inputs are tried on `model`.
+    """(inputs, where their shape comes from). The model is run on the inputs to check them.
 
     Raises:
         ConfigError: no shape is given and none can be guessed, or the model does not run on it.
@@ -58,13 +58,13 @@ def choose_inputs(
 
 
 def stated_inputs(model: nn.Module, input_shape: tuple[int, ...] | None) -> Inputs | None:
-    """Inputs of a shape that is given, or stored with the model; None if neither is, or it is impossible."""
+    """Inputs of the given shape, or the one stored with the model; None if there is none or it is invalid."""
     shape = input_shape or _stored_shape(model)
     try:
         inputs = None if shape is None else random_inputs(model, [shape])
         if inputs is not None:
             refuse_giant_tensors(model, inputs)
-    except Exception:  # choose_inputs says why
+    except Exception:  # choose_inputs reports why
         return None
     return inputs
 
@@ -114,7 +114,7 @@ def _stored_shape(model: nn.Module) -> tuple[int, ...] | None:
 
 
 def _first_layer(gm: fx.GraphModule, node: fx.Node) -> nn.Module | None:
-    """The first convolution or linear layer behind `node`, through layers that keep shapes."""
+    """The first convolution or linear layer behind `node`, reached through shape-preserving layers."""
     while len(node.users) >= 1:
         node = next(iter(node.users))
         module = called_module(gm, node)

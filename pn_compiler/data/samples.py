@@ -1,4 +1,4 @@
-"""Samples of a data set in memory, drawn in any order and put together to batches."""
+"""Samples of a data set held in memory, drawn in any order and joined into batches."""
 
 import dataclasses
 import hashlib
@@ -16,16 +16,16 @@ from pn_compiler.running.losses import named_outputs, relative_l2
 
 _HELD_BYTES = 2**30  # of samples
 _KEPT_BYTES = 2**28  # of a teacher's outputs
-_SAME = 1e-2  # relative difference that the rounding of float16 explains
+_SAME = 1e-2  # largest relative difference that float16 rounding explains
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Samples:
-    """What a model is called with, cut into pieces.
+    """The inputs of a model, split into pieces.
 
     Attributes:
-        pieces: (args, kwargs) of each, a batch of one sample, or a whole batch.
-        whole: whether they are the batches as they were given, which cannot be cut or put together.
+        pieces: (args, kwargs) of each piece: a batch of one sample, or a whole batch.
+        whole: whether the pieces are the original batches, which cannot be split or joined.
     """
 
     pieces: list[Any]
@@ -33,16 +33,16 @@ class Samples:
 
     @classmethod
     def read(cls, batches: Any, model: nn.Module, most: int, title: str = "distillation data") -> "Samples":
-        """The first samples in `batches`, on the device of `model`: `most`, or those that fill 1 GB.
+        """Reads the first samples in `batches` onto the device of `model`: up to `most`, or up to 1 GB.
 
-        They are cut where `model` computes the same for two samples together as for each alone. Other
-        batches stay whole: images of unlike size, lists of images, an output for the whole batch.
+        Batches are split if `model` computes the same for two samples together as for each alone. Otherwise
+        they stay whole: images of different sizes, lists of images, an output for the whole batch.
 
         Args:
             batches: as for `batches_of` in `evaluation`; read once, and no further than needed.
-            model: runs on two samples, as it is.
-            most: samples; a batch whose tensors have no first axis in common counts as one.
-            title: of the progress bar, and in messages.
+            model: run on two samples, in its current mode.
+            most: number of samples; a batch whose tensors share no first axis counts as one.
+            title: title of the progress bar, also used in messages.
 
         Raises:
             ConfigError: there is no batch, or one holds values that are nan or infinite.
@@ -66,10 +66,10 @@ class Samples:
         return len(self.pieces)
 
     def divide(self, held_out: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """(numbers of the held-out samples, numbers of the others), in random order, at least one of each.
+        """(indices of the held-out samples, indices of the others), in random order, at least one of each.
 
         Raises:
-            ConfigError: there is one sample only.
+            ConfigError: there is only one sample.
         """
         if len(self) < 2:
             what = "batch, which cannot be cut into samples" if self.whole else "sample"
@@ -79,7 +79,7 @@ class Samples:
         return order[:count], order[count:]
 
     def inputs(self, rows: Iterable[int]) -> Inputs:
-        """One batch of the pieces `rows`: copies, which the model may overwrite."""
+        """One batch of the pieces `rows`, copied so that the model may overwrite it."""
         return Inputs(*join([self.pieces[row] for row in rows]))
 
     def digest(self) -> str:
@@ -88,15 +88,15 @@ class Samples:
 
 
 class Outputs:
-    """What a teacher gives for samples: computed once where all of it takes at most 256 MB.
+    """A teacher's outputs for samples, computed only once if they take at most 256 MB.
 
     Args:
-        teacher: called as it is.
-        samples: what it is called with.
-        size: how many are put together in a call.
+        teacher: run in its current mode.
+        samples: its inputs.
+        size: number of samples per call.
 
     Raises:
-        ConfigError: the teacher does not run on them, or gives values that are nan or infinite.
+        ConfigError: the teacher does not run on the samples, or its outputs are nan or infinite.
     """
 
     def __init__(self, teacher: nn.Module, samples: Samples, size: int) -> None:
@@ -115,7 +115,7 @@ class Outputs:
         return outputs
 
     def _keep(self, size: int) -> list[Any] | None:
-        """The outputs of each sample; None if they are too large, or no nesting of tensors."""
+        """The outputs of each sample; None if they are too large, or not a nesting of tensors."""
         kept: list[Any] = []
         held = 0
         total = len(self._samples)
@@ -123,7 +123,7 @@ class Outputs:
             outputs = self._compute(rows.tolist())
             parts = [outputs] if len(rows) == 1 else cut(outputs)
             held += sum(tensor.nbytes for tensor in named_outputs(outputs).values())
-            expected = held / (len(kept) + len(rows)) * total  # so that little is computed for nothing
+            expected = held / (len(kept) + len(rows)) * total  # to give up early
             if parts is None or len(parts) != len(rows) or expected > _KEPT_BYTES:
                 return None
             kept += parts
@@ -131,7 +131,7 @@ class Outputs:
 
 
 def cut(values: Any) -> list[Any] | None:
-    """One structure for each entry of the first axis; None if its tensors have no such axis in common."""
+    """One structure per entry of the first axis; None if its tensors do not share that axis."""
     leaves, spec = pytree.tree_flatten(values)
     if not all(isinstance(leaf, Tensor | bool | int | float | None) for leaf in leaves):
         return None
@@ -144,7 +144,7 @@ def cut(values: Any) -> list[Any] | None:
 
 
 def join(pieces: Sequence[Any]) -> Any:
-    """The inverse of `cut`, in copies; a single piece may be anything."""
+    """The inverse of `cut`; it copies. A single piece may be anything."""
     if len(pieces) == 1:
         return pytree.tree_map_only(Tensor, torch.clone, pieces[0])
     columns = zip(*map(pytree.tree_leaves, pieces), strict=True)
@@ -153,19 +153,19 @@ def join(pieces: Sequence[Any]) -> Any:
 
 
 def digest(values: Iterable[Any]) -> str:
-    """A hash of tensors, with their shapes and dtypes, and of other values by their repr."""
-    found = hashlib.sha256()
+    """A hash of tensors, including their shapes and dtypes, and of the repr of other values."""
+    result = hashlib.sha256()
     for value in values:
         if isinstance(value, Tensor):
-            found.update(f"{value.dtype} {list(value.shape)}".encode())
-            found.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+            result.update(f"{value.dtype} {list(value.shape)}".encode())
+            result.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
         else:
-            found.update(repr(value).encode())
-    return found.hexdigest()
+            result.update(repr(value).encode())
+    return result.hexdigest()
 
 
 def _alike(pieces: list[Any]) -> bool:
-    """Whether they differ in nothing but the values of tensors, so that any of them can be put together."""
+    """Whether the pieces differ only in the values of tensors, so that any of them can be joined."""
 
     def form(piece: Any) -> list[Any]:
         leaves, spec = pytree.tree_flatten(piece)
@@ -184,6 +184,6 @@ def _independent(model: nn.Module, pieces: list[Any]) -> bool:
             relative_l2(torch.cat([outputs[name] for outputs in alone]).double(), tensor.double())
             for name, tensor in together.items()
         ]
-    except Exception:  # the first axis was no batch: whatever a model says to half of its input
+    except Exception:  # the first axis is not a batch: a model can raise anything on half of its input
         return False
     return all(bool(difference <= _SAME**2) for difference in differences)

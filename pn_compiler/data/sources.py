@@ -1,4 +1,4 @@
-"""Samples from files, folders of images or functions, in batches, as a model takes them."""
+"""Samples from files, folders of images or functions, in batches that a model accepts."""
 
 import dataclasses
 import re
@@ -30,9 +30,9 @@ _FUNCTION = re.compile(r"[\w.]+:[\w.]+")  # package.module:function
 
 
 class Batches(Protocol):
-    """Batches of samples, read one by one; each iteration starts again at the first.
+    """Batches of samples, read one by one; each iteration starts over.
 
-    ``len()`` is their number, except where a function yields them.
+    ``len()`` is the number of batches, unless a function yields them.
     """
 
     def __iter__(self) -> Iterator[Inputs]:
@@ -41,14 +41,14 @@ class Batches(Protocol):
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class ArrayBatches:
-    """The samples of files, cut into batches.
+    """The samples in files, split into batches.
 
     Attributes:
         path: the file or folder.
         arrays: argument of the forward -> [N, *]. The name "" stands for the first argument.
-        dtype: of the tensors that are made of floating-point arrays.
-        batch_size: of all batches but the last, which may be smaller.
-        whole: leave out a last batch that is smaller.
+        dtype: dtype of the tensors made from floating-point arrays.
+        batch_size: size of all batches but the last, which may be smaller.
+        whole: drop a smaller last batch.
     """
 
     path: Path
@@ -72,16 +72,16 @@ class ArrayBatches:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class FunctionBatches:
-    """The batches that a function yields. It is called each time an iteration starts.
+    """The batches that a function yields. The function is called whenever an iteration starts.
 
     Attributes:
         name: ``package.module:function``.
         function: takes no argument, and yields batches or returns an iterable of them, such as a DataLoader.
             Of a tuple or list the first element is the input, as in (images, labels); a mapping holds
             arguments by name; a tensor or numpy array is the one argument.
-        model: whose forward takes them.
-        batch_size: that of all batches, if `whole`.
-        whole: the batch size of the model is fixed; a last batch that is smaller is left out.
+        model: the model whose forward takes the batches.
+        batch_size: size of all batches, if `whole`.
+        whole: the model's batch size is fixed; a smaller last batch is dropped.
     """
 
     name: str
@@ -99,8 +99,8 @@ class FunctionBatches:
             samples += size
             if short or (self.whole and size > self.batch_size):
                 raise ConfigError(
-                    f"{short or where} does not hold {self.batch_size} samples, to which the batch of the "
-                    "model is fixed: yield batches of that size"
+                    f"{short or where} does not hold {self.batch_size} samples, the fixed batch size of the "
+                    "model: yield batches of that size"
                 )
             if self.whole and size < self.batch_size:
                 short = where
@@ -109,7 +109,7 @@ class FunctionBatches:
         _refuse_few(self.name, samples, self.batch_size if self.whole else 2)
 
     def _produced(self) -> Iterator[Any]:
-        """What the function yields. Raises ConfigError if it fails."""
+        """Yields what the function yields. Raises ConfigError if it fails."""
         try:
             yield from _iterable(self.name, self.function())
         except PnCompilerError:
@@ -133,18 +133,18 @@ def load_batches(
     """The samples in `source` as inputs of `model`.
 
     Args:
-        source: one of these. Values of arrays must be preprocessed as for training.
+        source: one of the following. Arrays must be preprocessed as for training.
 
             - ``.npy``, ``.npz`` or ``.safetensors``: one array for the first argument of the forward, or
-              several under the names of its arguments, the first axis of each being that of the samples.
+              several under the names of its arguments; the first axis of each indexes the samples.
               ``.npz`` is read into memory at once. No code in a file is run.
-            - a folder of images, at any depth: RGB, or gray where the first layer of `model` takes 1 channel.
-            - ``package.module:function``, see `FunctionBatches`. A file of that name goes first.
-        model: floating-point arrays take the dtype of its parameters.
-        batch_size: samples in a batch; a function chooses its own.
-        whole: leave out a last batch that is smaller, for a model whose batch size is fixed.
-        mean, std, resize, crop: of images, see `pn_compiler.data.image_folder.Preprocessing`.
-        allow_code: import and call a function.
+            - a folder of images, at any depth: RGB, or gray if the first layer of `model` takes 1 channel.
+            - ``package.module:function``, see `FunctionBatches`. A file of that name takes precedence.
+        model: floating-point arrays get the dtype of its parameters.
+        batch_size: samples per batch; a function chooses its own.
+        whole: drop a smaller last batch, for a model whose batch size is fixed.
+        mean, std, resize, crop: for images, see `pn_compiler.data.image_folder.Preprocessing`.
+        allow_code: whether a function may be imported and called.
 
     Raises:
         ConfigError: `source` cannot be read, or its values do not fit each other, the forward or the options.
@@ -167,7 +167,7 @@ def load_batches(
 
 
 def _function(source: str, allow_code: bool) -> Callable[[], Iterable[Any]]:
-    """What ``package.module:function`` names. It is imported."""
+    """Imports and returns the function that ``package.module:function`` names."""
     if not allow_code:
         raise ConfigError(
             f"{source} is not a file, and a function is only imported and called with --allow-data-code "
@@ -180,8 +180,8 @@ def _function(source: str, allow_code: bool) -> Callable[[], Iterable[Any]]:
         raise ConfigError(f"{source}: {error}") from error
     if not callable(function):
         raise ConfigError(f"{source} is a {type(function).__name__}, not a function that yields batches")
-    found: Callable[[], Iterable[Any]] = function
-    return found
+    batches_of: Callable[[], Iterable[Any]] = function
+    return batches_of
 
 
 def _images(path: Path, model: nn.Module, options: Mapping[str, Any]) -> "ImageFolder":
@@ -193,7 +193,7 @@ def _images(path: Path, model: nn.Module, options: Mapping[str, Any]) -> "ImageF
 
 
 def _image_channels(model: nn.Module) -> int | None:
-    """How many `model` takes, if its first layer tells, or the input that a program was exported with."""
+    """The number of channels that `model` takes, from its first layer or a program's example input."""
     graph = getattr(model, "graph", None)
     nodes = graph.nodes if isinstance(graph, fx.Graph) else ()
     stored = [node.meta.get("val") for node in nodes if node.op == "placeholder"]
@@ -208,7 +208,7 @@ def _image_channels(model: nn.Module) -> int | None:
 
 
 def _iterable(name: str, batches: Any) -> Iterable[Any]:
-    """What the function `name` returned. Raises ConfigError if it is one batch, or none."""
+    """The batches that the function `name` returned. Raises ConfigError if it is one batch, or none."""
     if isinstance(batches, Tensor | np.ndarray | Mapping) or not isinstance(batches, Iterable):
         raise ConfigError(
             f"{name} returned a {type(batches).__name__}, not batches: yield them, or return a list or a "
@@ -231,7 +231,7 @@ def _named(batch: Any) -> Mapping[str, Any]:
 
 
 def _check(arrays: Mapping[str, Any], where: str, model: nn.Module) -> int:
-    """The number of samples. Raises ConfigError where arrays do not fit each other or the forward."""
+    """The number of samples. Raises ConfigError if arrays do not fit each other or the forward."""
     if not arrays:
         raise ConfigError(f"{where} holds no array")
     for name, array in arrays.items():
@@ -267,7 +267,7 @@ def _refuse_few(where: str, samples: int, least: int) -> None:
 
 
 def _inputs(rows: Mapping[str, Any], dtype: torch.dtype, where: str, start: int = 0) -> Inputs:
-    """One batch. Raises ConfigError where a value is nan or infinite, in `dtype` if not before."""
+    """One batch. Raises ConfigError if a value is nan or infinite, or becomes so in `dtype`."""
     values = {name: _tensor(array) for name, array in rows.items()}
     for name, tensor in values.items():
         if tensor.is_floating_point():
@@ -280,7 +280,7 @@ def _inputs(rows: Mapping[str, Any], dtype: torch.dtype, where: str, start: int 
 
 
 def _tensor(rows: Any) -> Tensor:
-    """A copy: a model may overwrite its input, and files are read again."""
+    """A copy, because a model may overwrite its input and files are read again."""
     if isinstance(rows, Tensor):
         return rows.detach().clone()
     rows = np.asarray(rows)

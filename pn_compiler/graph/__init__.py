@@ -1,1 +1,1 @@
-"""Graphs of torch.fx: lookups and edits, shared memory, ranks, the table of sites, the contract of a pass."""
+"""torch.fx graphs: lookups and edits, shared memory, ranks, the table of sites, the contract of a pass."""

@@ -1,9 +1,9 @@
-"""Which values of a graph share memory, and which of those are overwritten.
+"""Alias analysis: which values of a graph share memory, and which of those are overwritten.
 
-A graph shows data flow, and a write shows no edge to what reads the same memory under another name: a view
-made before, the input of a module that returned it, another piece of a split. What torch declares of its
-operators (``Tensor(a!)`` in their schemas) is believed; of code that is not torch's own everything is
-assumed: that it overwrites what it is given, and that it returns a view of it.
+A graph shows data flow, but a write has no edge to other readers of the same memory: an earlier view, the
+input of a module that returned it, another piece of a split. Operator schemas of torch (``Tensor(a!)``) are
+trusted; for code that is not torch's own the worst is assumed: that it overwrites its inputs and returns a
+view of them.
 """
 
 import dataclasses
@@ -19,14 +19,14 @@ from torch import fx, nn
 from pn_compiler.graph.graph_utils import called_module
 from pn_compiler.inspection.hooks import has_hooks
 from pn_compiler.nn import ConstantClamp, ProxyNormAct
-from pn_compiler.operators.spelling import operator_name, reads_shape
+from pn_compiler.operators.op_names import operator_name, reads_shape
 
 _IN_PLACE_OPERATORS = frozenset(
     f"i{name}"
     for name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and", "or", "xor", "matmul")
 ) | {"ilshift", "irshift"}
 
-#: Results that may be views, or the input itself, though no schema says so: a dropout in evaluation.
+#: Results that may be views, or the input itself, although no schema says so: dropout in eval mode.
 _UNDECLARED_VIEWS = frozenset(
     [
         "align_as", "align_tensors", "align_to", "alpha_dropout", "atleast_1d", "atleast_2d", "atleast_3d",
@@ -37,7 +37,7 @@ _UNDECLARED_VIEWS = frozenset(
     ]
 )  # fmt: skip
 
-#: Functions without a schema of their name whose result is new memory.
+#: Functions without a schema under their name whose result is new memory.
 _NEW_MEMORY = frozenset(
     [
         "and_", "eq", "floordiv", "fold", "ge", "gt", "gumbel_softmax", "interpolate", "invert", "le",
@@ -68,9 +68,9 @@ class Aliases:
     """Values whose memory is overwritten after they were computed.
 
     Attributes:
-        overwritten: all of them.
-        pinned: those of them that something reads afterwards under another name, or that the caller can see.
-            The edges of the graph do not show that effect: only if nothing around them changes it is kept.
+        overwritten: all such values.
+        pinned: those that are read afterwards under another name, or that the caller can see. The graph has
+            no edge for that effect, so it is only preserved if nothing around them changes.
     """
 
     overwritten: frozenset[fx.Node]
@@ -78,7 +78,7 @@ class Aliases:
 
 
 def find_aliases(gm: fx.GraphModule) -> Aliases:
-    """Follows the memory of every value of `gm` through the graph, in its order."""
+    """Follows the memory of every value of `gm` through the graph, in execution order."""
     group_of: dict[fx.Node, set[fx.Node]] = {}
     overwritten: set[fx.Node] = set()
     pinned: set[fx.Node] = set()
@@ -99,7 +99,7 @@ def find_aliases(gm: fx.GraphModule) -> Aliases:
 
 
 def _is_seen_after(value: fx.Node, write: fx.Node) -> bool:
-    """Whether anything but the result of `write` shows what it did to the memory of `value`."""
+    """Whether anything besides the result of `write` observes its effect on the memory of `value`."""
     if value.op in ("placeholder", "get_attr"):
         return True  # the caller, and the next call
     return any(user > write and not reads_shape(user) for user in value.users)
@@ -139,7 +139,7 @@ def shares(gm: nn.Module, node: fx.Node) -> list[fx.Node]:
     if node.target is operator.getitem and isinstance(
         called_module(gm, node.all_input_nodes[0]), ProxyNormAct
     ):
-        return []  # each of its results has memory of its own
+        return []  # each of its results has its own memory
     name, known = operator_name(node), _is_torch(node)
     if not known or _is_foreign(node) or name in _UNDECLARED_VIEWS:
         return node.all_input_nodes
@@ -147,7 +147,7 @@ def shares(gm: nn.Module, node: fx.Node) -> list[fx.Node]:
 
 
 def has_effect(gm: nn.Module, node: fx.Node, pinned: Collection[fx.Node]) -> bool:
-    """Whether `node` overwrites, or may overwrite, what others see: `pinned`, or anything by foreign code."""
+    """Whether `node` may overwrite what others observe: a `pinned` value, or anything in foreign code."""
     targets = writes(gm, node)
     if node.op == "call_module" or _is_foreign(node):
         return bool(targets)
@@ -155,17 +155,17 @@ def has_effect(gm: nn.Module, node: fx.Node, pinned: Collection[fx.Node]) -> boo
 
 
 def tensor_behind(gm: nn.Module, node: fx.Node) -> str | None:
-    """The path of the parameter or buffer whose memory `node` is, or may be a view of; else None."""
+    """The path of the parameter or buffer that `node` is, or may be a view of; else None."""
     if node.op == "get_attr":
         return str(node.target)
-    found = (tensor_behind(gm, source) for source in shares(gm, node))
-    return next((path for path in found if path is not None), None)
+    paths = (tensor_behind(gm, source) for source in shares(gm, node))
+    return next((path for path in paths if path is not None), None)
 
 
 def returns_target(gm: fx.GraphModule, node: fx.Node) -> fx.Node | None:
     """The tensor that `node` overwrites and returns, or None.
 
-    None, too, for what may be a number: ``n += 1`` makes a new one, and leaves n as it is.
+    Also None for what may be a number: ``n += 1`` makes a new one and leaves n unchanged.
     """
     targets = writes(gm, node)
     given = (*node.args[:1], node.kwargs.get("input"), node.kwargs.get("out"))
@@ -181,7 +181,7 @@ def returns_target(gm: fx.GraphModule, node: fx.Node) -> fx.Node | None:
 
 
 def makes_tensor(gm: fx.GraphModule, node: fx.Node) -> bool:
-    """Whether `node` is certainly a tensor: not a number, and no tuple or list."""
+    """Whether `node` is certainly a tensor, not a number, tuple or list."""
     module = called_module(gm, node)
     if module is not None:
         return _is_known(module) and isinstance(module, _ONE_TENSOR)
@@ -201,19 +201,19 @@ def makes_tensor(gm: fx.GraphModule, node: fx.Node) -> bool:
 
 
 def in_place_operator(node: fx.Node) -> str | None:
-    """The name, without the i, of the operator that a node such as ``y += 1`` applies in place, else None."""
+    """The operator, such as "add", that a node such as ``y += 1`` applies in place; else None."""
     name = operator_name(node).removeprefix("__").removesuffix("__")
     return name[1:] if name in _IN_PLACE_OPERATORS else None
 
 
 def inplace_of(node: fx.Node) -> Any:
-    """The value of the argument ``inplace`` of a function of torch.nn.functional; None if it has none."""
+    """The ``inplace`` argument of a call to a torch.nn.functional function; None if it has none."""
     arguments = _bound(node)
     return None if arguments is None else arguments.get("inplace")
 
 
 def name_options(node: fx.Node) -> None:
-    """Writes ``F.relu(x, True)`` as ``F.relu(x, inplace=True)``, exactly the same."""
+    """Rewrites ``F.relu(x, True)`` to the equivalent ``F.relu(x, inplace=True)``."""
     arguments = _bound(node)
     if arguments is not None and arguments.get("inplace") is not None and len(node.args) > 1:
         first = next(iter(arguments))
@@ -238,7 +238,7 @@ _ONE_TENSOR = (
 
 
 def _bound(node: fx.Node) -> dict[str, Any] | None:
-    """Arguments by name of a function that has an option ``inplace``, else None."""
+    """Arguments by name for a function with an ``inplace`` option, else None."""
     if node.op != "call_function":
         return None
     signature = _signature_with_inplace(node.target)
@@ -264,7 +264,7 @@ def _is_own(module: nn.Module) -> bool:
 
 
 def _is_known(module: nn.Module) -> bool:
-    """Whether only code of torch and of this package runs when `module` is called."""
+    """Whether calling `module` runs only code of torch and this package."""
     return all(
         (type(m).__module__.startswith("torch.nn.") or _is_own(m))
         and not has_hooks(m)
@@ -278,13 +278,13 @@ def _is_in_place(module: nn.Module) -> bool:
 
 
 def _is_torch(node: fx.Node) -> bool:
-    """Whether it is known what `node` shares: an operator with a schema, or one of a list."""
+    """Whether it is known what `node` shares: it has a schema or is in one of the lists."""
     name = operator_name(node)
     return isinstance(node.target, torch._ops.OpOverload) or name in _NEW_MEMORY or bool(_schemas(name))
 
 
 def _is_foreign(node: fx.Node) -> bool:
-    """Whether `node` calls a function that is not of torch or Python, of which nothing is known."""
+    """Whether `node` calls a function from outside torch and Python, about which nothing is known."""
     if node.op != "call_function" or operator_name(node) or isinstance(node.target, torch._ops.OpOverload):
         return False
     origin = getattr(node.target, "__module__", None) or ""
@@ -301,7 +301,7 @@ def _is_named_in_place(node: fx.Node) -> bool:
 
 
 def _declared(node: fx.Node) -> Iterator[tuple[fx.Node, tuple[bool, bool]]]:
-    """Each input of `node` with (is overwritten, is shared by the result), as the schemas say."""
+    """Each input of `node` with (is overwritten, is shared by the result), according to the schemas."""
     overload = isinstance(node.target, torch._ops.OpOverload)
     schemas = (_flags(node.target._schema),) if overload else _schemas(operator_name(node))  # type: ignore[union-attr]
     for flags in schemas:
@@ -327,22 +327,24 @@ def _flags(schema: Any) -> _Flags:
 
 @functools.cache
 def _schemas(name: str) -> tuple[_Flags, ...]:
-    """What each overload of the ATen operator `name` does to its arguments, by name; () if there is none."""
-    found = torch._C._jit_get_schemas_for_operator(f"aten::{name}") if name else []
-    return tuple(_flags(schema) for schema in found)
+    """What each overload of the ATen operator `name` does to its arguments, by name; () without overloads."""
+    schemas = torch._C._jit_get_schemas_for_operator(f"aten::{name}") if name else []
+    return tuple(_flags(schema) for schema in schemas)
 
 
 @functools.cache
 def _returns_tensor(name: str) -> bool:
     """Whether every overload of the ATen operator `name` on tensors returns one tensor."""
-    found = torch._C._jit_get_schemas_for_operator(f"aten::{name}") if name else []
-    of_tensors = [s for s in found if s.arguments and str(s.arguments[0].type) in ("Tensor", "List[Tensor]")]
+    schemas = torch._C._jit_get_schemas_for_operator(f"aten::{name}") if name else []
+    of_tensors = [
+        s for s in schemas if s.arguments and str(s.arguments[0].type) in ("Tensor", "List[Tensor]")
+    ]
     returned = [[str(value.type) for value in schema.returns] for schema in of_tensors]
     return bool(returned) and all(types in (["Tensor"], []) for types in returned)
 
 
 def _nodes(value: Any) -> list[fx.Node]:
     """The nodes in an argument, which may be nested."""
-    found: list[fx.Node] = []
-    fx.map_arg(value, found.append)
-    return found
+    nodes: list[fx.Node] = []
+    fx.map_arg(value, nodes.append)
+    return nodes

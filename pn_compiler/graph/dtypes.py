@@ -1,6 +1,6 @@
-"""Whether a value of a graph is floating-point: integers and booleans take no activation of torch.nn.
+"""Whether a value of a graph is floating-point: activations of torch.nn do not accept integers or booleans.
 
-Example inputs tell, and an exported program. Without them the operators do, as far as they are known.
+It is known from example inputs or an exported program; otherwise it is derived from known operators.
 """
 
 import operator
@@ -10,7 +10,7 @@ from torch import Tensor, fx, nn
 
 from pn_compiler.graph.graph_utils import called_module
 from pn_compiler.graph.ranks import dtype
-from pn_compiler.operators.spelling import moves_values, operator_name, reads_shape
+from pn_compiler.operators.op_names import moves_values, operator_name, reads_shape
 
 #: The result has the dtype of the first input.
 _KEEPING = frozenset(
@@ -33,7 +33,7 @@ _PROMOTING = frozenset(
     ]
 )  # fmt: skip
 
-#: The result is floating-point, or complex, whatever goes in; or nothing else goes in.
+#: The result is floating-point or complex for any input; or no other input is accepted.
 _FLOATING = frozenset(
     [
         "batch_norm", "bfloat16", "celu", "conv1d", "conv2d", "conv3d", "conv_transpose1d",
@@ -56,22 +56,22 @@ def is_floating(gm: fx.GraphModule, node: fx.Node) -> bool | None:
 
 
 def _is_certain(gm: fx.GraphModule, node: fx.Node) -> bool:
-    """Whether `node` is certainly floating-point by the operators that it is computed with."""
+    """Whether the operators that compute `node` guarantee that it is floating-point."""
     seen, remaining = set(), [node]
     while remaining:  # any of these is enough
         current = remaining.pop()
         if current in seen:
             continue
         seen.add(current)
-        found = _sources(gm, current)
-        if found is None:
+        sources = _sources(gm, current)
+        if sources is None:
             return True
-        remaining += found
+        remaining += sources
     return False
 
 
 def _sources(gm: fx.GraphModule, node: fx.Node) -> list[fx.Node] | None:
-    """The inputs of `node` that make it floating-point if one of them is; None if it is so in any case."""
+    """The inputs of `node` of which one must be floating-point for `node` to be; None if it always is."""
     first = node.all_input_nodes[:1]
     module = called_module(gm, node)
     if module is not None:
@@ -96,7 +96,7 @@ def _sources(gm: fx.GraphModule, node: fx.Node) -> list[fx.Node] | None:
 
 
 def _gives_indices(gm: fx.GraphModule, pool: fx.Node) -> bool:
-    """Whether `pool` gives the places of its maxima, too."""
+    """Whether `pool` also returns the indices of its maxima."""
     of_module = getattr(called_module(gm, pool), "return_indices", False)
     return bool(of_module or pool.kwargs.get("return_indices") or "max_pool" in operator_name(pool))
 

@@ -16,10 +16,10 @@ _ATTRIBUTE = "_pn_compiler"
 
 
 class ConvertedModule(fx.GraphModule):
-    """A torch.fx.GraphModule whose sites survive pickling, and its hooks copying, too."""
+    """A torch.fx.GraphModule that keeps its sites when pickled and its hooks when copied."""
 
     def adopt_hooks(self, module: nn.Module) -> "ConvertedModule":
-        """Takes over the hooks of the module that this graph stands for; later ones are its own."""
+        """Takes over the hooks of the module that this graph replaces; hooks added later are its own."""
         for hooks in HOOKS_AND_OPTIONS:
             setattr(self, hooks, copy.copy(getattr(module, hooks)))
         return self
@@ -27,7 +27,7 @@ class ConvertedModule(fx.GraphModule):
     def __deepcopy__(self, memo: dict[int, Any]) -> "ConvertedModule":
         copied = super().__deepcopy__(memo)
         assert isinstance(copied, ConvertedModule)
-        for hooks in HOOKS_AND_OPTIONS:  # with the memo: hooks of one model point at its own parts
+        for hooks in HOOKS_AND_OPTIONS:  # with the memo, so that the copy's hooks point to its own parts
             setattr(copied, hooks, copy.deepcopy(getattr(self, hooks), memo))
         return copied
 
@@ -53,7 +53,7 @@ def _rebuild(
 
 
 def record(model: nn.Module, sites: tuple[Site, ...], notes: tuple[Diagnostic, ...]) -> None:
-    """Makes `model` the result of a conversion, as `sites` and `notes` read it."""
+    """Marks `model` as the result of a conversion, with these `sites` and `notes`."""
     kept = {_SITES: sites, _NOTES: notes}
     if isinstance(model, fx.GraphModule):
         model.meta.update(kept)
@@ -68,7 +68,7 @@ def _meta(model: nn.Module) -> dict[str, Any]:
 
 
 def is_converted(model: nn.Module) -> bool:
-    """Whether `model` came out of `transform`, or out of `fold` after it."""
+    """Whether `model` is a result of `transform`, or of `fold` after it."""
     return _SITES in _meta(model)
 
 

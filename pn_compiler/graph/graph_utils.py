@@ -1,4 +1,4 @@
-"""Helpers over torch.fx graphs that several passes need."""
+"""Helpers for torch.fx graphs, shared by several passes."""
 
 from collections import Counter, defaultdict
 from collections.abc import Iterable
@@ -21,7 +21,7 @@ def module_calls(gm: fx.GraphModule) -> dict[str, list[fx.Node]]:
 
 
 def add_module(gm: fx.GraphModule, path: str, module: nn.Module) -> str:
-    """Adds `module` at `path`, or at `path` with a number if something stands there; returns where."""
+    """Adds `module` at `path`, with a number appended if the path is taken; returns the path used."""
     candidate, number = path, 0
     while _has_attribute(gm, candidate):
         number += 1
@@ -39,7 +39,7 @@ def _has_attribute(root: nn.Module, path: str) -> bool:
 
 
 def replace_module(gm: fx.GraphModule, path: str, module: nn.Module) -> None:
-    """Puts `module` in the place of the one at `path`, in the same train/eval mode."""
+    """Replaces the module at `path` by `module`, in the same train/eval mode."""
     module.train(gm.get_submodule(path).training)
     gm.set_submodule(path, module)
 
@@ -47,7 +47,7 @@ def replace_module(gm: fx.GraphModule, path: str, module: nn.Module) -> None:
 def call_module_after(
     gm: fx.GraphModule, after: fx.Node, path: str, args: tuple[fx.Node | None, ...]
 ) -> fx.Node:
-    """A new call of the module at `path`, right after `after` and with its metadata."""
+    """Inserts a call of the module at `path` right after `after`, with its metadata."""
     with gm.graph.inserting_after(after):
         node = gm.graph.call_module(path, args)
     node.meta = dict(after.meta)

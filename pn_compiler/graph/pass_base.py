@@ -18,11 +18,11 @@ logger = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class PassResult:
-    """What a pass did to the graph that it was given, in place.
+    """What a pass did to its graph, in place.
 
     Attributes:
-        rewritten: how many places changed; 0 means that the graph is as it came.
-        notes: one diagnostic for every refused or remarkable site.
+        rewritten: how many places changed; 0 means that the graph is unchanged.
+        notes: one diagnostic for every refused or otherwise notable site.
     """
 
     rewritten: int = 0
@@ -30,9 +30,9 @@ class PassResult:
 
 
 class GraphPass(abc.ABC):
-    """A rewrite of a traced graph, in place: match, refuse or rewrite, and say what was done."""
+    """An in-place rewrite of a traced graph: matches sites, refuses or rewrites them, and reports."""
 
-    runs_after: ClassVar[tuple[type["GraphPass"], ...]] = ()  # those of them that are in the pipeline
+    runs_after: ClassVar[tuple[type["GraphPass"], ...]] = ()  # as far as they are in the pipeline
     requires: ClassVar[tuple[type["GraphPass"], ...]] = ()  # must be in the pipeline, before this pass
     preserves_outputs: ClassVar[bool] = False
 
@@ -56,7 +56,7 @@ class GraphPass(abc.ABC):
 
 
 def live_nodes(gm: fx.GraphModule) -> set[fx.Node]:
-    """The nodes of `gm` that its outputs depend on, or that do something else which can be noticed."""
+    """The nodes of `gm` that its outputs depend on, or that have another observable effect."""
     live: set[fx.Node] = set()
     pinned = find_aliases(gm).pinned
     for node in reversed(gm.graph.nodes):
@@ -67,7 +67,7 @@ def live_nodes(gm: fx.GraphModule) -> set[fx.Node]:
 
 
 def _asserts(node: fx.Node) -> bool:
-    """Whether `node` checks that an argument was left out."""
+    """Whether `node` asserts that an argument was omitted."""
     return getattr(node.target, "__name__", "") == "_assert_is_none"
 
 
@@ -75,7 +75,7 @@ Progress = Callable[[str], None]
 
 
 class PassGroup(GraphPass):
-    """Several passes, in order, as one."""
+    """Several passes, in order, as a single pass."""
 
     def __init__(self, *passes: GraphPass) -> None:
         self.passes = passes
@@ -87,7 +87,7 @@ class PassGroup(GraphPass):
 def run_pipeline(
     passes: Sequence[GraphPass], gm: fx.GraphModule, progress: Progress | None = None
 ) -> PassResult:
-    """Runs `passes` in order on `gm`, in place; what it returns is about all of them.
+    """Runs `passes` in order on `gm`, in place, and returns their combined result.
 
     Raises:
         PassError: the order breaks a ``runs_after`` (before any work), or a pass fails.
@@ -125,7 +125,7 @@ def flatten(passes: Iterable[GraphPass]) -> Iterator[GraphPass]:
 
 
 def check_order(passes: Iterable[GraphPass]) -> None:
-    """Raises PassError if a pass stands before one that it ``runs_after`` or ``requires``."""
+    """Raises PassError if a pass comes before one that it ``runs_after`` or ``requires``."""
     kinds = [type(graph_pass) for graph_pass in flatten(passes)]
     for position, kind in enumerate(kinds):
         for earlier in (*kind.runs_after, *kind.requires):
@@ -134,7 +134,7 @@ def check_order(passes: Iterable[GraphPass]) -> None:
 
 
 def check_complete(passes: Iterable[GraphPass]) -> None:
-    """Raises PassError if a pass of the whole pipeline `passes` stands behind none that it ``requires``."""
+    """Raises PassError if the whole pipeline `passes` lacks, before some pass, one that it ``requires``."""
     seen: set[type[GraphPass]] = set()
     for graph_pass in flatten(passes):
         for needed in graph_pass.requires:

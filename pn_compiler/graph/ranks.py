@@ -19,7 +19,7 @@ from pn_compiler.inspection.captured import copy_with_functions
 from pn_compiler.inspection.module_state import ModuleState
 from pn_compiler.nn import ChannelAffine, ConstantAffine, ConstantClamp, ProxyNormAct
 from pn_compiler.operators.activations import activation_of, is_activation
-from pn_compiler.operators.spelling import listed_sizes, operands, operator_name, reads_shape, reduced_dims
+from pn_compiler.operators.op_names import listed_sizes, operands, operator_name, reads_shape, reduced_dims
 from pn_compiler.running.inputs import Inputs
 from pn_compiler.running.random_states import RandomStates
 

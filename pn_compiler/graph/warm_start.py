@@ -9,16 +9,16 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from pn_compiler.base.config import WarmStart
 from pn_compiler.inspection.fake_tensors import has_values
 
-LARGE_RESIDUAL = 0.1  # is reported
+LARGE_RESIDUAL = 0.1  # residuals above it are reported
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Calibrated:
-    """What calibration found for one normalizer.
+    """The calibration result for one normalizer.
 
     Attributes:
         weight, bias: float64 [C].
-        residual: mean square of what they leave of the BatchNorm's output, relative to its variance.
+        residual: mean square deviation from the BatchNorm's output, relative to its variance.
     """
 
     weight: Tensor
@@ -27,21 +27,21 @@ class Calibrated:
 
 
 def is_trained(norm: _BatchNorm) -> bool:
-    """Whether the running statistics have moved from where they start, mean 0 and variance 1."""
+    """Whether the running statistics have moved from their initial values, mean 0 and variance 1."""
     if norm.running_mean is None or norm.running_var is None:
         return False
     if not has_values(norm.running_mean):
-        return True  # there are no values to look at: the structure of a trained network
+        return True  # there are no values to look at: treated as a trained network
     return bool((norm.running_mean != 0).any() or (norm.running_var != 1).any())
 
 
 def is_warm(norm: _BatchNorm, mode: WarmStart) -> bool:
-    """Whether `norm` is replaced with a warm start in this mode of `transform`."""
+    """Whether `norm` gets a warm start in this mode of `transform`."""
     return mode in ("running_stats", "calibrate") or (mode == "auto" and is_trained(norm))
 
 
 def plain_affine(norm: _BatchNorm) -> tuple[Tensor, Tensor]:
-    """(weight, bias) of `norm` as they are, [C]; ones and zeros if it has none."""
+    """The unchanged (weight, bias) of `norm`, [C]; ones and zeros if it has none."""
     device = next((t.device for t in (*norm.parameters(), *norm.buffers())), None)
     weight = torch.ones(norm.num_features, device=device, dtype=torch.float64)
     bias = torch.zeros_like(weight)
@@ -68,7 +68,7 @@ def affine_from_running_stats(norm: _BatchNorm, num_groups: int) -> tuple[Tensor
     sd2 = norm.running_var.double() + norm.eps
     grouped_mu, grouped_sd2 = mu.view(num_groups, -1), sd2.view(num_groups, -1)
     m = grouped_mu.mean(1, keepdim=True)
-    # mean(sd^2 + mu^2) - M^2, as a sum of two terms that are not negative
+    # mean(sd^2 + mu^2) - M^2, written as a sum of two nonnegative terms
     v = (grouped_sd2 + (grouped_mu - m) ** 2).mean(1, keepdim=True)
     m, v = (t.expand_as(grouped_mu).reshape(-1) for t in (m, v))
     sd = sd2.sqrt()

@@ -1,1 +1,1 @@
-"""What a user's model holds and does, read from its objects and its code without running it."""
+"""Inspects what a user's model holds and does, from its objects and code, without running it."""

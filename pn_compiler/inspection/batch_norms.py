@@ -1,4 +1,4 @@
-"""Which modules are BatchNorms, and of what kind."""
+"""Identifies BatchNorm modules and their kind."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -18,14 +18,14 @@ _QUANTIZED = ("quantized", "qat", "intrinsic.qat", "intrinsic.quantized")
 
 
 def is_batch_norm(module: nn.Module) -> bool:
-    """Whether `module` is a BatchNorm of any kind: each of them gets a line in the report."""
+    """Whether `module` is a BatchNorm of any kind; each gets a line in the report."""
     if isinstance(module, torch.jit.ScriptModule):
         return "BatchNorm" in getattr(module, "original_name", "")
     return isinstance(module, _BatchNorm) or type(module).__name__ in FROZEN_BATCH_NORMS
 
 
 def closed_kind(module: nn.Module) -> str | None:
-    """ "TorchScript" or "quantized" for a module with nothing in it to convert, else None."""
+    """ "TorchScript" or "quantized" for a module that cannot be converted inside, else None."""
     if isinstance(module, torch.jit.ScriptModule):
         return "TorchScript"
     quantized = tuple(f"torch.ao.nn.{name}" for name in _QUANTIZED)
@@ -33,28 +33,28 @@ def closed_kind(module: nn.Module) -> str | None:
 
 
 def closed_diagnostic(name: str, kind: str) -> Diagnostic:
-    """The remark about a BatchNorm that is, or is inside, a module of `closed_kind` `kind`."""
+    """The diagnostic for a BatchNorm that is, or is inside, a module whose `closed_kind` is `kind`."""
     hint = "convert the original float nn.Module first, then script or quantize the result"
     return Diagnostic("PN111", name, f"it is {kind}", hint)
 
 
 def batch_norms(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Every BatchNorm module of `model` with its path, each once."""
+    """Yields every BatchNorm module of `model` with its path, once each."""
     return ((name, module) for name, module in model.named_modules() if is_batch_norm(module))
 
 
 def holds_batch_norm(module: nn.Module) -> bool:
-    """Whether there is a BatchNorm in `module`, or code that calls batch_norm as a function."""
+    """Whether `module` contains a BatchNorm, or code that calls batch_norm as a function."""
     return any(is_batch_norm(child) or calls_batch_norm(child) for child in module.modules())
 
 
 def plain_base(module: nn.Module) -> type[nn.Module]:
-    """The class of torch.nn that the class of `module` is, or derives from."""
+    """The torch.nn class of `module`, or the one that its class derives from."""
     return next(cls for cls in type(module).__mro__ if cls.__module__.startswith("torch.nn."))
 
 
 def has_plain_forward(module: nn.Module) -> bool:
-    """Whether the class of `module` computes what a BatchNorm of torch.nn computes."""
+    """Whether `module` uses the unmodified forward of a torch.nn BatchNorm."""
     return isinstance(module, _BatchNorm) and type(module).forward in (
         _BatchNorm.forward,
         nn.SyncBatchNorm.forward,
@@ -62,9 +62,9 @@ def has_plain_forward(module: nn.Module) -> bool:
 
 
 def wraps_batch_norm(module: nn.Module) -> bool:
-    """Whether `module` is a BatchNorm with a forward of its own around that of its base.
+    """Whether `module` is a BatchNorm whose own forward wraps that of its base class.
 
-    It may hold modules, such as the activation behind it, but no tensors beyond those of a BatchNorm.
+    It may hold modules, such as the activation behind it, but no tensors besides those of a BatchNorm.
     """
     return (
         isinstance(module, _BatchNorm)
@@ -79,7 +79,7 @@ def wraps_batch_norm(module: nn.Module) -> bool:
 
 
 class FixedMode(_BatchNorm):
-    """A BatchNorm that nothing takes out of its mode, as ``F.batch_norm(..., training=False)`` is in one."""
+    """A BatchNorm fixed in train or eval mode, like ``F.batch_norm(..., training=False)``."""
 
     fixed_mode: bool
 
@@ -89,11 +89,11 @@ class FixedMode(_BatchNorm):
 
     @training.setter
     def training(self, mode: bool) -> None:
-        """Also what train() and eval() do."""
+        """Ignores assignments, including those by train() and eval()."""
 
     @staticmethod
     def of(norm: _BatchNorm, training: bool) -> "FixedMode":
-        """`norm` itself, from now on always in the mode `training`."""
+        """Fixes `norm` in the mode `training`, in place, and returns it."""
         fixed: Any = norm
         fixed.__class__ = next(
             cls for cls in FixedMode.__subclasses__() if isinstance(norm, cls.__bases__[1])
@@ -104,19 +104,19 @@ class FixedMode(_BatchNorm):
 
 
 class FixedModeBatchNorm1d(FixedMode, nn.BatchNorm1d):
-    """nn.BatchNorm1d in one mode."""
+    """nn.BatchNorm1d in a fixed mode."""
 
 
 class FixedModeBatchNorm2d(FixedMode, nn.BatchNorm2d):
-    """nn.BatchNorm2d in one mode."""
+    """nn.BatchNorm2d in a fixed mode."""
 
 
 class FixedModeBatchNorm3d(FixedMode, nn.BatchNorm3d):
-    """nn.BatchNorm3d in one mode."""
+    """nn.BatchNorm3d in a fixed mode."""
 
 
 class FixedModeSyncBatchNorm(FixedMode, nn.SyncBatchNorm):
-    """nn.SyncBatchNorm, which takes any rank, in one mode."""
+    """nn.SyncBatchNorm, which accepts any rank, in a fixed mode."""
 
 
 def _calls_super(module: nn.Module) -> bool:

@@ -1,6 +1,6 @@
-"""What functions hold besides their code: cells, defaults, bound objects, arguments of partial, globals.
+"""State captured by functions: cells, defaults, bound objects, arguments of partial, globals.
 
-`copy.deepcopy` copies a function by reference. The hooks and lambdas of a copied model would then read and
+`copy.deepcopy` copies a function by reference, so the hooks and lambdas of a copied model would read and
 write the original.
 """
 
@@ -29,20 +29,20 @@ _HOOKS = frozenset(
 
 
 def is_plain_object(value: Any) -> bool:
-    """Whether `value` is an instance of a user's class, with attributes that code can set."""
+    """Whether `value` is an instance of a user-defined class with settable attributes."""
     if isinstance(value, nn.Module | torch.Tensor | type | types.ModuleType | types.FunctionType):
         return False
     return hasattr(value, "__dict__") and not is_library(type(value))
 
 
 def is_library(cls: type) -> bool:
-    """Whether `cls` is one of Python, torch, NumPy or this package, whose code keeps no state in models."""
+    """Whether `cls` belongs to Python, torch, NumPy or this package, whose code keeps no state in models."""
     top = cls.__module__.partition(".")[0]
     return top in ("torch", "numpy", "pn_compiler") or (top in sys.stdlib_module_names and top != "__main__")
 
 
 def held_by(value: Any) -> Iterator[Any]:
-    """What `value` holds directly: a container's items, an object's attributes, what a function captures."""
+    """What `value` holds directly: a container's items, an object's attributes, a function's captures."""
     if isinstance(value, dict):
         yield from list(value.values())
     elif isinstance(value, list | set | tuple | frozenset | collections.deque):
@@ -68,7 +68,7 @@ def _is_filled(cell: types.CellType) -> bool:
 
 
 def reachable(values: Iterable[Any], *, through_functions: bool = True) -> Iterator[Any]:
-    """`values` and all that they hold, each once; modules and tensors are ends."""
+    """`values` and everything they hold, once each; it does not look inside modules and tensors."""
     seen: set[int] = set()
     stack = list(values)
     while stack:
@@ -84,7 +84,7 @@ def reachable(values: Iterable[Any], *, through_functions: bool = True) -> Itera
 
 
 def named_globals(function: Any) -> Iterator[Any]:
-    """Mutable globals that the code of `function` names."""
+    """Mutable globals that the code of `function` refers to."""
     function = getattr(function, "__func__", function)
     if isinstance(function, types.FunctionType):
         for name in function.__code__.co_names:
@@ -94,12 +94,12 @@ def named_globals(function: Any) -> Iterator[Any]:
 
 
 def attributes(module: nn.Module) -> list[Any]:
-    """The values of the attributes of `module`, less parameters, buffers, submodules and hooks."""
+    """Attribute values of `module`, without parameters, buffers, submodules and hooks."""
     return [value for name, value in vars(module).items() if name not in _HOOKS]
 
 
 def functions_of(cls: type) -> Iterator[types.FunctionType]:
-    """The methods of a user's class and of its bases."""
+    """The methods of a user-defined class and of its bases."""
     for base in cls.__mro__:
         if not is_library(base):
             for value in vars(base).values():
@@ -123,7 +123,7 @@ def copy_with_functions(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
 
 @contextlib.contextmanager
 def _copied_methods() -> Iterator[None]:
-    """Lets deepcopy look up the function of a bound method as well as its object."""
+    """Makes deepcopy look up a bound method's function in the memo, as well as its object."""
     dispatch: dict[type, Any] = copy._deepcopy_dispatch  # type: ignore[attr-defined]
     original = dispatch[types.MethodType]
 
@@ -138,10 +138,10 @@ def _copied_methods() -> Iterator[None]:
 
 
 def _rebind(model: nn.Module, memo: dict[int, Any]) -> "tuple[_Rebound, set[int]]":
-    """Puts copies of functions that capture parts of `model` into `memo`, the memo of a deepcopy to come.
+    """Puts copies of functions that capture parts of `model` into `memo`, for the deepcopy that follows.
 
     What functions capture from outside the model stays shared with the original: a hook that fills a
-    dict of the user's script still does.
+    dict in the user's script keeps doing so.
     """
     owned = {id(module) for module in model.modules()}
     for module in model.modules():
@@ -165,7 +165,7 @@ def _rebind(model: nn.Module, memo: dict[int, Any]) -> "tuple[_Rebound, set[int]
 
 
 def _share_outsiders(value: Any, owned: set[int], memo: dict[int, Any]) -> None:
-    """What a bound method or partial holds of neither the model nor anything with a part of it."""
+    """Shares what a bound method or partial holds that is not, and does not contain, a part of the model."""
     for held in held_by(value):
         mutable = isinstance(held, (*CONTAINERS, torch.Tensor)) or is_plain_object(held)
         if mutable and not any(id(v) in owned for v in reachable([held])):
@@ -173,7 +173,7 @@ def _share_outsiders(value: Any, owned: set[int], memo: dict[int, Any]) -> None:
 
 
 class _Rebound:
-    """Copies of functions whose cells are filled when the objects that they are to hold have been copied."""
+    """Copies of functions, whose cells are filled once the objects that they capture have been copied."""
 
     def __init__(self, functions: list[types.FunctionType]) -> None:
         self._cells: dict[int, tuple[types.CellType, types.CellType]] = {}
@@ -197,7 +197,7 @@ class _Rebound:
         return self._cells.setdefault(id(cell), (cell, types.CellType()))[1]
 
     def fill(self, copied: Any) -> None:
-        """Points cells and defaults at the copies that `copied`, a function of one object, gives."""
+        """Points cells and defaults at the copies; `copied` maps an object to its copy."""
         for old, new in self._cells.values():
             if _is_filled(old):
                 new.cell_contents = copied(old.cell_contents)

@@ -1,4 +1,4 @@
-"""What the code of a module does with its children, read from its source: nothing is run."""
+"""Reads from a module's source how it uses its children; nothing is run."""
 
 import ast
 import dis
@@ -16,8 +16,8 @@ from pn_compiler.inspection.captured import functions_of
 def is_called_whole(owner: nn.Module, name: str, child: nn.Module) -> bool:
     """Whether the code of `owner` calls ``self.name(...)`` and does nothing else with it.
 
-    What is iterated, indexed or looked into must keep its own class, and so must what has optional
-    arguments: which of them the call gives cannot be told.
+    A child that is iterated over, indexed or has its attributes read must keep its class. So must one with
+    optional arguments, because it is unknown which of them the call passes.
     """
     parameters = inspect.signature(child.forward).parameters.values()
     plain = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
@@ -31,7 +31,7 @@ def is_called_whole(owner: nn.Module, name: str, child: nn.Module) -> bool:
 def _uses(cls: type) -> tuple[frozenset[str], frozenset[str]]:
     """Attributes of self that the methods of `cls` call, and those that they use in any other way.
 
-    Assigning to one and comparing it with None is no use.
+    Assigning to an attribute and comparing it with None do not count.
     """
     called: set[str] = set()
     otherwise: set[str] = set()
@@ -58,9 +58,9 @@ def _uses(cls: type) -> tuple[frozenset[str], frozenset[str]]:
 
 @functools.cache
 def read_norms(cls: type) -> frozenset[str]:
-    """Attributes whose parameters or statistics, as a BatchNorm has them, the forward of `cls` reads."""
+    """Attributes of which the forward of `cls` reads BatchNorm-like parameters or statistics."""
     methods = {function.__name__: function for function in reversed([*functions_of(cls)])}
-    found: set[str] = set()
+    names: set[str] = set()
     forward = inspect.getattr_static(cls, "forward", None)
     remaining = [forward] if isinstance(forward, types.FunctionType) else []
     while remaining:
@@ -68,18 +68,18 @@ def read_norms(cls: type) -> frozenset[str]:
         for instruction in dis.get_instructions(remaining.pop()):
             name = instruction.argval
             if name in _NORM_STATE and before is not None and before.opname == "LOAD_ATTR":
-                found.add(str(before.argval))
+                names.add(str(before.argval))
             if name in methods:
                 remaining.append(methods.pop(name))  # each once
             before = instruction
-    return frozenset(found)
+    return frozenset(names)
 
 
 _NORM_STATE = frozenset(["weight", "bias", "running_mean", "running_var", "num_batches_tracked"])
 
 
 def _callee(node: ast.AST) -> ast.expr | None:
-    """What `node` calls, directly or through torch.utils.checkpoint."""
+    """The function that `node` calls, directly or through torch.utils.checkpoint."""
     if not isinstance(node, ast.Call):
         return None
     through = getattr(node.func, "attr", getattr(node.func, "id", "")) == "checkpoint"
@@ -87,7 +87,7 @@ def _callee(node: ast.AST) -> ast.expr | None:
 
 
 def _methods(cls: type) -> Iterator[ast.FunctionDef]:
-    """Syntax trees of the methods that `cls` itself defines, less its constructor."""
+    """Syntax trees of the methods that `cls` itself defines, except the constructor."""
     try:
         tree = ast.parse(textwrap.dedent(inspect.getsource(cls)))
     except (OSError, TypeError, SyntaxError):
@@ -115,8 +115,8 @@ _STATISTICS = frozenset(["running_mean", "running_var"])  # only a BatchNorm has
 
 @functools.cache
 def children_looked_into(cls: type) -> frozenset[str] | None:
-    """Attributes of self in which methods of `cls` read running statistics; None if not known of all."""
-    found: set[str] = set()
+    """Attributes of self whose running statistics methods of `cls` read; None if not all are known."""
+    names: set[str] = set()
     for base in cls.__mro__:
         if base is nn.Module:
             break
@@ -126,12 +126,12 @@ def children_looked_into(cls: type) -> frozenset[str] | None:
         reads = [read for tree in _methods(base) for read in _reads_of_statistics(tree)]
         if not reads or None in reads:
             return None
-        found.update(name for name in reads if name)
-    return frozenset(found)
+        names.update(name for name in reads if name)
+    return frozenset(names)
 
 
 def _names(code: types.CodeType) -> Iterator[str]:
-    """What `code`, and the functions inside it, call by name."""
+    """The names that `code` and its nested functions refer to."""
     yield from code.co_names
     for constant in code.co_consts:
         if isinstance(constant, types.CodeType):
@@ -139,7 +139,7 @@ def _names(code: types.CodeType) -> Iterator[str]:
 
 
 def _reads_of_statistics(tree: ast.FunctionDef) -> Iterator[str | None]:
-    """For each read in a method: "a" of ``self.a.b.running_mean``, "" of self's own, None of any other."""
+    """For each read in a method: "a" for ``self.a.b.running_mean``, "" for self's own, None for others."""
     owners = {"self", *(argument.arg for argument in tree.args.args[:1])}
     for read in ast.walk(tree):
         if isinstance(read, ast.Attribute) and read.attr in _STATISTICS:

@@ -1,4 +1,4 @@
-"""Python objects that outlive a call, which a forward may change: what they hold, and whether it changed."""
+"""Tracks Python objects that outlive a call, to see whether a forward changed them."""
 
 import array
 import collections
@@ -12,7 +12,7 @@ from typing import Any
 
 from pn_compiler.inspection.captured import CONTAINERS, is_library, is_plain_object, reachable
 
-#: identities of builtins, and of what code finds in their place while it is traced: no change of its globals
+#: ids of builtins and of their stand-ins during a trace: these do not count as changed globals
 SWAPPED = {id(isinstance), id(callable), id(type)}
 
 _WARNED = "__warningregistry__"  # what `warnings` keeps among the globals of code that warns
@@ -20,9 +20,9 @@ _BYTES = (bytearray, array.array)
 
 
 class Containers:
-    """What lists, dicts, sets, arrays, objects and cells of closures hold, to see what changed and undo it.
+    """A snapshot of lists, dicts, sets, arrays, objects and closure cells, to detect changes and undo them.
 
-    Of iterators it is seen how far they are, which cannot be undone.
+    For iterators it detects that they advanced, which cannot be undone.
     """
 
     def __init__(self) -> None:
@@ -30,7 +30,7 @@ class Containers:
         self._owners: dict[int, set[str]] = {}
 
     def add(self, values: Iterable[Any], owner: str) -> None:
-        """Includes all that `values` reach; `owner` is the path of the module that holds them."""
+        """Includes everything reachable from `values`; `owner` is the path of the module that holds them."""
         for value in reachable(values):
             if _is_held(value) or is_plain_object(value):
                 self._note(value, owner)
@@ -43,8 +43,8 @@ class Containers:
         if id(names) in self._held:
             return
         self._note(names, "")
-        found = (value for name, value in names.items() if name != _WARNED)
-        self.add([value for value in found if _is_held(value)], "")
+        values = (value for name, value in names.items() if name != _WARNED)
+        self.add([value for value in values if _is_held(value)], "")
 
     def add_classes(self, cls: type, owner: str) -> None:
         """Includes the attributes of the user's classes that `cls` derives from."""
@@ -58,9 +58,9 @@ class Containers:
         self._owners.setdefault(id(value), set()).add(owner)
 
     def changed(self) -> set[str]:
-        """Paths of the modules that hold something that changed; "" for globals."""
-        found = (key for key, (value, before) in self._held.items() if not _same(_contents(value), before))
-        return {owner for key in found for owner in self._owners[key]}
+        """Paths of the modules that hold something that has changed; "" for globals."""
+        keys = (key for key, (value, before) in self._held.items() if not _same(_contents(value), before))
+        return {owner for key in keys for owner in self._owners[key]}
 
     def restore(self) -> None:
         """Undoes the changes."""
@@ -84,13 +84,13 @@ def _is_iterator(value: Any) -> bool:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class _Mark:
-    """What tells one state of an iterator or of an array from another."""
+    """A fingerprint of the state of an iterator or an array."""
 
     state: Any
 
 
 def _position(value: Any) -> Any:
-    """How far an iterator is, to be compared by ==."""
+    """The position of an iterator, to be compared by ==."""
     if isinstance(value, types.GeneratorType):
         frame = value.gi_frame
         return None if frame is None else (frame.f_lasti, {k: id(v) for k, v in frame.f_locals.items()})
@@ -102,9 +102,9 @@ def _position(value: Any) -> Any:
         return value if isinstance(value, int | float | str | range) else type(value)
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # from Python 3.14 on those of itertools do not say it
+            warnings.simplefilter("ignore")  # from Python 3.14 on, those of itertools do not tell
             return _position(value.__reduce__()[1:])
-    except Exception:  # of files and the like
+    except Exception:  # such as files
         return None
 
 
@@ -121,7 +121,7 @@ def _contents(value: Any) -> Any:
     if isinstance(value, dict) and ("__builtins__" in value or _WARNED in value):  # the globals of a module
         return {name: held for name, held in value.items() if name != _WARNED and id(held) not in SWAPPED}
     if isinstance(value, dict):
-        return dict(dict.items(value))  # whatever a subclass does when it is read
+        return dict(dict.items(value))  # bypasses what a subclass does when it is read
     return copy.copy(value) if isinstance(value, CONTAINERS) else dict(vars(value))
 
 

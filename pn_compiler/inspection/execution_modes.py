@@ -1,4 +1,4 @@
-"""The modes of torch that decide what an operator does, and that a graph does not change."""
+"""The torch modes that affect what an operator does and that a graph does not record."""
 
 import contextlib
 import sys
@@ -17,22 +17,22 @@ _CONTEXTS: tuple[type, ...] = (
     torch.autocast,
     torch.autograd.graph.saved_tensors_hooks,
 )
-# what these files open is no doing of the forward: a checkpoint, and no_grad by way of set_grad_enabled
+# contexts opened in these files are not the forward's own: checkpoint, and set_grad_enabled in no_grad
 _OWN_USES = (torch.utils.checkpoint.__file__, torch.autograd.grad_mode.__file__)
 
 
 class ExecutionModes:
-    """The contexts that are open, and the flags of torch.
+    """The open contexts and the flags of torch.
 
-    A context counts even where it changes no flag: ``autocast(enabled=False)`` matters to those who call
-    the model under autocast.
+    A context counts even if it changes no flag: ``autocast(enabled=False)`` matters to users who call the
+    model under autocast.
     """
 
     def __init__(self) -> None:
         self._open: list[int] = []
 
     def grad_aside(self) -> tuple[Any, ...]:
-        """All but whether gradients are enabled, which torch.utils.checkpoint changes."""
+        """All modes except whether gradients are enabled, which torch.utils.checkpoint changes."""
         return (
             tuple(self._open),
             torch.is_inference_mode_enabled(),
@@ -49,17 +49,17 @@ class ExecutionModes:
         )
 
     def now(self) -> tuple[Any, ...]:
-        """Equal to what it was before if every operator does the same as before."""
+        """A snapshot; it equals an earlier one if every operator still does the same."""
         return torch.is_grad_enabled(), self.grad_aside()
 
     @contextlib.contextmanager
     def watched(self) -> Iterator[None]:
-        """Notes which contexts are open; autograd.Function and checkpoint's own do not count."""
+        """Records which contexts are open; those of autograd.Function and checkpoint do not count."""
         with contextlib.ExitStack() as patches:
             for cls in _CONTEXTS:
                 patches.enter_context(_patched(cls, "__enter__", self._opening))
                 patches.enter_context(_patched(cls, "__exit__", self._closing))
-            # called as a function it is never closed; as a decorator it is made anew for each call
+            # called as a function, it is never closed; as a decorator, it is created for each call
             patches.enter_context(_patched(torch.set_grad_enabled, "__init__", self._opening))
             patches.enter_context(_patched(torch.set_grad_enabled, "__call__", self._closing))
             yield

@@ -1,4 +1,4 @@
-"""Tensors without values: those of a fake mode, and on the meta device."""
+"""Tensors without values: fake tensors, and those on the meta device."""
 
 import contextlib
 from typing import Any
@@ -8,18 +8,18 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 
 def has_values(tensor: Tensor) -> bool:
-    """Whether `tensor` holds numbers: not on the meta device, and not fake."""
+    """Whether `tensor` holds values: it is neither fake nor on the meta device."""
     return not (tensor.is_meta or isinstance(tensor, FakeTensor))
 
 
 def copy_fake(tensor: Tensor) -> Tensor:
-    """A copy of `tensor`, whose own deepcopy fails."""
+    """Copies `tensor`; deepcopy fails on fake tensors."""
     copied = tensor.detach().clone()
     return nn.Parameter(copied, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else copied
 
 
 def fake_mode(model: nn.Module) -> contextlib.AbstractContextManager[Any]:
-    """The mode in which fake tensors of `model` live, so that new ones are fake, too; else nothing."""
+    """The FakeTensorMode of `model`, so that new tensors are fake as well; else a null context."""
     first = first_fake(model)
     return contextlib.nullcontext() if first is None else first.fake_mode
 

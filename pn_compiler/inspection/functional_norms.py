@@ -1,4 +1,4 @@
-"""Which code calls batch_norm as a function: no module of the model shows that it does."""
+"""Detects code that calls batch_norm as a function, which the modules of a model do not show."""
 
 import contextlib
 import dis
@@ -24,7 +24,7 @@ _FOLLOWED = types.ModuleType | torch._ops._OpNamespace | torch._ops.OpOverloadPa
 
 
 def is_batch_norm_function(value: Any) -> bool:
-    """Whether `value` is batch_norm of torch, torch.nn.functional or ATen."""
+    """Whether `value` is the batch_norm function of torch, torch.nn.functional or ATen."""
     if isinstance(value, torch._ops.OpOverload):
         value = value.overloadpacket
     if isinstance(value, torch._ops.OpOverloadPacket):
@@ -35,19 +35,19 @@ def is_batch_norm_function(value: Any) -> bool:
 
 
 def calls_batch_norm(module: nn.Module) -> bool:
-    """Whether the forward of `module` itself, or what it calls but for its children, calls batch_norm."""
+    """Whether the forward of `module`, or anything it calls except its children, calls batch_norm."""
     if isinstance(module, torch.jit.ScriptModule):
         return "aten::batch_norm" in str(getattr(module, "inlined_graph", ""))
     if isinstance(module, fx.GraphModule):
         return any(is_batch_norm_function(node.target) for node in module.graph.nodes)
     held = [function for value in vars(module).values() for function in _functions_in(value)]
     hooks = [hook for name in HOOKS for hook in getattr(module, name).values()]
-    found = _forward_calls(type(module))  # type: ignore[arg-type]  # classes are hashable
-    return found or any(map(reaches_batch_norm, (*held, *hooks)))
+    own_calls = _forward_calls(type(module))  # type: ignore[arg-type]  # classes are hashable
+    return own_calls or any(map(reaches_batch_norm, (*held, *hooks)))
 
 
 def _functions_in(value: Any) -> list[Any]:
-    """`value`, or what a tuple, list or dict holds, if it can be called and is no module."""
+    """The callables that are not modules in `value`, which may be a tuple, list or dict of them."""
     values = (
         value.values() if isinstance(value, dict) else value if isinstance(value, tuple | list) else (value,)
     )
@@ -60,7 +60,7 @@ def _forward_calls(cls: type[nn.Module]) -> bool:
 
 
 def reaches_batch_norm(function: Any) -> bool:
-    """Whether `function`, which a user may have written, calls batch_norm, or is it."""
+    """Whether `function`, possibly user-defined, is or calls batch_norm."""
     return _reaches(function, None, set())
 
 

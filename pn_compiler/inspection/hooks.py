@@ -59,11 +59,11 @@ class HookedModules:
 
 
 def _captured(module: nn.Module) -> list[Any]:
-    """What the forward hooks of `module` can write to."""
+    """The objects that the forward hooks of `module` can write to."""
     hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
     hooks = [hook for hook in hooks if not _of_torch(hook)]
-    found = [value for value in reachable(hooks) if _is_mutable(value)]
-    return [*found, *(value for hook in reachable(hooks) for value in named_globals(hook))]
+    mutable = [value for value in reachable(hooks) if _is_mutable(value)]
+    return [*mutable, *(value for hook in reachable(hooks) for value in named_globals(hook))]
 
 
 def _of_torch(hook: Any) -> bool:
@@ -81,16 +81,16 @@ def _has_backward_hooks(module: nn.Module) -> bool:
 
 
 def _readable(module: nn.Module) -> set[int]:
-    """Identities of what the forward of `module` can read: itself, its attributes, its code's globals."""
+    """Ids of what the forward of `module` can read: itself, its attributes, its code's globals."""
     held = reachable([*attributes(module), *functions_of(type(module))])
     named = (value for function in functions_of(type(module)) for value in named_globals(function))
     return {id(module), *map(id, held), *map(id, named)}
 
 
 def sharing_tensors(model: nn.Module) -> frozenset[str]:
-    """Paths of modules that hold a container with tensors in it together with another module.
+    """Paths of modules that share a container of tensors with another module.
 
-    Where they are not traced as one, what one of them leaves there for the other would become a constant.
+    Unless they are traced together, what one of them stores there for the other would become a constant.
     """
     owners: dict[int, set[str]] = {}
     for path, module in model.named_modules():

@@ -1,4 +1,4 @@
-"""What every function of the public API asks of a model that it is given."""
+"""Checks that every function of the public API makes on its model."""
 
 import os
 from collections.abc import Mapping
@@ -11,7 +11,7 @@ from pn_compiler.base.errors import ConfigError, UnsupportedModelError
 
 
 def check_module(model: object) -> None:
-    """Raises ConfigError, which says what to give instead, if `model` is no network."""
+    """Raises ConfigError, which says what to pass instead, if `model` is not a network."""
     if isinstance(model, nn.Module):
         return
     if isinstance(model, type):
@@ -38,11 +38,11 @@ def refuse_uninitialised(model: nn.Module) -> None:
 
 
 def refuse_global_hooks() -> None:
-    """Raises ConfigError if hooks on all modules of the process are registered: a graph would lose them."""
+    """Raises ConfigError if global module hooks are registered: a graph would lose them."""
     kinds = ("forward_pre_hooks", "forward_hooks", "backward_pre_hooks", "backward_hooks")
-    found = [kind for kind in kinds if getattr(torch.nn.modules.module, f"_global_{kind}")]
-    if found:
+    used = [kind for kind in kinds if getattr(torch.nn.modules.module, f"_global_{kind}")]
+    if used:
         raise ConfigError(
-            f"global {found[0].replace('_', ' ')} of torch.nn.modules.module are registered, which would run "
+            f"global {used[0].replace('_', ' ')} of torch.nn.modules.module are registered, which would run "
             "while the model is traced and not in the graph: remove them, and register them afterwards"
         )

@@ -1,4 +1,4 @@
-"""What a forward does to its modules and to what they share, besides computing outputs."""
+"""Tracks the side effects of a forward on its modules and on the state that they share."""
 
 import contextlib
 import dis
@@ -20,14 +20,14 @@ _WRITABLE = (torch.Tensor, int, float, str)
 
 
 class ModuleState:
-    """The attributes of all modules of a model before a trace, which runs their code once, on proxies.
+    """A snapshot of the attributes of all modules before a trace, which runs their code once, on proxies.
 
-    A forward that counts calls or keeps a running value changes attributes. A graph would do neither, so
-    such a module has to stay as it is.
+    A forward that counts calls or keeps a running value changes attributes. A graph would not, so such a
+    module has to stay whole.
 
     Args:
-        model: its modules are held until `restore`.
-        with_globals: hold the global variables of the code of its modules, too.
+        model: the model whose modules are tracked until `restore`.
+        with_globals: also track the global variables of the code of its modules.
     """
 
     def __init__(self, model: nn.Module, *, with_globals: bool = False) -> None:
@@ -49,7 +49,7 @@ class ModuleState:
                     self.containers.add_globals(function.__globals__)
 
     def changes(self) -> tuple[set[str], set[tuple[str, str]]]:
-        """(paths of modules whose numbers or tensors changed, (path, attribute) of values merely stored)."""
+        """(paths of modules whose numbers or tensors changed, (path, attribute) of values only stored)."""
         changed, stored = set(), set()
         overwritten = self._overwritten()
         for path, (module, before, registered) in self._held.items():
@@ -69,7 +69,7 @@ class ModuleState:
         return changed, stored
 
     def rewritten(self) -> bool:
-        """Whether a parameter has other data, another flag or another gradient."""
+        """Whether the data, requires_grad flag or gradient of a parameter was replaced."""
         return any(parameter.changed() for parameter in self._parameters)
 
     def _overwritten(self) -> set[torch.Tensor | None]:
@@ -77,7 +77,7 @@ class ModuleState:
 
     @torch.no_grad()
     def restore(self, *, traced: bool = True) -> None:
-        """Undoes the changes. New attributes that hold no proxy stay if `traced`: constants of the graph."""
+        """Undoes the changes. If `traced`, new attributes without proxies stay: the graph's constants."""
         for buffer, (version, value) in self._values.items():
             if buffer._version != version or _is_updated(buffer, value):
                 buffer.copy_(value)
@@ -95,13 +95,13 @@ class ModuleState:
 
 
 def _is_updated(buffer: torch.Tensor, before: torch.Tensor) -> bool:
-    """Whether `buffer`, if it may be a running statistic, was: batch_norm leaves its version as it was."""
+    """Whether `buffer`, a possible running statistic, was updated: batch_norm does not bump its version."""
     return buffer.dim() < 2 and has_values(buffer) and not torch.equal(buffer, before)
 
 
 def _registered(module: nn.Module, *, copied: bool = True) -> tuple[dict[str, Any], ...]:
-    found: tuple[dict[str, Any], ...] = (module._parameters, module._buffers, module._modules)
-    return tuple(dict(values) for values in found) if copied else found
+    registries: tuple[dict[str, Any], ...] = (module._parameters, module._buffers, module._modules)
+    return tuple(dict(values) for values in registries) if copied else registries
 
 
 def _hooks(module: nn.Module) -> list[Any]:
@@ -113,7 +113,7 @@ def _holds_proxy(value: Any) -> bool:
 
 
 class _Parameter:
-    """What a forward can change of a parameter without an operator: its data, its flag, its gradient."""
+    """The state of a parameter that can change without an operator: data, requires_grad, gradient."""
 
     def __init__(self, parameter: nn.Parameter) -> None:
         self._parameter = parameter
@@ -139,9 +139,9 @@ class _Parameter:
 
 
 class WrittenParameters(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Keeps the values of the parameters of a model that an operator overwrites meanwhile, to undo that."""
+    """Saves the values of parameters that operators overwrite while it is active, to restore them."""
 
-    supports_higher_order_operators = True  # torch.cond and its like, whose parts come here one by one
+    supports_higher_order_operators = True  # torch.cond and the like, whose operators arrive here one by one
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -159,14 +159,14 @@ class WrittenParameters(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return func(*args, **kwargs)
 
     def restore(self) -> None:
-        """Undoes what was written."""
+        """Undoes the writes."""
         for key, values in self._kept.items():
             for parameter, value in zip(self._parameters[key], values, strict=True):
                 parameter.copy_(value)
 
 
 def storage_of(tensor: torch.Tensor) -> int:
-    """An identity of the memory of `tensor`."""
+    """An id of the memory of `tensor`."""
     try:
         return int(tensor.untyped_storage()._cdata)
     except NotImplementedError:  # sparse and quantized tensors
@@ -175,23 +175,23 @@ def storage_of(tensor: torch.Tensor) -> int:
 
 @contextlib.contextmanager
 def hidden(model: nn.Module, paths: Iterable[str]) -> Iterator[None]:
-    """Takes away what the modules at `paths`, which stay whole, may set when they run.
+    """Hides the attributes that the modules at `paths`, which stay whole, may set when they run.
 
-    Whoever reads such an attribute while it is traced would keep what a former call has left in it.
+    Code that reads such an attribute during a trace would keep the value left by an earlier call.
     """
     taken: list[tuple[nn.Module, dict[str, Any]]] = []
     try:
         for path in paths:
             module = model.get_submodule(path)
             names = _set_in_calls(type(module))
-            found = {name: value for name, value in vars(module).items() if name in names}
-            taken.append((module, found))
-            for name in found:
+            hidden_values = {name: value for name, value in vars(module).items() if name in names}
+            taken.append((module, hidden_values))
+            for name in hidden_values:
                 object.__delattr__(module, name)
         yield
     finally:
-        for module, found in taken:
-            vars(module).update(found)
+        for module, hidden_values in taken:
+            vars(module).update(hidden_values)
 
 
 def _set_in_calls(cls: type) -> set[str]:
@@ -207,7 +207,7 @@ def _set_in_calls(cls: type) -> set[str]:
 
 
 def inside_checkpoint() -> bool:
-    """Whether the code that runs was called by torch.utils.checkpoint, which leaves no trace in a graph."""
+    """Whether the running code was called by torch.utils.checkpoint, which a graph does not record."""
     frame = sys._getframe()
     while frame.f_back is not None:
         frame = frame.f_back

@@ -1,6 +1,6 @@
-"""Whether the forward of a module that stays whole may write into weights: then nothing goes into them.
+"""Whether the forward of a module that stays whole may write to weights; nothing is absorbed into those.
 
-What is traced is seen to write. Behind a branch on values, only the code tells.
+In traced code the writes are visible. Behind a branch on values, only the source shows them.
 """
 
 import dis
@@ -26,9 +26,9 @@ _READS = frozenset(
 
 
 def may_write_weights(module: nn.Module) -> bool:
-    """Whether the forward of `module` itself, or code that it calls, may write into a parameter.
+    """Whether the forward of `module` itself, or code that it calls, may write to a parameter.
 
-    Code counts that names parameters, and has an operator in place, whatever that is applied to.
+    Code counts if it names parameters and contains an in-place operator, whatever that is applied to.
     """
     if isinstance(module, torch.jit.ScriptModule):
         return False
@@ -56,7 +56,7 @@ def _names_a_write(name: str) -> bool:
 
 
 def _reached(module: nn.Module) -> Iterator[types.CodeType]:
-    """The code of the forward of `module` and of the user's functions and methods that it names."""
+    """The code of `module`'s forward and of the user-defined functions and methods that it names."""
     owners = {type(m) for m in module.modules() if not is_library(type(m))}
     methods: dict[str, list[types.FunctionType]] = {}
     for method in (method for owner in owners for method in functions_of(owner)):
@@ -72,7 +72,7 @@ def _reached(module: nn.Module) -> Iterator[types.CodeType]:
         for code in _codes(function.__code__):
             yield code
             named = {name for name in code.co_names if name != "forward"}
-            remaining += (found for name in named for found in methods.get(name, ()))
+            remaining += (m for name in named for m in methods.get(name, ()))
             remaining += _named_values(function, named)
 
 
@@ -81,7 +81,7 @@ def _forwards(cls: type) -> Iterator[Any]:
 
 
 def _function(value: Any) -> types.FunctionType | None:
-    """The function of the user's that `value` is or calls, or None."""
+    """The user-defined function that `value` is or calls, or None."""
     if isinstance(value, nn.Module):
         return None
     value = getattr(value, "func", value)  # of a partial
@@ -94,7 +94,7 @@ def _function(value: Any) -> types.FunctionType | None:
 
 
 def _named_values(function: types.FunctionType, names: Iterable[str]) -> Iterator[Any]:
-    """Globals, closed-over values and contents of modules that the code of `function` may name."""
+    """Globals, closure values and module contents that the code of `function` may name."""
     scope = function.__globals__
     yield from held_by(function)
     for name in names:

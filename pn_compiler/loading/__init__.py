@@ -1,7 +1,7 @@
-"""From a model file to a module, without running code that the file brings.
+"""Loads a module from a model file without running code from the file.
 
-A pickle names functions and calls them, an exported program names operators and holds expressions: both
-are read against lists of what is harmless before torch reads them. Everything else is refused by name.
+A pickle names functions and calls them; an exported program names operators and holds expressions. Both are
+checked against allowlists before torch reads them. Everything else is refused by name.
 """
 
 from pn_compiler.loading.model_file import LoadedModel, load_model

@@ -1,4 +1,4 @@
-"""What a pickle may name: classes of modules, activation functions and plain types. Nothing is called."""
+"""What a pickle may name: module classes, activation functions and plain types. Nothing is called."""
 
 import dataclasses
 import enum
@@ -39,7 +39,7 @@ def admit(name: str, allow: Sequence[str]) -> Any:
     """The object that a pickle names, if it is harmless or the user admits it; else None.
 
     Raises:
-        LoadError: it cannot be imported, or the user admits what no model needs.
+        LoadError: it cannot be imported, or the user admits something that no model needs.
     """
     if name in _PLAIN:
         return _PLAIN[name]
@@ -53,10 +53,10 @@ def admit(name: str, allow: Sequence[str]) -> Any:
     if name in _HELPERS:
         return resolve(name)
     if _within(name, _LIBRARIES):
-        found = resolve(name)
-        plain = inspect.isclass(found) and issubclass(found, nn.Module | enum.Enum)
-        if plain and _within(found.__module__, _LIBRARIES) and not _runs_code(found):
-            return found
+        admitted = resolve(name)
+        plain = inspect.isclass(admitted) and issubclass(admitted, nn.Module | enum.Enum)
+        if plain and _within(admitted.__module__, _LIBRARIES) and not _runs_code(admitted):
+            return admitted
     return None
 
 
@@ -64,37 +64,37 @@ def _within(name: str, packages: Sequence[str]) -> bool:
     return any(f"{name}.".startswith(f"{package}.") for package in packages)
 
 
-def is_module_class(found: object) -> bool:
-    return inspect.isclass(found) and issubclass(found, nn.Module)
+def is_module_class(value: object) -> bool:
+    return inspect.isclass(value) and issubclass(value, nn.Module)
 
 
 def _admit_on_request(name: str) -> Any:
     """The class that a user admits by ``--allow``. Raises LoadError for what no pickled module needs."""
     import_from_here()
-    found = resolve(name)
-    if not inspect.isclass(found):
-        raise LoadError(f"--allow {name}: it is a {type(found).__name__}, and only classes can be admitted")
-    if _runs_code(found):
+    cls = resolve(name)
+    if not inspect.isclass(cls):
+        raise LoadError(f"--allow {name}: it is a {type(cls).__name__}, and only classes can be admitted")
+    if _runs_code(cls):
         raise LoadError(f"--allow {name}: unpickling it runs source text; --unsafe-pickle lets files do that")
-    if is_module_class(found):
-        return found
-    package = found.__module__.partition(".")[0]
-    inert = dataclasses.is_dataclass(found) or issubclass(found, enum.Enum) or hasattr(found, "_fields")
+    if is_module_class(cls):
+        return cls
+    package = cls.__module__.partition(".")[0]
+    inert = dataclasses.is_dataclass(cls) or issubclass(cls, enum.Enum) or hasattr(cls, "_fields")
     if package in _NO_MODELS or not inert:
         raise LoadError(
             f"--allow {name}: it is neither an nn.Module, nor a dataclass, Enum or named tuple of yours, and "
             "might run code when it is unpickled"
         )
-    return found
+    return cls
 
 
 def _runs_code(cls: type) -> bool:
-    """Whether unpickling a `cls` executes source text or native code that the file brings."""
+    """Whether unpickling a `cls` executes source text or native code from the file."""
     return issubclass(cls, fx.GraphModule | torch.jit.ScriptModule)
 
 
 def refusal(names: Sequence[str]) -> str:
-    """What to say about a pickle that uses `names`; nobody is led to admit what runs anything."""
+    """The message about a pickle that uses `names`; it never suggests admitting what can run code."""
     listed = ", ".join(name[:80] for name in names[:5]) + (", ..." if len(names) > 5 else "")
     if any(_within(name, ("torch.fx", "torch.jit")) for name in names):
         return (
@@ -119,7 +119,7 @@ def refusal(names: Sequence[str]) -> str:
 
 
 def _may_be_a_module(name: str) -> bool:
-    """Whether `name` looks like a class of somebody's own package."""
+    """Whether `name` looks like a class from a user's own package."""
     package, _, rest = name.partition(".")
     return (
         bool(_DOTTED.fullmatch(name))
@@ -129,12 +129,12 @@ def _may_be_a_module(name: str) -> bool:
 
 
 def resolve(name: str) -> Any:
-    """The object with the dotted `name`, importing what holds it."""
+    """Imports and returns the object with the dotted `name`."""
     parts = name.split(".")
     for split in range(len(parts) - 1, 0, -1):
         module = ".".join(parts[:split])
         try:
-            found: Any = _import(module)
+            holder: Any = _import(module)
         except ModuleNotFoundError as error:
             if error.name is not None and module.startswith(error.name):
                 continue
@@ -142,7 +142,7 @@ def resolve(name: str) -> Any:
         except Exception as error:
             raise LoadError(f"importing {module} failed: {first_line(error)}") from error
         try:
-            return functools.reduce(getattr, parts[split:], found)
+            return functools.reduce(getattr, parts[split:], holder)
         except AttributeError:
             break
     raise LoadError(f"{name} cannot be imported: install the package that defines it")
@@ -159,9 +159,9 @@ def _import(module: str) -> Any:
 
 
 def declare_torchvision_operators() -> None:
-    """Lets torchvision be imported where its compiled operators do not fit torch, as beside a CPU build.
+    """Makes torchvision importable if its compiled operators do not match torch, such as a CPU build.
 
-    Classifiers need none of them. Whoever calls one without an implementation gets an error from torch.
+    Classifiers need none of them. Calling one without an implementation raises an error in torch.
     """
     for name in ("nms", "qnms"):
         if not hasattr(torch.ops.torchvision, name):
@@ -170,6 +170,6 @@ def declare_torchvision_operators() -> None:
 
 
 def import_from_here() -> None:
-    """Code that the user asked for may stand in the current folder, as with ``python -m``."""
+    """Lets code that the user asked for be in the current folder, as with ``python -m``."""
     if "" not in sys.path and str(Path.cwd()) not in sys.path:
         sys.path.insert(0, str(Path.cwd()))

@@ -32,9 +32,9 @@ class Archive:
 
     Attributes:
         path: the file, for messages and for torch.
-        folder: that all entries lie in.
+        folder: the folder that holds all entries.
         sizes: name of an entry, below that folder -> bytes.
-        content: of an archive that is an entry of the one at `path`; else it is read from there.
+        content: bytes of an archive that is an entry of the one at `path`; else it is read from there.
     """
 
     path: Path
@@ -44,7 +44,7 @@ class Archive:
 
     @classmethod
     def open(cls, path: Path) -> "Archive":
-        """Raises LoadError if `path` is not a regular file or not an archive as torch writes it."""
+        """Opens `path`. Raises LoadError if it is not a regular file or not an archive written by torch."""
         start = read_start(path)
         if not start:
             raise LoadError(f"{path} is empty")
@@ -58,12 +58,12 @@ class Archive:
         return cls(path, folder, sizes)
 
     def inner(self, name: str) -> "Archive":
-        """The archive that an entry is. Raises LoadError if it is none as torch writes it."""
+        """An entry as an archive. Raises LoadError if it is not one as torch writes it."""
         content = self.read(name)
         return Archive(self.path, *_directory(self.path, io.BytesIO(content)), content)
 
     def read(self, name: str) -> bytes:
-        """The bytes of an entry that is parsed. Raises LoadError if it is missing, damaged or too long."""
+        """The bytes of an entry. Raises LoadError if it is missing, damaged or too long."""
         if name not in self.sizes:
             raise LoadError(f"{self.path} is damaged: it has no {name}")
         if self.sizes[name] > _TEXT:
@@ -76,7 +76,7 @@ class Archive:
 
 
 def read_start(path: Path, size: int = 16) -> bytes:
-    """The first bytes of a regular file; anything else might block or never end.
+    """The first bytes of a regular file; reading anything else might block or never end.
 
     Raises:
         LoadError: there is no such file, it cannot be read, or it is a folder, device, pipe or socket.
@@ -95,7 +95,7 @@ def _cannot_read(path: Path, error: OSError) -> LoadError:
 
 
 def _other_format(start: bytes) -> str:
-    """What a file is that does not begin as a zip archive does, and what to do."""
+    """Says what a file is that does not start like a zip archive, and what to do."""
     if start[:1] == b"\x80":
         return (
             "is in the format of torch before 1.6 or a plain pickle, which cannot be checked: "
@@ -110,7 +110,7 @@ def _other_format(start: bytes) -> str:
 
 
 def _directory(path: Path, file: BinaryIO) -> tuple[str, dict[str, int]]:
-    """The folder that all entries lie in, and name -> bytes.
+    """The folder that holds all entries, and name -> bytes.
 
     Raises:
         LoadError: the archive is broken, or not as torch writes it.
@@ -123,7 +123,7 @@ def _directory(path: Path, file: BinaryIO) -> tuple[str, dict[str, int]]:
             _check_directory(path, file, archive)
     except (LoadError, OSError):
         raise
-    except Exception as error:  # whatever a damaged directory provokes in zipfile
+    except Exception as error:  # a damaged directory can raise anything in zipfile
         raise LoadError(f"{path} is damaged: its zip archive is cut short or broken") from error
     folders = {entry.filename.partition("/")[0] for entry in entries}
     if len(folders) != 1:
@@ -140,7 +140,7 @@ def _refuse_torchscript(path: Path, entries: list[zipfile.ZipInfo]) -> None:
 
 
 def _check_directory(path: Path, file: BinaryIO, archive: zipfile.ZipFile) -> None:
-    """Raises LoadError unless the archive can be read in one way only, and holds what its directory says."""
+    """Raises LoadError unless the archive is unambiguous and holds what its directory says."""
     entries = archive.infolist()
     file.seek(-_END.size, os.SEEK_END)
     signature, disk, first_disk, here, count, *_ = _END.unpack(file.read())

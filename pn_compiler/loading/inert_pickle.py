@@ -1,12 +1,12 @@
 """Reads a pickle into plain data, without importing or calling anything that it names.
 
-What `torch.load` would do with the file can then be looked at first. The opcodes are those of torch's
-weights-only unpickler, which has no others.
+This shows what `torch.load` would do with the file. The opcodes are those of torch's weights-only unpickler,
+which has no others.
 """
 
 import dataclasses
 import pickletools
-from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING  # of Python 2, whose names torch.save writes
+from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING  # names of Python 2, which torch.save writes
 from collections.abc import Callable
 from typing import Any
 
@@ -17,19 +17,19 @@ _LONGEST = 10_000_000  # opcodes
 
 @dataclasses.dataclass(frozen=True, eq=False, slots=True)
 class Name:
-    """What a pickle refers to by its dotted path."""
+    """An object that a pickle refers to by its dotted path."""
 
     path: str
 
 
 @dataclasses.dataclass(eq=False, slots=True)
 class Call:
-    """What a pickle makes by calling something, or by ``cls.__new__`` if `new`, and then gives a state.
+    """An object made by a call, or by ``cls.__new__`` if `new`, with a state that is set afterwards.
 
     Attributes:
-        function: a `Name`, if the pickle is not hostile.
-        arguments: of the call.
-        state: what BUILD gives it; None if there is none.
+        function: a `Name`, unless the pickle is hostile.
+        arguments: arguments of the call.
+        state: the state that BUILD sets; None if there is none.
     """
 
     function: Any
@@ -46,7 +46,7 @@ class Mapping(dict[Any, Any]):
 
 @dataclasses.dataclass(frozen=True, eq=False, slots=True)
 class Stored:
-    """What lies in another entry of the archive, by its persistent id."""
+    """Data in another entry of the archive, by its persistent id."""
 
     id: Any
 
@@ -55,8 +55,8 @@ def parse_pickle(content: bytes) -> tuple[Any, list[str]]:
     """Reads a pickle.
 
     Returns:
-        What it describes: plain values and containers, and `Name`, `Call`, `Mapping` and `Stored`. And the
-        dotted paths of all that it refers to, sorted.
+        (its content as plain values and containers, `Name`, `Call`, `Mapping` and `Stored`; the sorted dotted
+        paths of everything that it refers to).
 
     Raises:
         LoadError: it is damaged, or uses what torch.save does not write.
@@ -69,7 +69,7 @@ def parse_pickle(content: bytes) -> tuple[Any, list[str]]:
             reader.read(opcode.name if count < _LONGEST else "an endless pickle", argument)
     except LoadError:
         raise
-    except Exception as error:  # whatever a damaged or hostile pickle provokes
+    except Exception as error:  # a damaged or hostile pickle can raise anything
         raise LoadError("its pickle is damaged") from error
     raise LoadError("its pickle is cut short")
 

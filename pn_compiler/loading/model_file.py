@@ -25,9 +25,9 @@ class LoadedModel:
     """What a model file holds.
 
     Attributes:
-        model: in the mode in which it was saved.
-        inputs: what an exported program was made with, or None.
-        fixed_batch: the batch size that an exported program was fixed to, or None.
+        model: the model, in the mode in which it was saved.
+        inputs: the inputs that a program was exported with, or None.
+        fixed_batch: the fixed batch size of an exported program, or None.
     """
 
     model: nn.Module
@@ -42,13 +42,13 @@ def load_model(
 
     Args:
         path: the file.
-        arch: ``package.module:factory`` that makes the module for a state_dict. It is imported.
-        allow: ``package.module.Class`` names that a pickle may use, beside those of torch.nn,
+        arch: ``package.module:factory`` that builds the module for a state_dict. It is imported.
+        allow: ``package.module.Class`` names that a pickle may use, besides those of torch.nn,
             torchvision and timm. Their packages are imported.
         unsafe_pickle: let the file run any code, as ``torch.load(weights_only=False)`` does.
 
     Raises:
-        LoadError: the file is missing, damaged, of another kind, or names what is not allowed.
+        LoadError: the file is missing, damaged, of another kind, or names something that is not allowed.
     """
     archive = Archive.open(path)
     names = archive.sizes
@@ -71,17 +71,17 @@ def _unpickle(archive: Archive, allow: Sequence[str], *, unsafe: bool) -> Any:
     except LoadError as error:
         raise LoadError(f"{archive.path} is damaged: {error}") from error
     admitted = {name: admit(name, allow) for name in names}
-    if refused := [name for name, found in admitted.items() if found is None]:
+    if refused := [name for name, cls in admitted.items() if cls is None]:
         raise LoadError(f"{archive.path} {refusal(refused)}")
     audit_pickle(archive, admitted.get)
-    with torch.serialization.safe_globals([(found, name) for name, found in (ON_REQUEST | admitted).items()]):
+    with torch.serialization.safe_globals([(cls, name) for name, cls in (ON_REQUEST | admitted).items()]):
         return _torch_load(archive.path, weights_only=True)
 
 
 def _torch_load(path: Path, *, weights_only: bool) -> Any:
     try:
         return torch.load(path, map_location="cpu", weights_only=weights_only)
-    except Exception as error:  # whatever a damaged file, or code of its own, provokes
+    except Exception as error:  # a damaged file, or its own code, can raise anything
         raise LoadError(f"cannot load {path}: torch.load fails on it ({_cause(error)[:200]})") from error
 
 
@@ -110,7 +110,7 @@ def _as_module(path: Path, loaded: Any, arch: str | None) -> nn.Module:
 
 
 def _check_whole(path: Path, model: nn.Module) -> None:
-    """Raises LoadError where a module lacks an option that its class declares, such as a stride."""
+    """Raises LoadError if a module lacks an option that its class declares, such as a stride."""
     for name, module in model.named_modules():
         for option in getattr(type(module), "__constants__", ()):
             if not hasattr(module, option):
@@ -121,7 +121,7 @@ def _check_whole(path: Path, model: nn.Module) -> None:
 
 
 def _check_kinds(path: Path, state: dict[str, Any], model: nn.Module, arch: str) -> None:
-    """Raises LoadError where loading would convert numbers to another kind, and round them or drop a part."""
+    """Raises LoadError if loading would convert numbers to another kind, rounding or truncating them."""
     if not all(isinstance(key, str) for key in state):
         raise LoadError(f"{path} holds tensors under keys that are no names: it is not a state_dict")
     for key, value in model.state_dict().items():
@@ -146,8 +146,8 @@ def _state_dict(loaded: Any) -> dict[str, Any] | None:
     if not isinstance(loaded, dict):
         return None
     if not loaded or not all(isinstance(v, torch.Tensor) for v in loaded.values()):
-        found = (loaded[key] for key in _STATE_DICT_KEYS if isinstance(loaded.get(key), dict))
-        nested = next(found, None)
+        candidates = (loaded[key] for key in _STATE_DICT_KEYS if isinstance(loaded.get(key), dict))
+        nested = next(candidates, None)
         return None if nested is None else _state_dict(nested)
     state: dict[str, Any] = dict(loaded)
     for prefix in _WRAPPER_PREFIXES:
@@ -184,7 +184,7 @@ def _load_program(archive: Archive, *, unsafe: bool) -> LoadedModel:
         module = program.module(check_guards=False)  # guards are source text of the file
         plain = fx.GraphModule(module, module.graph)  # without the export's ban on train() and eval()
         users = set(program.graph_signature.user_inputs)
-    except Exception as error:  # whatever a damaged program provokes in torch
+    except Exception as error:  # a damaged program can raise anything in torch
         raise LoadError(
             f"cannot load {path}: torch.export.load fails on it ({_cause(error)[:200]})"
         ) from error
@@ -203,7 +203,7 @@ def _load_program(archive: Archive, *, unsafe: bool) -> LoadedModel:
 
 
 def _cause(error: BaseException) -> str:
-    """What an error that torch wraps into others, with their tracebacks, began with."""
+    """The original error behind those that torch wraps around it."""
     while error.__cause__ is not None:
         error = error.__cause__
     return f"{type(error).__name__}: {first_line(error)}"

@@ -1,6 +1,6 @@
-"""Whether a pickle holds what torch.save writes about tensors and modules, and nothing else.
+"""Checks that a pickle holds only what torch.save writes for tensors and modules.
 
-It looks at what `pn_compiler.loading.inert_pickle` reads, before anything is imported, made or allocated.
+It checks the output of `pn_compiler.loading.inert_pickle`, before anything is imported, created or allocated.
 """
 
 import collections
@@ -20,14 +20,14 @@ from pn_compiler.loading.inert_pickle import Call, Mapping, Name, Stored, parse_
 _ENTRY = re.compile(
     r"data\.pkl|data/\d+|byteorder|version|\.format_version|\.storage_alignment|\.data/\w{1,40}", re.ASCII
 )
-#: Of those below, what torch admits only on request.
+#: The part of those below that torch admits only on request.
 ON_REQUEST = {
     "functools.partial": functools.partial,
     "collections.defaultdict": collections.defaultdict,
     "builtins.slice": slice,
     "builtins.range": range,
 }
-#: What makes tensors and other data; it may be called, and is never a value.
+#: Functions that build tensors and other data; they may be called, but are never values.
 _BUILDERS = frozenset(
     ["torch._utils._rebuild_tensor_v2", "torch._utils._rebuild_tensor_v3", "torch._utils._rebuild_parameter",
      "torch._utils._rebuild_parameter_with_state", "torch.Size", "torch.device", "collections.OrderedDict",
@@ -44,17 +44,17 @@ _STORAGES = {
 }  # fmt: skip
 _LEAVES = (bool, float, str, bytes, type(None))
 _LARGEST = 2**63  # integers
-_MOST_ELEMENTS = 2**20  # of a tensor that shows the same elements of its storage again and again
-_MOST_VALUES = 2_000_000  # of everything, if what is shared is counted where it is used
-_MOST_DIMS = 25  # operators of torch take no more
-_DEEPEST = 150  # containers and modules in each other
+_MOST_ELEMENTS = 2**20  # of a tensor that repeats the elements of its storage
+_MOST_VALUES = 2_000_000  # in total, counting shared values wherever they are used
+_MOST_DIMS = 25  # the limit of torch's operators
+_DEEPEST = 150  # nesting of containers and modules
 _DEEPEST_STACK = 10_000  # layers of a recurrent network, which torch loops over
-#: Names of submodules, parameters and buffers: those that torch.fx writes into source as they are.
+#: Names of submodules, parameters and buffers that torch.fx writes verbatim into source.
 SAFE_NAME = re.compile(r"[\w :/+-]{1,200}")
 
 
 def names_in(content: bytes) -> list[str]:
-    """The names that a pickle refers to beside those of tensors and containers."""
+    """The names that a pickle refers to, except those of tensors and containers."""
     return [name for name in parse_pickle(content)[1] if not _is_data(name)]
 
 
@@ -71,11 +71,11 @@ def audit_pickle(archive: Archive, admit: Callable[[str], Any]) -> None:
     """Checks that ``data.pkl`` in `archive` describes tensors, plain values and modules as torch makes them.
 
     Args:
-        archive: of torch.save.
-        admit: the object of a name that is not about tensors and containers, or None.
+        archive: an archive written by torch.save.
+        admit: returns the object for any other name, or None if it is not admitted.
 
     Raises:
-        LoadError: it calls something else, or describes modules or tensors that torch would not make.
+        LoadError: it calls something else, or describes modules or tensors that torch would not create.
     """
     for name in archive.sizes:
         if not _ENTRY.fullmatch(name):
@@ -91,7 +91,7 @@ class _Audit:
         self.archive = archive
         self.admit = admit
         self.counts: dict[int, int] = {}  # by id
-        self.open: list[int] = []  # ids of what is being looked at
+        self.open: list[int] = []  # ids of the values being checked
 
     def count(self, value: Any) -> int:
         """The number of values in `value`. Raises LoadError if one of them is not harmless."""
@@ -132,7 +132,7 @@ class _Audit:
         return self.call(value, value.function.path)
 
     def check_metadata(self, value: Mapping) -> None:
-        """An OrderedDict has no attributes but the versions of a state_dict: others might hide items()."""
+        """An OrderedDict has no attributes except a state_dict's versions: others might hide items()."""
         state = value.state
         fine = state is None or (isinstance(state, dict) and state.keys() <= {"_metadata"})
         self.require(fine, "a dictionary with attributes")
@@ -168,7 +168,7 @@ class _Audit:
         self.require(fits(size, stride, offset, elements), "a tensor of impossible size")
 
     def elements(self, persistent_id: Any) -> int:
-        """The number of elements of a storage; bytes, if it has no type."""
+        """The number of elements of a storage; the number of bytes if it has no type."""
         fine = isinstance(persistent_id, tuple) and len(persistent_id) == 5 and persistent_id[0] == "storage"
         self.require(fine, "something stored that is no tensor")
         _, kind, key, _, elements = persistent_id
@@ -211,7 +211,7 @@ class _Audit:
             self.count(argument)
 
     def check_partial(self, value: Call) -> None:
-        """Of a class of modules or an activation function, with plain values."""
+        """Accepts a partial of a module class or an activation function, with plain values."""
         state = value.state
         fine = (
             isinstance(state, tuple) and len(state) == 4 and not state[3] and state[0] is value.arguments[0]
@@ -232,7 +232,7 @@ class _Audit:
         return self.count(value.arguments) + self.count(value.state)
 
     def module(self, state: dict[Any, Any], cls: type) -> int:
-        """What ``__dict__`` of a module will be: as the constructor of an nn.Module makes it."""
+        """Checks a module's future ``__dict__``: it must be as the constructor of nn.Module creates it."""
         for key in ("_modules", "_parameters", "_buffers"):
             self.require(isinstance(state.get(key), dict), f"a {cls.__name__} without {key}")
             for name, item in state[key].items():
@@ -274,13 +274,13 @@ class _Audit:
 
 
 def _is_behaviour(cls: type, name: str) -> bool:
-    """Whether `name` is a method or property of `cls`, which state would hide or be hidden by."""
-    found = inspect.getattr_static(cls, name, None)
-    return callable(found) or hasattr(type(found), "__get__")
+    """Whether `name` is a method or property of `cls`, with which the state would conflict."""
+    attribute = inspect.getattr_static(cls, name, None)
+    return callable(attribute) or hasattr(type(attribute), "__get__")
 
 
 def fits(size: Any, stride: Any, offset: Any, elements: int) -> bool:
-    """Whether a tensor of this size (of each dim), stride and offset lies within `elements` of a storage."""
+    """Whether a tensor of this size, stride (per dim) and offset lies within a storage of `elements`."""
     if not isinstance(size, list | tuple) or not isinstance(stride, list | tuple):
         return False
     if not all(type(number) is int and 0 <= number < _LARGEST for number in (offset, *size, *stride)):

@@ -1,4 +1,4 @@
-"""Whether the numbers stay small that an exported program computes from sizes while it runs."""
+"""Checks that the numbers an exported program computes from sizes stay small."""
 
 from typing import Any
 
@@ -7,7 +7,7 @@ _MOST_BITS = 2000
 
 
 def is_bounded(graph: dict[str, Any]) -> bool:
-    """Whether products of sizes in a graph of torch's schema stay small: Python's integers have no end."""
+    """Whether products of sizes in a graph of torch's schema stay small: Python's integers are unbounded."""
     bits: dict[str, int] = {}
     for node in graph["nodes"]:
         if node["target"].startswith(("_operator.", "torch.sym_", "math.")):

@@ -1,9 +1,9 @@
-"""Whether an exported program can be loaded without running what its file brings.
+"""Checks that an exported program can be loaded without running code from its file.
 
 ``torch.export.load`` unpickles objects, loads compiled libraries, looks operators up by dotted name anywhere
-below ``torch``, hands size expressions to sympy, which evaluates them, and writes names into Python source.
-Here the whole file is read first, by the classes of torch's own schema: what they do not describe, and every
-text for which there is no rule below, is refused.
+below ``torch``, passes size expressions to sympy, which evaluates them, and writes names into Python source.
+Here the whole file is checked first against the classes of torch's own schema: anything they do not describe,
+and every text without a rule below, is refused.
 """
 
 import dataclasses
@@ -39,7 +39,7 @@ _ITEM_BYTES = {
     "BFLOAT16": 2, "COMPLEXHALF": 4, "COMPLEXFLOAT": 8, "COMPLEXDOUBLE": 16,
 }  # fmt: skip
 _LARGEST = 2**63
-_MOST_ELEMENTS = 2**36  # of a tensor in the graph, which may have a dynamic batch besides
+_MOST_ELEMENTS = 2**36  # of a tensor in the graph, besides a dynamic batch
 _TRUST = "if you trust the file, --unsafe-pickle"
 
 
@@ -47,7 +47,7 @@ def audit_program(archive: Archive) -> None:
     """Checks that loading the exported program in `archive` runs nothing, and that it is whole.
 
     Raises:
-        LoadError: it would unpickle objects, load native code, call other than ATen, or evaluate text; or
+        LoadError: it would unpickle objects, load native code, call anything but ATen, or evaluate text; or
             it is damaged, or of a version that torch does not read.
     """
     path = archive.path
@@ -73,7 +73,7 @@ def audit_program(archive: Archive) -> None:
 
 
 class _UnfitError(Exception):
-    """What is wrong with a program, after the name of its file."""
+    """What is wrong with a program; the message continues the name of its file."""
 
 
 def _parse(archive: Archive, name: str) -> Any:
@@ -118,7 +118,7 @@ def _check(kind: Any, value: Any, place: str) -> None:
 
 
 def _check_record(kind: Any, value: Any) -> None:
-    """A dataclass of the schema; a union of it has one of its fields."""
+    """Checks a dataclass of the schema; a union has exactly one of its fields."""
     name = kind.__name__
     _require(isinstance(value, dict), f"a {name} that is none")
     fields = {field.name: field for field in dataclasses.fields(kind)}
@@ -210,7 +210,7 @@ def _check_payload(archive: Archive, folder: str, config: dict[str, Any]) -> Non
 
 
 def _check_signature(signature: Any, configs: dict[str, Any]) -> None:
-    """Raises _UnfitError unless there are values for each parameter, buffer and constant."""
+    """Raises _UnfitError unless every parameter, buffer and constant has values."""
     stored = {name for config in configs.values() for name in config["config"]}
     for spec in signature["input_specs"]:
         for kind in ("parameter", "buffer", "tensor_constant"):

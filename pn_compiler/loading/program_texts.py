@@ -1,7 +1,7 @@
-"""Every text in torch's schema of an exported program, and what it may be.
+"""Rules for every text in torch's schema of an exported program.
 
-A field that has no rule here must not hold text: what a later version of torch adds is refused until its rule
-is written.
+A field without a rule here must not hold text: what a later version of torch adds is refused until it gets a
+rule.
 """
 
 import functools
@@ -48,7 +48,7 @@ _TREES = frozenset(["builtins.tuple", "builtins.list", "builtins.dict", "collect
 _METADATA = frozenset(
     ["stack_trace", "nn_module_stack", "source_fn_stack", "torch_fn", "custom", "from_node"]
 )
-_LONGEST = 2**20  # of a text that nothing reads
+_LONGEST = 2**20  # characters of a text that nothing reads
 _DEEPEST = 50
 
 
@@ -57,7 +57,7 @@ def is_identifier(text: str) -> bool:
 
 
 def is_module_path(text: str) -> bool:
-    """Names of submodules with dots between them, the last one perhaps that of a parameter."""
+    """Dotted names of submodules; the last may be that of a parameter."""
     parts = text.split(".")
     return len(parts) <= _DEEPEST and all(
         SAFE_NAME.fullmatch(part) and not part.startswith("__") and not hasattr(torch.nn.Module, part)
@@ -76,24 +76,24 @@ def _is_tensor_operator(library: str, name: str, overload: str) -> bool:
     if name.startswith("_") and name not in _PRIVATE_OPERATORS:
         return False
     packet = getattr(getattr(torch.ops, library), name, None)
-    found = getattr(packet, overload, None)
-    if not isinstance(found, torch._ops.OpOverload):
+    operator = getattr(packet, overload, None)
+    if not isinstance(operator, torch._ops.OpOverload):
         return False
-    arguments = found._schema.arguments
+    arguments = operator._schema.arguments
     if any(argument.name == "filename" or "Storage" in str(argument.type) for argument in arguments):
         return False
-    values = [*arguments, *found._schema.returns]
+    values = [*arguments, *operator._schema.returns]
     return name in _NO_TENSORS or any("Tensor" in str(value.type) for value in values)
 
 
 def _is_call_path(text: str) -> bool:
-    """Of a module, and the number of its call."""
+    """The path of a module, and the number of its call."""
     path, _, call = text.partition("@")
     return not text or (is_module_path(path) and (not call or call.isdecimal()))
 
 
 def _is_tree(text: str) -> bool:
-    """A treespec of tuples, lists and dictionaries: torch imports what others name."""
+    """A treespec of tuples, lists and dictionaries; for other types torch would import what they name."""
     try:
         protocol, tree = json.loads(text)
         return protocol == 1 and _is_node(tree, 0)
@@ -116,12 +116,12 @@ def _is_node(tree: Any, depth: int) -> bool:
 
 
 def _is_note(text: str) -> bool:
-    """What is kept beside the graph and becomes neither a name nor code."""
+    """Text that is kept beside the graph and becomes neither a name nor code."""
     return len(text) <= _LONGEST
 
 
 def _is_value(text: str) -> bool:
-    """Of an option, such as a rounding mode or the equation of einsum."""
+    """The value of an option, such as a rounding mode or the equation of einsum."""
     return len(text) <= 1000 and text.isprintable()
 
 

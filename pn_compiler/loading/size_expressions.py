@@ -1,4 +1,4 @@
-"""Whether text is arithmetic on sizes, and small: torch hands it to sympy, which evaluates it as Python."""
+"""Checks that text is small arithmetic on sizes, because torch passes it to sympy, which evaluates it."""
 
 import ast
 import math
@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 _SYMBOL = re.compile(r"[a-z]{1,3}\d{1,5}")
 _LONGEST = 4000  # characters
-_MOST_BITS = 2000  # of a number that evaluation makes
+_MOST_BITS = 2000  # of a number during evaluation
 _SYMBOL_BITS = 32
 _FLOAT_BITS = 64
 _FLOAT = re.compile(r"-?\d{1,40}(\.\d{0,40})?(e[+-]?\d{1,3})?")
@@ -28,7 +28,7 @@ _ASSUMPTIONS = frozenset(["positive", "nonnegative", "integer", "real", "commuta
 
 def is_size_expression(text: str) -> bool:
     """Whether `text` is arithmetic on size symbols and numbers whose result stays small."""
-    if len(text) > _LONGEST or not text.isascii():  # Python reads other letters as if they were these
+    if len(text) > _LONGEST or not text.isascii():  # Python normalizes other letters to these
         return False
     try:
         return _bits(ast.parse(text, mode="eval").body) <= _MOST_BITS
@@ -37,7 +37,7 @@ def is_size_expression(text: str) -> bool:
 
 
 def _bits(node: ast.expr) -> int:
-    """An upper bound of the bits of the number that `node` stands for.
+    """An upper bound on the bits of the number that `node` evaluates to.
 
     Raises:
         ValueError: it is not arithmetic, or its numbers grow beyond what sizes need.
@@ -115,7 +115,7 @@ def _binary(operator: ast.operator) -> Callable[[list[int], ast.expr], int]:
 
 
 def _power(bits: list[int], exponent: ast.expr) -> int:
-    """Bits of a power, whose exponent must be a number that is written out."""
+    """Bits of a power, whose exponent must be a literal number."""
     return bits[0] * max(1, math.ceil(min(abs(_number(exponent)), _MOST_BITS + 1)))
 
 

@@ -1,6 +1,6 @@
-"""What reads a site: modules that take in its scale and shift, or apply them.
+"""Layers that absorb or apply a site's scale and shift.
 
-All are leaves for torch.fx. The ``InputAffine*`` modules add no parameters to those that they replace.
+All are leaves for torch.fx. The ``InputAffine*`` modules have the same parameters as those they replace.
 """
 
 from typing import Any
@@ -21,9 +21,9 @@ def _channel_or_gated_affine(
 
 
 class ChannelAffine(nn.Module):
-    """x * scale + shift, per channel, for a user of a site that cannot take them in itself.
+    """x * scale + shift, per channel, for a consumer of a site that cannot absorb them.
 
-    With a `gate`, the product with it as well: the gate takes in scale and shift.
+    With a `gate`, it also multiplies by the gate, which absorbs scale and shift.
     """
 
     def forward(
@@ -35,8 +35,8 @@ class ChannelAffine(nn.Module):
 class ConstantAffine(nn.Module):
     """`ChannelAffine` with constants, in a folded network. `scale` or `shift` may be None.
 
-    With both and no gate it is exported as one BatchNormalization, not as Mul and Add: half their time in
-    onnxruntime, which also keeps it in the blocked layout of the convolutions around it (docs/static.md).
+    With both and no gate, it is exported as one BatchNormalization, which takes half the time of Mul and Add
+    in onnxruntime and stays in the blocked layout of the convolutions around it (docs/static.md).
     """
 
     scale: Tensor | None
@@ -51,13 +51,13 @@ class ConstantAffine(nn.Module):
         scale, shift = self.scale, self.shift
         if gate is not None or scale is None or shift is None:
             return _channel_or_gated_affine(x, scale, shift, gate)
-        if x.shape[1] != len(scale) or x.dtype != scale.dtype:  # flattened, or to be computed in the wider
+        if x.shape[1] != len(scale) or x.dtype != scale.dtype:  # flattened, or mixed precision
             return channel_affine(x, scale, shift)
         mean, var = torch.zeros_like(scale), torch.ones_like(scale)  # with eps 0 exactly x * scale + shift
         return F.batch_norm(x, mean, var, scale, shift, training=False, eps=0.0)
 
     def write_out(self) -> tuple[Tensor, Tensor]:
-        """Scale and shift, [C] float64; the one that was None is 1 or 0 from now on."""
+        """Returns scale and shift, [C] float64; one that was None becomes 1 or 0."""
         like = self.scale if self.scale is not None else self.shift
         assert like is not None
         self.scale = torch.ones_like(like) if self.scale is None else self.scale
@@ -85,14 +85,14 @@ class ConstantClamp(nn.Module):
         return x if self.upper is None else torch.minimum(x, per_channel(self.upper, x))
 
 
-MEMO = "_memo"  # attribute of a consumer that was evaluated
-_SMALL = 2**16  # elements of a weight that is held twice, so as not to be multiplied again
+MEMO = "_memo"  # attribute of a consumer that has been evaluated
+_SMALL = 2**16  # most elements of a weight whose scaled copy is kept
 
 
 def _absorbed(
     module: Any, scale: Tensor | None, shift: Tensor | None, groups: int = 1
 ) -> tuple[Tensor, Tensor | None]:
-    """`absorb_affine` of weight and bias; in evaluation not computed again if nothing has changed."""
+    """`absorb_affine` of weight and bias; memoized in eval mode while nothing changes."""
     weight, bias = module.weight, module.bias
 
     def compute() -> tuple[Tensor, Tensor | None]:
@@ -107,7 +107,7 @@ def _absorbed(
 class _InputAffineConv(nn.modules.conv._ConvNd):
     """A convolution of ``x * scale + shift`` whose padding is applied to x, before the affine.
 
-    Parameters and options are those of the convolution that it replaces, under the same names.
+    It has the parameters and options of the convolution that it replaces, under the same names.
     scale and shift are [in_channels] or None. Source: docs/method.md, "Where the padding stands".
     """
 
@@ -155,7 +155,7 @@ class ReadTraining(nn.Module):
         return self.training
 
 
-#: linear operators that can take in a scale and a shift -> the class that does
+#: linear operators that can absorb a scale and a shift -> the class that does
 INPUT_AFFINE: dict[type[nn.Module], type[nn.Module]] = {
     nn.Conv1d: InputAffineConv1d,
     nn.Conv2d: InputAffineConv2d,

@@ -1,8 +1,9 @@
 """Modules of a converted network.
 
-`ProxyNormAct` is a site: normalizer + activation + proxy normalization; `ProxyStatistics` computes what
-depends on parameters alone, of many sites. What takes in their scale and shift is in
-`pn_compiler.nn.consumers`. All are leaves for torch.fx: a converted graph holds modules only, and pickles.
+`ProxyNormAct` is a site: normalizer + activation + proxy normalization; `ProxyStatistics` computes the part
+of many sites that depends only on parameters. The layers that absorb their scale and shift are in
+`pn_compiler.nn.consumers`. All are leaves for torch.fx, so a converted graph holds only modules and can be
+pickled.
 """
 
 import itertools
@@ -31,19 +32,19 @@ class ProxyNormAct(nn.Module):
         z_c = (phi(weight_c * y_c + bias_c) - mean_c) / sqrt(var_c + proxy_eps)
 
     where mean_c and var_c are the moments of phi(weight_c * p + bias_c) under the proxy
-    distribution p ~ Normal(proxy_bias_c, (1 + proxy_weight_c)^2). They depend on parameters only.
+    distribution p ~ Normal(proxy_bias_c, (1 + proxy_weight_c)^2). They depend only on parameters.
 
     Args:
         num_groups: groups of the normalizer: 1 is LayerNorm over [C, *], C is InstanceNorm.
         num_channels: C.
-        activation: an elementwise module; see `pn_compiler.proxy_moments` for which are exact.
+        activation: an elementwise module; `pn_compiler.proxy_moments` says which are exact.
         eps: added to the variance of the normalizer.
         proxy_eps: added to the variance of the activation under the proxy distribution.
-        outputs: what forward returns, a tensor if one name is given, else a tuple in this order.
-            "output" is z. The others let the consumers take in the affine z = activation * scale +
+        outputs: what forward returns: a tensor for a single name, else a tuple in this order.
+            "output" is z. The others let the consumers absorb the affine z = activation * scale +
             shift: "activation" is phi(...), already scaled if a positive scale commutes with phi
             (then "scale" is None); "scale" and "shift" have shape [C]; "affine" is weight * y + bias.
-        device, dtype: of the parameters.
+        device, dtype: device and dtype of the parameters.
 
     Parameters: ``weight``, ``bias``, ``proxy_weight``, ``proxy_bias``, each [C].
 
@@ -84,7 +85,7 @@ class ProxyNormAct(nn.Module):
         self._memo = Memo()
 
     def reset_parameters(self) -> None:
-        """weight 1, bias 0, and a standard normal proxy distribution."""
+        """Sets weight to 1, bias to 0, and the proxy distribution to standard normal."""
         nn.init.ones_(self.weight)
         for parameter in (self.bias, self.proxy_weight, self.proxy_bias):
             nn.init.zeros_(parameter)
@@ -92,7 +93,7 @@ class ProxyNormAct(nn.Module):
     def scale_and_shift(self, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
         """(r, v) with z = activation * r + v: r = 1/sqrt(var + proxy_eps), v = -mean * r.
 
-        Each has shape [C], in `dtype`, or else float32 or wider whatever the parameters are.
+        Each has shape [C], in `dtype`, or by default in at least float32 whatever the parameters' dtype.
         """
         dtype = dtype or torch.promote_types(self.weight.dtype, torch.float32)
         scale, shift = scale_and_shift(self._stacked(), self.activation, self.proxy_eps)
@@ -102,22 +103,22 @@ class ProxyNormAct(nn.Module):
         return torch.stack([getattr(self, name) for name in PARAMETERS])
 
     def compute_affine(self, given: tuple["Recipe", SiteAffine] | None = None) -> SiteAffine:
-        """What `forward` computes with: of `given`, or computed here; in evaluation only after a change."""
+        """The affine that `forward` applies: from `given`, or computed here, memoized in eval mode."""
         if given is not None and self._fits(*given):
-            found = given[1]
+            affine = given[1]
         else:
             parameters, recipe = self._stacked(), self.recipe
-            found = self._memo.recall(
+            affine = self._memo.recall(
                 (recipe, parameters, *self.activation.parameters()),
                 lambda: site_affine(
                     parameters, self.activation, recipe.proxy_eps, into_affine=recipe.into_affine
                 ),
             )
-        return found if found.weight is not None else found._replace(weight=self.weight, bias=self.bias)
+        return affine if affine.weight is not None else affine._replace(weight=self.weight, bias=self.bias)
 
     @property
     def scales_affine(self) -> bool:
-        """Whether r is put into weight and bias: phi(r u) = r phi(u), and u itself is not wanted."""
+        """Whether weight and bias absorb r: phi(r u) = r phi(u), and u itself is not an output."""
         return is_homogeneous(self.activation) and "affine" not in self.outputs
 
     @property
@@ -126,10 +127,10 @@ class ProxyNormAct(nn.Module):
         return Recipe(type(activation), activation.extra_repr(), self.proxy_eps, self.scales_affine)
 
     def forward(self, x: Tensor, given: tuple["Recipe", SiteAffine] | None = None) -> Any:
-        """`given` is what `ProxyStatistics` computed for this site, and by which recipe."""
+        """Runs the site; `given` is what `ProxyStatistics` computed for it, and the recipe it used."""
         weight, bias, scale, shift = self.compute_affine(given)
         if torch.is_grad_enabled() and not x.requires_grad:
-            x = x.contiguous()  # torch 2.13 dies in the backward of channels_last ones on a CPU
+            x = x.contiguous()  # torch 2.13 crashes in the backward of channels_last ones on a CPU
         affine = F.group_norm(x, self.num_groups, weight, bias, self.eps)
         shared = "affine" in self.outputs
         if shared or has_hooks(self.activation):
@@ -144,7 +145,7 @@ class ProxyNormAct(nn.Module):
         return results[0] if len(results) == 1 else results
 
     def _fits(self, recipe: "Recipe", affine: SiteAffine) -> bool:
-        """False if the site was changed since, or its parameters were brought in after the statistics."""
+        """False if the site has changed since, or its parameters were gathered after the statistics."""
         return recipe == self.recipe and affine.shift.device == self.weight.device
 
     def extra_repr(self) -> str:
@@ -153,7 +154,7 @@ class ProxyNormAct(nn.Module):
 
 
 class _Followed(nn.Module):
-    """A normalizer with other modules behind it, for code that calls a BatchNorm and an activation in one."""
+    """A normalizer followed by other modules, for code that calls BatchNorm and activation as one module."""
 
     following: tuple[str, ...]
 
@@ -173,7 +174,7 @@ class FollowedProxyNormAct(_Followed, ProxyNormAct):
 
 
 def put_behind(norm: nn.Module, following: dict[str, nn.Module]) -> None:
-    """Makes `norm`, a GroupNorm or ProxyNormAct, call these modules with its result."""
+    """Makes `norm`, a GroupNorm or ProxyNormAct, apply these modules to its result."""
     for name, module in following.items():
         norm.add_module(name, module)
     norm.following = tuple(following)  # type: ignore[assignment]
@@ -181,7 +182,7 @@ def put_behind(norm: nn.Module, following: dict[str, nn.Module]) -> None:
 
 
 class Recipe(NamedTuple):
-    """What the statistics of a site depend on beside its parameters."""
+    """What the statistics of a site depend on besides its parameters."""
 
     activation: type[nn.Module]
     options: str  # of the activation
@@ -190,7 +191,7 @@ class Recipe(NamedTuple):
 
 
 class SiteGroup(NamedTuple):
-    """Sites that `ProxyStatistics` computes as one, and the channels of each."""
+    """Sites that `ProxyStatistics` computes together, and the channels of each."""
 
     recipe: Recipe
     activation: nn.Module
@@ -198,15 +199,15 @@ class SiteGroup(NamedTuple):
 
 
 class ProxyStatistics(nn.Module):
-    """The proxy statistics of all sites of a graph at once: what a site otherwise computes itself.
+    """Computes the proxy statistics of all sites of a graph at once, instead of each site its own.
 
-    It has no parameters of its own: the graph gives it those of the sites, and each site its result.
+    It has no parameters of its own: the graph passes it those of the sites, and passes each site its result.
 
     Args:
-        groups: what is computed together. The order of the sites is that of the groups.
+        groups: the sites to compute together. The order of the sites is that of the groups.
 
     Attributes:
-        enabled: if false, the sites get None and compute for themselves.
+        enabled: if false, the sites get None and compute their own statistics.
 
     Shape: for each group weight of every site, then bias, proxy_weight and proxy_bias of every site, all [C].
     """
@@ -237,7 +238,7 @@ class ProxyStatistics(nn.Module):
 
 
 def _in_one_place(parameters: Sequence[Tensor]) -> bool:
-    """Whether they can be put together: not sharded, not on several devices, and not brought in later."""
+    """Whether the parameters can be stacked: not sharded, on one device, and not gathered later."""
     plain = all(type(p) in (Tensor, nn.Parameter) for p in parameters)
     return plain and len({p.device for p in parameters}) == 1
 

@@ -1,6 +1,6 @@
-"""x * scale + shift per channel: applied to x, or taken in by the weight and bias of what reads x.
+"""x * scale + shift per channel: applied to x, or absorbed by the weight and bias of a layer that reads x.
 
-A product and a sum in place, not addcmul: with two factors that broadcast it takes four times as long.
+It is a product and an in-place sum, not addcmul, which takes four times as long if two factors broadcast.
 """
 
 import math
@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 def per_channel(values: Tensor, x: Tensor) -> Tensor:
-    """`values` [C] in the shape and dtype to meet `x`, [N, C, *] or, flattened, [N, C * S]."""
+    """`values` [C] in the shape and dtype to broadcast against `x`: [N, C, *] or, flattened, [N, C * S]."""
     if x.dim() == 2 and x.shape[1] != values.shape[0]:
         values = values.repeat_interleave(x.shape[1] // values.shape[0])
     return values.view(-1, *[1] * (x.dim() - 2))
@@ -42,20 +42,20 @@ def absorb_affine(
     shift: Tensor | None,
     groups: int = 1,
 ) -> tuple[Tensor, Tensor | None]:
-    """Weight and bias of the linear operator that takes x where (weight, bias) takes x * scale + shift.
+    """Absorbs an affine into the linear operator behind it: from input x * scale + shift to input x.
 
         W'[o, i, *] = W[o, i, *] scale[i]        b'[o] = b[o] + sum over i, * of W[o, i, *] shift[i]
 
-    The second is exact behind zero padding too if the padding stands before the affine.
+    The bias is also exact behind zero padding if the padding comes before the affine.
 
     Args:
         weight: [O, I / groups, *kernel] of a convolution, or [O, I] of a linear layer.
         bias: [O] or None.
         scale, shift: [I], or None.
-        groups: of the convolution.
+        groups: groups of the convolution.
     """
     device = weight.device.type
-    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):  # it rounds the bias
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):  # rounds the bias
         with torch.autocast(device, enabled=False):
             return absorb_affine(weight, bias, scale, shift, groups)
     if shift is not None:
@@ -76,18 +76,18 @@ def absorb_output_affine(
     groups: int = 1,
     transposed: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Weight and bias of the linear operator that gives y * scale + shift where (weight, bias) gives y.
+    """Absorbs an affine into the linear operator before it: from output y to output y * scale + shift.
 
         W'[o, *] = W[o, *] scale[o]        b'[o] = b[o] scale[o] + shift[o]
 
-    Unlike `torch.nn.utils.fusion` it knows transposed convolutions with groups.
+    Unlike `torch.nn.utils.fusion`, it supports transposed convolutions with groups.
 
     Args:
         weight: [O, I / groups, *kernel] of a convolution, [O, I] of a linear layer, or
             [I, O / groups, *kernel] of a transposed convolution.
         bias: [O] or None.
         scale, shift: [O].
-        groups, transposed: of the convolution.
+        groups, transposed: attributes of the convolution.
     """
     bias = shift if bias is None else bias * scale + shift
     rows = scale.view(-1, 1)
@@ -97,7 +97,7 @@ def absorb_output_affine(
 
 
 def _times(weight: Tensor, inputs: Tensor, groups: int) -> Tensor:
-    """Sums of weight[o, i, *] * inputs[i], [O]: few operators, since it runs between those that matter."""
+    """Sums of weight[o, i, *] * inputs[i], [O], in few operators, since it runs in every training step."""
     if weight.shape[1] == 1:  # depthwise
         outputs = inputs if len(weight) == groups else inputs.repeat_interleave(len(weight) // groups)
         return weight.flatten(1).sum(1) * outputs

@@ -1,4 +1,4 @@
-"""Least squares of one tensor on another, per channel, over batches that come one after the other."""
+"""Least-squares fit of one tensor to another, per channel, accumulated batch by batch."""
 
 from collections.abc import Iterable, Mapping
 
@@ -12,11 +12,11 @@ class ChannelFit:
     """y ~ slope * x + intercept for each channel, over all samples and pixels.
 
     Holds means and sums of squared deviations in float64, merged batch by batch (Chan, Golub and LeVeque,
-    1983): memory does not grow with the number of samples, nothing cancels, and the order of the samples
-    changes the result by rounding only.
+    1983): memory does not grow with the number of samples, there is no cancellation, and the order of the
+    samples changes the result only by rounding.
 
     Attributes:
-        count: values of a channel so far.
+        count: number of values per channel so far.
         mean_x, mean_y: [C].
         xx, xy, yy: sums of products of the deviations from the means, [C].
     """
@@ -27,7 +27,7 @@ class ChannelFit:
         self.mean_x = self.mean_y = self.xx = self.xy = self.yy = zero
 
     def add(self, x: Tensor, y: Tensor) -> None:
-        """Takes in x and y, each [N, C, *]."""
+        """Adds a batch of x and y, each [N, C, *]."""
         x, y = _by_channel(x), _by_channel(y)
         if not x.shape[1]:
             return
@@ -38,7 +38,7 @@ class ChannelFit:
         self.merge(batch)
 
     def merge(self, other: "ChannelFit") -> None:
-        """Takes in what `other` has, for example from samples on another machine."""
+        """Merges `other`, for example from samples on another machine."""
         total = self.count + other.count
         if not total:
             return
@@ -54,7 +54,7 @@ class ChannelFit:
     def solve(self, default: Tensor) -> tuple[Tensor, Tensor]:
         """(slope, intercept), float64 [C] on the CPU: slope = cov(x, y) / var(x).
 
-        `default` [C] is the slope where x is constant.
+        `default` [C] is the slope of channels in which x is constant.
         """
         slope = torch.where(self._varies(self.xx, self.mean_x), self.xy / self.xx, default.double().cpu())
         return slope, self.mean_y - slope * self.mean_x
@@ -67,12 +67,12 @@ class ChannelFit:
         return float(left / total) if total > 0 else 0.0
 
     def _varies(self, squares: Tensor, mean: Tensor) -> Tensor:
-        """Whether deviations are more than the rounding of float32."""
+        """Whether the deviations exceed the rounding of float32, per channel."""
         return squares > _ROUNDING * self.count * mean**2
 
 
 def _by_channel(x: Tensor) -> Tensor:
-    """[N, C, *] -> [C, N * S], float64 on the CPU: not every device has it."""
+    """[N, C, *] -> [C, N * S], in float64 on the CPU, because not every device has float64."""
     return x.detach().transpose(0, 1).flatten(1).cpu().double()
 
 

@@ -1,4 +1,4 @@
-"""Not computing the same thing again."""
+"""Memoizes eval-mode results by tensor value."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
@@ -12,11 +12,11 @@ _Result = TypeVar("_Result")
 
 
 class Memo:
-    """The last result of a function of tensors, for as long as their values stay the same.
+    """Keeps the last result of a function of tensors while their values stay the same.
 
-    For evaluation on a CPU: there comparing costs a tenth of proxy statistics, elsewhere it would wait for
-    the device. Values are compared because version counters miss what is written through ``.data``. Copies
-    and pickles begin empty.
+    It is meant for evaluation on a CPU, where comparing costs a tenth of the proxy statistics; elsewhere it
+    would wait for the device. It compares values because version counters miss writes through ``.data``.
+    Copies and pickles start empty.
     """
 
     def __init__(self) -> None:
@@ -26,15 +26,15 @@ class Memo:
         return Memo, ()
 
     def recall(self, key: Sequence[Any], compute: Callable[[], _Result]) -> _Result:
-        """`compute()`, or what it gave when it was last asked with an equal `key`.
+        """The result of `compute()`, or the stored one if the last `key` was equal.
 
         Args:
             key: tensors and other values; all are compared by value.
-            compute: a function of nothing but these.
+            compute: a function that depends on nothing else.
         """
         if torch.is_grad_enabled() or is_transformed() or not all(map(_is_plain, key)):
             return compute()
-        held = self._held  # once: another thread may put in its own
+        held = self._held  # read once: another thread may replace it
         if held is None or not all(map(_identical, key, held[0])):
             copies = [value.detach().clone() if isinstance(value, Tensor) else value for value in key]
             self._held = held = (copies, compute())

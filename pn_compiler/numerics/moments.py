@@ -1,7 +1,7 @@
 """Mean and variance of an activation under a Gaussian: the proxy statistics.
 
-u ~ Normal(mean, std^2). Everything is computed in float64 where the device has it: the variance is a
-difference.
+u ~ Normal(mean, std^2). Everything is computed in float64 where the device has it, because the variance is
+a difference.
 """
 
 from collections.abc import Callable, Sequence
@@ -18,8 +18,8 @@ from pn_compiler.operators.activations import has_jumps, pieces_of
 
 Method = Literal["exact", "quantile", "quadrature"]
 
-_TINY = 1e-20  # std below it counts as this: the moments and their gradients stay finite at 0
-_TINY_BESIDE_NODES = 1e-7  # the same where slopes are quotients; f bends too little within it to matter
+_TINY = 1e-20  # lower bound of std, so that the moments and their gradients stay finite at 0
+_TINY_BESIDE_NODES = 1e-7  # the same where slopes are quotients; f hardly bends within it
 
 
 def proxy_moments(
@@ -32,17 +32,17 @@ def proxy_moments(
     """Mean and variance of ``activation(u)``, u ~ Normal(mean, std^2), elementwise.
 
     Args:
-        activation: a module or function that acts on each element alone. Modules of ``torch.nn``
-            that are piecewise polynomial (ReLU, ReLU6, LeakyReLU, Hardswish, ...) are integrated in
-            closed form; all others by quadrature.
+        activation: an elementwise module or function. Modules of ``torch.nn`` that are piecewise
+            polynomial (ReLU, ReLU6, LeakyReLU, Hardswish, ...) are integrated in closed form; all
+            others by quadrature.
         mean: mean of u, any shape.
         std: standard deviation of u, not negative, broadcastable with `mean`; may be 0.
         method: "exact" (closed form where there is one, else quadrature), "quadrature" (always), or
-            "quantile" (the mean over the 200 mid-quantile nodes of the reference implementation, off
-            by up to 3 %, for networks trained with it).
+            "quantile" (the mean over the 200 mid-quantile nodes of the reference implementation, with
+            errors of up to 3 %, for networks trained with it).
 
     Returns:
-        (mean, variance) of the activation, in the broadcast shape and dtype of the arguments, and at
+        (mean, variance) of the activation, in the broadcast shape of the arguments and their dtype, but at
         least float32.
 
     Raises:
@@ -64,14 +64,14 @@ def proxy_moments(
 
 
 def widest_dtype(tensor: Tensor) -> torch.dtype:
-    """float64, on devices that have it."""
+    """float64 on devices that have it, else float32."""
     return torch.float32 if tensor.device.type == "mps" else torch.float64
 
 
 def moments(
     f: Callable[[Tensor], Tensor], m: Tensor, s: Tensor, method: Method = "exact", *, slopes: bool = False
 ) -> Moments:
-    """`proxy_moments` without checks and casts; with slopes autograd cannot differentiate it."""
+    """`proxy_moments` without checks and casts; with `slopes`, autograd cannot differentiate it."""
     s = s.clamp_min(_TINY)
     pieces = pieces_of(f) if method == "exact" else None
     if pieces is not None:
@@ -89,12 +89,12 @@ def moments(
 def _by_quadrature(f: Callable[[Tensor], Tensor], m: Tensor, s: Tensor, *, slopes: bool) -> Moments:
     if m.dim() == 1 and not torch.is_grad_enabled() and strip_to_share(f, s) is not None:
         far = s > WIDEST_TO_SHARE
-        if far.any() and not far.all():  # or one wild channel would make the nodes of all many
+        if far.any() and not far.all():  # else one wild channel would cost many nodes in all of them
             parts = [(mask, _by_quadrature(f, m[mask], s[mask], slopes=slopes)) for mask in (~far, far)]
             return _merged(parts, len(m))
     t, w = nodes(f, m, s)
     if torch.is_grad_enabled() and has_jumps(f):
-        # the slope of f knows nothing of a jump, but the density at fixed u does: the same values
+        # the slope of f misses a jump, but the density at fixed u does not; the values are the same
         u = (m[..., None] + s[..., None] * t).detach()
         moving = (u - m[..., None]) / s[..., None]
         w = w * torch.exp((t * t - moving * moving) / 2) * (s.detach() / s)[..., None]
@@ -103,7 +103,7 @@ def _by_quadrature(f: Callable[[Tensor], Tensor], m: Tensor, s: Tensor, *, slope
 
 
 def _merged(parts: list[tuple[Tensor, Moments]], size: int) -> Moments:
-    """The moments of all, from those of parts of the last axis."""
+    """Joins the moments of parts of the last axis."""
     (_, first), *_ = parts
     merged = [None if field is None else field.new_empty(*field.shape[:-1], size) for field in first]
     for mask, part in parts:
@@ -120,7 +120,7 @@ def _by_nodes(
     f: Callable[[Tensor], Tensor], m: Tensor, s: Tensor, t: Tensor, w: Tensor, *, slopes: bool
 ) -> Moments:
     """Sums over the last axis. Slopes need no f': d/dm E f = E f t / s and d/ds E f = E f (t^2 - 1) / s."""
-    center = f(m).detach()  # E f - center and the variance are the same whatever it is
+    center = f(m).detach()  # any center gives the same mean and variance
     g = f(m[..., None] + s[..., None] * t) - center[..., None]
     weights = [w, w * t, w * (t * t - 1)] if slopes else [w]
     mean, *mean_by = _weighted(g, weights)
@@ -135,7 +135,7 @@ def _by_nodes(
 
 
 def _weighted(values: Tensor, weights: list[Tensor]) -> Sequence[Tensor]:
-    """Sums of each of the weights * values over the last axis."""
+    """The sum of weights * values over the last axis, for each of `weights`."""
     if weights[0].dim() == 1:
         return (values @ torch.stack(weights, dim=1)).unbind(-1)
     return [(w * values).sum(-1) for w in weights]

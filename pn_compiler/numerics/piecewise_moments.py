@@ -11,28 +11,28 @@ from torch import Tensor
 from pn_compiler.numerics.quadrature import is_transformed
 from pn_compiler.operators.activations import Coefficient, Pieces
 
-# A piecewise polynomial f is, seen from m, the piece P in which m lies, plus at each edge e a polynomial in
-# u - e on the far side of it: the difference of the pieces that meet there. With a = m - e, z = a / s, the
-# normal density phi, and [m >= e] 1 or 0,
+# Seen from m, a piecewise polynomial f is the piece P that contains m, plus, at each edge e, a polynomial in
+# u - e on the far side: the difference of the pieces that meet there. With a = m - e, z = a / s, the normal
+# density phi, and [m >= e] 1 or 0,
 #
 #     T_n = E ((u - e)+^n - [m >= e] (u - e)^n):
 #     T_0 = Phi(z) - [m >= e],   T_1 = a T_0 + s phi(z),   T_n = a T_(n-1) + (n - 1) s^2 T_(n-2)
 #     dT_n/dm = n T_(n-1),   dT_n/ds = n (n - 1) s T_(n-2);   dT_1/ds = phi(z),   dT_0/dm = phi(z) / s, ...
 #
-# These vanish where the edge is far from m on the scale of s, on either side, so that neither bounds of 1e9
-# nor means of 1e4 cost digits. The sums over the edges for f, f^2 and their slopes are one matrix, which
-# depends on f alone, times a column of such terms. With c = P(m), b = P'(m) and q the factor of u^2 in P,
+# These vanish where the edge is far from m on the scale of s, on either side, so neither bounds of 1e9 nor
+# means of 1e4 cost digits. The sums over the edges for f, f^2 and their slopes are one matrix, which depends
+# only on f, times a column of such terms. With c = P(m), b = P'(m) and q the coefficient of u^2 in P,
 #
 #     E f = c + q s^2 + (sum for f)
 #     E (f - c)^2 = b^2 s^2 + 3 q^2 s^4 + (sum for f^2) - 2 c (sum for f)
 #     var = E (f - c)^2 - (E f - c)^2
 
-_PEAK = 1 / math.sqrt(2 * math.pi)  # of the normal density
-_REACH = 1e15  # beyond any mean and spread; squares of what lies within are still float32
+_PEAK = 1 / math.sqrt(2 * math.pi)  # peak of the normal density
+_REACH = 1e15  # beyond any mean and spread; squares up to it still fit float32
 
 
 class Moments(NamedTuple):
-    """Mean and variance of f(u), and if asked for their slopes in m and s for u ~ Normal(m, s^2): [2, *]."""
+    """Mean and variance of f(u) and, if requested, their slopes in m and s, u ~ Normal(m, s^2): [2, *]."""
 
     mean: Tensor
     var: Tensor
@@ -61,7 +61,7 @@ def by_pieces(pieces: Pieces, m: Tensor, s: Tensor, *, slopes: bool) -> Moments:
 
 
 def _within_reach(pieces: Pieces) -> Pieces:
-    """Without the pieces that no u comes to, such as those beyond an infinite bound."""
+    """Drops the pieces that no u reaches, such as those beyond an infinite bound."""
     first = max(k for k, (start, _) in enumerate(pieces) if k == 0 or start < -_REACH)
     rest = tuple(piece for piece in pieces[first + 1 :] if piece[0] < _REACH)
     return ((-math.inf, pieces[first][1]), *rest)
@@ -77,7 +77,7 @@ def _rows(rows: list[list[Coefficient]], m: Tensor) -> Tensor:
 
 
 def _piece_at(pieces: Pieces, m: Tensor, beyond: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-    """P(m), P'(m), and the factor of u^2 unless it is 0 everywhere, of the piece P that m lies in."""
+    """P(m), P'(m), and the coefficient of u^2 unless it is 0 everywhere, of the piece P that contains m."""
     coefficients = [c for _, c in pieces]
     bends = not all(_is_zero(c2) for _, _, c2 in coefficients)
     table = _rows([list(column) for column in zip(*coefficients, strict=True)][: 3 if bends else 2], m)
@@ -97,7 +97,7 @@ def _piece_at(pieces: Pieces, m: Tensor, beyond: Tensor | None) -> tuple[Tensor,
 
 
 def _of_piece(slope: Tensor, bend: Tensor | None, zero: Tensor, s: Tensor) -> Tensor:
-    """Rows as those of `_sums`, about P(m): of a polynomial with this slope and factor of u^2 at m."""
+    """Rows like those of `_sums`, about P(m), for a polynomial with this slope and u^2 coefficient at m."""
     spread = slope * s
     if bend is None:
         return torch.stack((zero, slope, zero, spread * spread, zero, 2 * slope * spread))
@@ -108,7 +108,7 @@ def _of_piece(slope: Tensor, bend: Tensor | None, zero: Tensor, s: Tensor) -> Te
 
 
 def _sums(pieces: Pieces, a: Tensor, beyond: Tensor, s: Tensor) -> Tensor:
-    """Those over the edges for E f, dE f/dm, dE f/ds, and the same of E f^2: [6, *s.shape]."""
+    """The sums over the edges for E f, dE f/dm, dE f/ds, and the same for E f^2: [6, *s.shape]."""
     if any(isinstance(c, Tensor) for _, coefficients in pieces for c in coefficients):  # they may learn
         layout = _layout(pieces)
         return (_rows(_coefficients(pieces, layout), s) * _terms(layout, a, beyond, s)).sum(1)
@@ -119,7 +119,7 @@ def _sums(pieces: Pieces, a: Tensor, beyond: Tensor, s: Tensor) -> Tensor:
 
 
 class _Layout(NamedTuple):
-    """Which terms there are: for each edge its T_0 to T_degree and so on."""
+    """Which terms exist: for each edge its T_0 to T_degree, and so on."""
 
     degree: int
     jumps: bool  # whether f jumps at an edge
@@ -156,7 +156,7 @@ def _terms(layout: _Layout, a: Tensor, beyond: Tensor, s: Tensor) -> Tensor:
 
 
 def _coefficients(pieces: Pieces, layout: _Layout) -> list[list[Coefficient]]:
-    """Six rows, of E f, dE f/dm, dE f/ds, and the same of E f^2, over the columns of `_terms`."""
+    """Six rows, for E f, dE f/dm, dE f/ds, and the same for E f^2, over the columns of `_terms`."""
     count, degree = len(pieces) - 1, layout.degree
     density = 2 * degree * count  # behind degree + 1 powers and degree - 1 scaled ones
     width = density + count * (3 if layout.jumps else 1)
@@ -181,7 +181,7 @@ def _coefficients(pieces: Pieces, layout: _Layout) -> list[list[Coefficient]]:
 
 
 def _jumps(pieces: Pieces, *, squared: bool = False) -> list[list[Coefficient]]:
-    """For each edge e the coefficients, in powers of (u - e)+, of what f gains there; or f^2."""
+    """For each edge e, the coefficients in powers of (u - e)+ of what f, or f^2, gains there."""
     result = []
     for (_, before), (edge, after) in itertools.pairwise(pieces):
         p, q = (_around(edge, coefficients) for coefficients in (before, after))

@@ -1,8 +1,8 @@
-"""What sites compute of their four parameters, with a backward of a dozen small products.
+"""The affine of a site, computed from its four parameters, with a backward of a dozen small products.
 
-A training step runs this for every channel, on tensors as small as [C]: what counts is how many operators
-run. So many sites may be computed as one, the slopes of the moments are computed in the forward (`moments`),
-and autograd sees one function.
+Every training step runs this on tensors as small as [C], so its cost is the number of operators. Therefore
+several sites can be computed as one, the forward also computes the slopes of the moments (`moments`), and
+autograd sees a single function.
 """
 
 from typing import Any, NamedTuple
@@ -17,10 +17,10 @@ PARAMETERS = ("weight", "bias", "proxy_weight", "proxy_bias")  # of a site, in t
 
 
 class SiteAffine(NamedTuple):
-    """What a site computes with beside its own weight and bias, each [C].
+    """The constants that a site applies, each [C].
 
     weight, bias: of the normalizer, in the dtype of the parameters, scale included; None for the site's own.
-    scale, shift: behind the activation, at least float32. `scale` is None if it went into weight and bias.
+    scale, shift: behind the activation, at least float32. `scale` is None if weight and bias absorbed it.
     """
 
     weight: Tensor | None
@@ -48,11 +48,11 @@ def scale_and_shift(parameters: Tensor, activation: nn.Module, proxy_eps: float)
 def site_affine(
     parameters: Tensor, activation: nn.Module, proxy_eps: float, *, into_affine: bool
 ) -> SiteAffine:
-    """Of one site, or of several side by side.
+    """The affine of one site, or of several side by side.
 
     Args:
         parameters: as for `scale_and_shift`.
-        into_affine: put the scale into the normalizer's weight and bias, for a homogeneous activation:
+        into_affine: absorb the scale into the normalizer's weight and bias, for a homogeneous activation:
             phi(r u) = r phi(u).
     """
     learns = next(activation.parameters(), None) is not None
@@ -76,7 +76,7 @@ def _narrow(parameters: Tensor, scale: Tensor, shift: Tensor, into_affine: bool)
 
 
 class _SiteAffine(torch.autograd.Function):
-    """`_narrow` of `scale_and_shift`, whose gradient comes from the slopes of the moments."""
+    """`_narrow(scale_and_shift(...))`, with a gradient from the slopes of the moments."""
 
     @staticmethod
     def forward(ctx: Any, given: Tensor, activation: nn.Module, proxy_eps: float, into_affine: bool) -> Any:
@@ -89,7 +89,7 @@ class _SiteAffine(torch.autograd.Function):
         assert mean_by is not None
         assert var_by is not None
         scale = torch.rsqrt(var + proxy_eps)
-        # d scale = -1/2 scale^3 d var and d shift = -scale d mean - mean d scale, here less -1/2 and -1
+        # d scale = -1/2 scale^3 d var and d shift = -scale d mean - mean d scale, here without -1/2 and -1
         by_scale = scale * scale * scale * var_by
         by_shift = torch.addcmul(mean_by * scale, mean, by_scale, value=-0.5)
         ctx.save_for_backward(given, parameters, k, s, scale, by_scale, by_shift)
@@ -99,7 +99,7 @@ class _SiteAffine(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
         given, parameters, k, s, scale, by_scale, by_shift = ctx.saved_tensors
-        if torch.is_grad_enabled():  # create_graph=True: slopes have no slopes of their own
+        if torch.is_grad_enabled():  # create_graph=True, but the slopes are not differentiable
             activation, proxy_eps, into_affine = ctx.options
             pair = scale_and_shift(given, activation, proxy_eps)
             outputs = _narrow(given, *pair, into_affine)

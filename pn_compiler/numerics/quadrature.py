@@ -1,4 +1,4 @@
-"""Nodes t and weights w with E g(t) = sum of w g(t) for a standard normal t."""
+"""Nodes t and weights w such that E g(t) = sum of w g(t) for a standard normal t."""
 
 import math
 from collections.abc import Callable
@@ -17,13 +17,13 @@ _PANELS_IN_U = (-40.0, -20.0, -10.0, -5.0, -2.5, -1.0, 0.0, 1.0, 2.5, 5.0, 10.0,
 _FAR_IN_U = tuple(sign * 80.0 * 2**k for sign in (-1, 1) for k in range(12))  # to 160,000
 
 _SPREAD = 7.0  # standard deviations; the mass beyond is 3e-12
-WIDEST_TO_SHARE = 4.0  # std above it: panels take fewer nodes
+WIDEST_TO_SHARE = 4.0  # above this std, panels take fewer nodes
 _MOST_STEPS = 200
 _DIGITS = math.log(1e10)
 
 
 def nodes(f: Callable[[Tensor], Tensor], m: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
-    """For g(t) = f(m + s t): over a last axis of their own, or [nodes] if all of m can share them."""
+    """Nodes and weights for g(t) = f(m + s t): along a new last axis, or [nodes] if all of m share them."""
     strip = strip_to_share(f, s)
     if strip is not None:
         widest = float(s.detach().max()) if s.numel() else 0.0
@@ -34,13 +34,13 @@ def nodes(f: Callable[[Tensor], Tensor], m: Tensor, s: Tensor) -> tuple[Tensor, 
 
 
 def strip_to_share(f: Callable[[Tensor], Tensor], s: Tensor) -> float | None:
-    """`strip_of` f, if the largest s may be asked for: on other devices that would wait for them."""
+    """`strip_of(f)` if the largest s may be read; on other devices that would force a synchronization."""
     asked = s.device.type == "cpu" and type(s) is Tensor and not is_transformed()
     return strip_of(f) if asked else None
 
 
 def is_transformed() -> bool:
-    """Whether a compiler or a transform of torch.func looks on, so that no value may be asked for."""
+    """Whether a compiler or a torch.func transform is tracing, so that no value may be read."""
     return torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None
 
 
@@ -50,7 +50,7 @@ def _steps(strip: float, std: float) -> int:
     With step h its relative error is about exp(a^2 / 2 - 2 pi a / h) for every a up to strip / std: the
     density grows by the first term in |Im t| < a (Trefethen & Weideman, SIAM Review 2014, theorem 5.1).
     """
-    a = math.sqrt(2 * _DIGITS)  # the best of all a, if f has no singularity
+    a = math.sqrt(2 * _DIGITS)  # the best a if f has no singularity
     if std > 0:
         a = min(a, 0.95 * strip / std)
     step = 2 * math.pi * a / (a * a / 2 + _DIGITS)

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from pn_compiler.operators.spelling import operator_name
+from pn_compiler.operators.op_names import operator_name
 
 Coefficient = float | Tensor
 #: Pieces of a piecewise polynomial, in rising order: where the piece begins, and (c0, c1, c2) of
@@ -60,9 +60,9 @@ _PIECES: dict[type[nn.Module], Callable[[Any], Pieces]] = {
     ),
 }
 
-#: Activations that are analytic on the real line -> half the width of the strip around it where they still
-#: are: the imaginary part of their nearest pole. GELU is entire, its tanh form has poles at 0.63 + 2.75i and
-#: so on; the 2 also bounds how erf grows.
+#: Activations that are analytic on the real line -> half the width of the strip around it in which they
+#: remain so: the imaginary part of their nearest pole. GELU is entire; its tanh form has poles at
+#: 0.63 + 2.75i and so on; the 2 also bounds how erf grows.
 _STRIPS: dict[type[nn.Module], float] = {
     nn.SiLU: math.pi,
     nn.GELU: 2.0,
@@ -74,7 +74,7 @@ _STRIPS: dict[type[nn.Module], float] = {
     nn.Tanhshrink: math.pi / 2,
 }
 
-_NO_JUMP = 1e-8  # a hundredth of the error that the moments may have
+_NO_JUMP = 1e-8  # a hundredth of the error allowed in the moments
 
 #: The others, with the points where their derivatives jump.
 _KINKS: dict[type[nn.Module], tuple[float, ...]] = {
@@ -88,7 +88,7 @@ _HOMOGENEOUS = (nn.Identity, nn.ReLU, nn.LeakyReLU, nn.PReLU)
 
 
 def is_activation(module: nn.Module) -> bool:
-    """Whether `module` is an elementwise activation that the table knows; Identity is none."""
+    """Whether `module` is an elementwise activation in the table; Identity is not."""
     return type(module) is not nn.Identity and any(type(module) in t for t in (_PIECES, _STRIPS, _KINKS))
 
 
@@ -99,7 +99,7 @@ def activation_name(module: nn.Module) -> str:
 
 def pieces_of(activation: object) -> Pieces | None:
     """The pieces of a piecewise polynomial activation, else None."""
-    describe = _PIECES.get(type(activation))  # type: ignore[arg-type]  # any object may be asked
+    describe = _PIECES.get(type(activation))  # type: ignore[arg-type]  # any object is allowed
     return describe(activation) if describe else None
 
 
@@ -117,14 +117,14 @@ def kinks_of(activation: object) -> tuple[float, ...]:
 
 def strip_of(activation: object) -> float | None:
     """d if the activation is in the table and analytic where |Im u| < d, else None."""
-    strip = _STRIPS.get(type(activation))  # type: ignore[arg-type]  # any object may be asked
+    strip = _STRIPS.get(type(activation))  # type: ignore[arg-type]  # any object is allowed
     if type(activation) is nn.Softplus:
         return None if has_jumps(activation) else math.pi * scale_of(activation)
     return strip
 
 
 def has_jumps(activation: object) -> bool:
-    """Whether the activation itself, and not only a derivative, is known to jump somewhere."""
+    """Whether the activation itself, not just a derivative, is known to jump somewhere."""
     if type(activation) is nn.Softplus:  # u beyond the threshold; the default one leaves a jump of 2e-9
         return _softplus_jump(activation) > _NO_JUMP
     pieces = pieces_of(activation) or ()
@@ -142,7 +142,7 @@ def _softplus_jump(softplus: nn.Softplus) -> float:
 
 
 def scale_of(activation: object) -> float:
-    """The width of u over which the activation bends, against that of the others in the table."""
+    """The width of u over which the activation bends, relative to the others in the table."""
     if type(activation) is nn.Softplus:
         return 1 / max(abs(float(activation.beta)), 1e-6)
     if type(activation) is nn.CELU:
@@ -151,7 +151,7 @@ def scale_of(activation: object) -> float:
 
 
 def has_long_tails(activation: object) -> bool:
-    """Whether the activation nears its asymptotes as slowly as 1 / u."""
+    """Whether the activation approaches its asymptotes as slowly as 1 / u."""
     return type(activation) is nn.Softsign
 
 
@@ -161,9 +161,9 @@ def is_homogeneous(activation: nn.Module) -> bool:
 
 
 def reading_input(activation: nn.Module) -> nn.Module:
-    """The same activation with a gradient that needs no output, for where that is overwritten later.
+    """The same activation with a gradient that does not need its output, for outputs overwritten later.
 
-    Of the activations that a graph may spell in other words, ReLU alone keeps its output for the gradient.
+    Among the activations that a graph can spell in other ways, only ReLU keeps its output for the gradient.
     """
     return nn.Hardtanh(0.0, math.inf) if type(activation) is nn.ReLU else activation
 
@@ -190,9 +190,9 @@ _IN_PLACE: dict[type[nn.Module], Callable[[Any, Tensor], Tensor]] = {
 
 
 def run_in_place(activation: nn.Module, x: Tensor) -> Tensor:
-    """The activation of `x`, which is given up: new memory would cost more than the activation.
+    """Applies the activation to `x`, which it may overwrite: new memory would cost more than the activation.
 
-    A clip needs no memory for its gradient either; the others overwrite `x` where no gradient is recorded.
+    A clip needs no memory for its gradient either; the others overwrite `x` only if no gradient is recorded.
     """
     bounds = clip_bounds(activation)
     if bounds is not None:
@@ -203,7 +203,7 @@ def run_in_place(activation: nn.Module, x: Tensor) -> Tensor:
 
 
 def same_activation(one: nn.Module, other: nn.Module) -> bool:
-    """Whether two activation modules compute the same function: one class, equal options."""
+    """Whether two activation modules compute the same function: same class, equal options."""
     if one is other:
         return True
     if list(one.parameters()) or list(other.parameters()):
@@ -211,14 +211,14 @@ def same_activation(one: nn.Module, other: nn.Module) -> bool:
     return type(one) is type(other) and one.extra_repr() == other.extra_repr()
 
 
-# Spellings in a graph. Each builder has the signature of the function that it stands for, less the input.
+# Spellings in a graph. Each builder has the signature of the function that it stands for, without the input.
 
 
 def _hardtanh(min_val: float = -1.0, max_val: float = 1.0, inplace: bool = False) -> nn.Module | None:
     if not all(isinstance(bound, int | float) for bound in (min_val, max_val)):
         return None
     if not min_val < max_val or (min_val, max_val) == (-math.inf, math.inf):
-        return None  # a constant, or nothing
+        return None  # constant or empty
     if (min_val, max_val) == (0, math.inf):
         return nn.ReLU()
     return nn.ReLU6() if (min_val, max_val) == (0, 6) else nn.Hardtanh(float(min_val), float(max_val))
@@ -276,7 +276,7 @@ def activation_of(node: fx.Node) -> nn.Module | None:
     build = _BUILDERS.get(operator_name(node).removesuffix("_"))
     options, keywords = node.args[1:], {k: v for k, v in node.kwargs.items() if k != "input"}
     if build is None or any(isinstance(o, fx.Node) for o in (*options, *keywords.values())):
-        return None  # no activation, or with bounds that the graph computes
+        return None  # not an activation, or its bounds are computed in the graph
     try:
         inspect.signature(build).bind(*options, **keywords)
     except TypeError:
@@ -285,6 +285,6 @@ def activation_of(node: fx.Node) -> nn.Module | None:
 
 
 def activation_functions() -> frozenset[Callable[..., Any]]:
-    """The functions of torch that spell an activation: pure, so safe to name in a pickle."""
+    """The torch functions that spell an activation: pure, so safe to name in a pickle."""
     spellings = ((space, name) for space in (F, torch, torch._C._nn) for name in _BUILDERS)
     return frozenset(getattr(space, name) for space, name in spellings if hasattr(space, name))

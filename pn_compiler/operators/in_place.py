@@ -1,7 +1,7 @@
-"""Tracing ``y += w`` as what it is: a write, which a view of y shows as well.
+"""Traces ``y += w`` as the in-place write that it is, which views of y also see.
 
-torch.fx traces it as ``y = y + w``. A call of ``operator.iadd`` would not do either: its generated code,
-``y += w; z = y``, changes what y names if y is a number.
+torch.fx traces it as ``y = y + w``. A call of ``operator.iadd`` would not do either: in its generated code,
+``y += w; z = y``, y is rebound if it is a number.
 """
 
 import operator
@@ -12,7 +12,7 @@ from torch import fx
 
 
 def _called(function: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
-    """`function`, which works in place, as a function of this module."""
+    """Wraps the in-place operator `function` as a function of this module."""
 
     def call(target: Any, other: Any) -> Any:
         return function(target, other)
@@ -45,7 +45,7 @@ def _recorded(function: Callable[[Any, Any], Any]) -> Callable[[fx.Proxy, Any], 
 
 
 class InPlaceProxy(fx.Proxy):
-    """A proxy that has the operators in place."""
+    """A proxy that records in-place operators."""
 
     __iadd__ = _recorded(iadd)
     __isub__ = _recorded(isub)

@@ -1,4 +1,4 @@
-"""Which activation of torch.nn a function is: by its pieces, or by its values far out."""
+"""Identifies which activation of torch.nn a function is, by its pieces or by its values."""
 
 import copy
 import math
@@ -11,7 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from pn_compiler.operators.activations import kinks_of, pieces_of
 from pn_compiler.operators.piecewise import NotPiecewiseError, Piecewise, from_pieces
 
-_SAME_VALUES = 1e-7  # float32 rounding; constants such as 0.79788456 are written with so many digits
+_SAME_VALUES = 1e-7  # float32 rounding; constants such as 0.79788456 have that many digits
 _SAME_SLOPES = 1e-5
 _PIECEWISE: tuple[nn.Module, ...] = (nn.ReLU(), nn.ReLU6(), nn.Hardswish(), nn.Hardsigmoid())
 _OTHERS: tuple[nn.Module, ...] = (
@@ -41,7 +41,7 @@ def known_piecewise(function: Piecewise) -> nn.Module | None:
 
 
 def _by_edges(function: Piecewise) -> Iterator[nn.Module]:
-    """Activations with options that the edges and the first piece suggest."""
+    """Candidate activations, with options read off the edges and the first piece."""
     edges, (constant, slope, _) = [float(edge) for edge in function.edges], function.pieces[0]
     if len(edges) == 1:
         (edge,) = edges
@@ -57,8 +57,8 @@ def _by_edges(function: Piecewise) -> Iterator[nn.Module]:
 def known_by_values(function: nn.Module, candidates: Sequence[nn.Module] = _OTHERS) -> nn.Module | None:
     """The activation that `function` equals on a dense grid, and far out, else None.
 
-    In train and in eval mode, to 1e-7 relative to 1 + the magnitude, from -1e6 to 1e6. A function that
-    fails, overflows, or gives back another shape, equals none.
+    Compared in train and in eval mode, to 1e-7 relative to 1 + the magnitude, from -1e6 to 1e6. A function
+    that fails, overflows, or returns another shape matches none.
     """
     for x in (_near(), _far()):
         results = _results(function, x)
@@ -69,17 +69,21 @@ def known_by_values(function: nn.Module, candidates: Sequence[nn.Module] = _OTHE
 
 
 def known_module(module: nn.Module) -> nn.Module | None:
-    """As `known_by_values`, of a module whose forward cannot be looked into, with any activation.
+    """Like `known_by_values`, for a module with an opaque forward, against any activation.
 
-    Its slopes are those of the activation, too, and it computes without asking for values: a branch that
-    depends on them would show on no grid.
+    Its slopes must match as well, and it must run without reading values: a grid would miss a branch that
+    depends on them.
     """
     with torch.no_grad():
         results = _results(module, -torch.ones(1, 1, 1, 1, dtype=torch.float64))
     leaky = [nn.LeakyReLU(-y.item()) for y in results[:1] if isinstance(y, Tensor) and y.numel() == 1]
-    found = known_by_values(module, (*_PIECEWISE, *_OTHERS, *leaky))
+    candidate = known_by_values(module, (*_PIECEWISE, *_OTHERS, *leaky))
     try:
-        return found if found is not None and _same_slopes(module, found) and _is_blind(module) else None
+        return (
+            candidate
+            if candidate is not None and _same_slopes(module, candidate) and _is_blind(module)
+            else None
+        )
     except Exception:  # somebody else's code
         return None
 
@@ -96,7 +100,7 @@ def _run(function: nn.Module, x: Tensor) -> list[object]:
 
 
 def _results(function: nn.Module, x: Tensor) -> list[object]:
-    """What `function` gives in train and in eval mode; nothing if it fails."""
+    """The results of `function` in train and in eval mode; empty if it fails."""
     try:
         return _run(function, x)
     except Exception:  # somebody else's code
@@ -114,18 +118,18 @@ def _all_equal(results: list[object], expected: Tensor) -> bool:
 
 
 def _same_slopes(module: nn.Module, candidate: nn.Module) -> bool:
-    """Whether both have the same gradient, but where it jumps; a backward may be written by hand."""
+    """Whether both have the same gradient except where it jumps; a backward may be written by hand."""
     x = _near()
     inside = torch.ones_like(x, dtype=torch.bool)
     for kink in kinks_of(candidate):
         inside &= (x - kink).abs() > 1e-9
     with torch.enable_grad():
-        got, want = (
+        actual, expected = (
             torch.autograd.grad(f(leaf * 1).sum(), leaf)[0]
             for f in (copy.deepcopy(module), candidate)
             for leaf in [x.clone().requires_grad_()]
         )
-    return bool(((got - want).abs() <= _SAME_SLOPES * (1 + want.abs()))[inside].all())
+    return bool(((actual - expected).abs() <= _SAME_SLOPES * (1 + expected.abs()))[inside].all())
 
 
 def _near() -> Tensor:
@@ -133,7 +137,7 @@ def _near() -> Tensor:
 
 
 def _far() -> Tensor:
-    """From -1e6 to 1e6, densely up to 1,000 and towards 0; no round numbers but 0 alone."""
+    """From -1e6 to 1e6, densely up to 1,000 and towards 0; 0 is the only round number."""
     tails = torch.logspace(-12, 6, 2000, dtype=torch.float64)
     dense = torch.linspace(-1000.123, 1000.321, 39_999, dtype=torch.float64)
     return torch.cat([dense, tails, -tails, tails.new_zeros(1)]).view(4, 11, 25, 40)

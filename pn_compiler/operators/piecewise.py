@@ -1,7 +1,7 @@
 """Exact arithmetic on piecewise polynomials of one variable, up to degree 2.
 
-What an expression of clamps, comparisons, products and sums computes on the whole real line: where it
-bends is known, however far out, and not guessed from values.
+It represents what an expression of clamps, comparisons, products and sums computes on the whole real line:
+its edges are known exactly, however far out, instead of guessed from values.
 """
 
 import itertools
@@ -13,11 +13,11 @@ from fractions import Fraction
 Polynomial = tuple[Fraction, Fraction, Fraction]  # c0 + c1 u + c2 u^2
 
 _ZERO = Fraction(0)
-_SAME = Fraction(1, 10**7)  # relative: constants such as 1/6 are written with so many digits
+_SAME = Fraction(1, 10**7)  # relative: constants such as 1/6 are written with that many digits
 
 
 class NotPiecewiseError(Exception):
-    """The result is no piecewise polynomial of degree 2 with rational edges."""
+    """The result is not a piecewise polynomial of degree 2 with rational edges."""
 
 
 @dataclass(frozen=True)
@@ -25,8 +25,8 @@ class Piecewise:
     """A function of a real u.
 
     Attributes:
-        edges: where one polynomial ends and the next begins, rising.
-        pieces: the polynomials between the edges, one more than those.
+        edges: where one polynomial ends and the next begins, in ascending order.
+        pieces: the polynomials between the edges, one more than there are edges.
         points: the values at the edges themselves.
         boolean: whether it is a truth value, 0 or 1.
     """
@@ -43,7 +43,7 @@ class Piecewise:
         return _value(self.pieces[-1], u)
 
     def same_as(self, other: "Piecewise") -> bool:
-        """Whether both are equal everywhere, edges included, but for the last digits of constants."""
+        """Whether both are equal everywhere, edges included, up to the last digits of constants."""
         if len(self.edges) != len(other.edges):
             return False
         numbers = [(*f.edges, *f.points, *itertools.chain.from_iterable(f.pieces)) for f in (self, other)]
@@ -59,7 +59,7 @@ def identity() -> Piecewise:
 
 
 def from_pieces(pieces: Iterable[tuple[float, tuple[float, float, float]]]) -> Piecewise:
-    """Of the starts and coefficients of polynomials; at each start it has the value of the one below."""
+    """Built from (start, coefficients) of each polynomial; at a start it has the lower one's value."""
     reached = [(start, c) for start, c in pieces if start < math.inf]
     while len(reached) > 1 and reached[1][0] == -math.inf:
         reached.pop(0)
@@ -178,7 +178,7 @@ def _refined(f: Piecewise, edges: list[Fraction]) -> Piecewise:
 def _simplified(
     edges: tuple[Fraction, ...], pieces: tuple[Polynomial, ...], points: tuple[Fraction, ...]
 ) -> Piecewise:
-    """Without edges at which nothing happens."""
+    """Drops the edges at which nothing changes."""
     kept = [
         k
         for k, edge in enumerate(edges)
@@ -203,7 +203,7 @@ def _combined(
 
 
 def _split_by_sign(f: Piecewise) -> Piecewise:
-    """With edges at its roots, so that no piece changes its sign."""
+    """Adds edges at its roots, so that no piece changes its sign."""
     bounds = [None, *f.edges, None]
     roots = [
         root

@@ -1,1 +1,1 @@
-"""Values while a forward is traced: what Python may ask of them, and what would be lost."""
+"""Stand-ins for values during a trace: what Python code may ask of them, and what a trace would lose."""

@@ -15,7 +15,7 @@ _recorders: list[Record] = []  # the trace that runs, if one does
 
 
 class FunctionCall(nn.Module):
-    """A layer that applies an autograd function: a graph cannot hold the class, and enters its forward alone.
+    """A layer that applies an autograd function, whose class a graph cannot hold.
 
     Args:
         function: applied to whatever the layer is called with.
@@ -34,9 +34,9 @@ class FunctionCall(nn.Module):
 
 @contextlib.contextmanager
 def recorded_functions(record: Record) -> Iterator[None]:
-    """Calls `record` in the place of ``Function.apply``.
+    """Calls `record` instead of ``Function.apply``.
 
-    Names bound before, ``swish = Swish.apply``, hold the method itself: only its code can be exchanged.
+    Names bound earlier, such as ``swish = Swish.apply``, hold the method itself, so its code is replaced.
     """
     method = Function.apply.__func__  # type: ignore[attr-defined]
     original = method.__code__
@@ -50,12 +50,12 @@ def recorded_functions(record: Record) -> Iterator[None]:
 
 
 def apply_original(function: type[Function], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """What ``function.apply`` does where nothing is recorded."""
+    """Calls the original ``function.apply``, without recording."""
     return _ORIGINAL(function, *args, **kwargs)
 
 
 def runs_given_code(function: type[Function]) -> bool:
-    """Whether it only calls a function that it is given, as activation checkpointing does."""
+    """Whether `function` only calls a function passed to it, as activation checkpointing does."""
     return function is CheckpointFunction
 
 
@@ -69,7 +69,7 @@ _ORIGINAL = _copied(Function.apply.__func__)  # type: ignore[attr-defined]
 
 
 def _recording_code() -> types.CodeType:
-    """Code with as many free variables as that of ``Function.apply``, which names its class for super()."""
+    """Code with as many free variables as ``Function.apply``, which names its class for super()."""
     free = None
 
     def apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
@@ -83,5 +83,5 @@ def _recording_code() -> types.CodeType:
 def record_call(
     function: type[Function], args: tuple[Any, ...], kwargs: dict[str, Any], free: Any = None
 ) -> Any:
-    """Gives a call to the trace that runs; `free` is what ``Function.apply`` closes over."""
+    """Passes a call to the running trace; `free` is what ``Function.apply`` closes over."""
     return _recorders[-1](function, args, kwargs)

@@ -12,7 +12,7 @@ from torch import fx, nn
 from torch.utils import _pytree as pytree
 
 from pn_compiler.operators import in_place
-from pn_compiler.operators.spelling import operator_name
+from pn_compiler.operators.op_names import operator_name
 from pn_compiler.proxies.autograd_functions import FunctionCall
 
 UNKNOWN: Any = type("Unknown", (), {"__repr__": lambda self: "unknown"})()
@@ -40,17 +40,17 @@ _RETURNS = frozenset(["RETURN_VALUE", "BUILD_TUPLE", "BUILD_LIST", "BUILD_MAP", 
 
 
 def sample_inputs(value: Any) -> Any:
-    """`value` with a sample in the place of each tensor."""
+    """`value` with each tensor replaced by a sample."""
     return pytree.tree_map_only(torch.Tensor, lambda _: SAMPLE, value)
 
 
 def may_be_none(value: Any, attribute: str) -> bool:
-    """Whether some values of the type of `value` have None as `attribute`."""
+    """Whether `attribute` is None for some values of the type of `value`."""
     return isinstance(value, torch.Tensor) and attribute in _MAYBE_NONE
 
 
 def is_python_value(value: Any) -> bool:
-    """Whether `value`, a sample, is a number, a shape, or what else no mode of torch has a part in."""
+    """Whether `value`, a sample, is a number, a shape, or anything else independent of torch's modes."""
     return isinstance(value, int | float | torch.Size | torch.dtype | torch.device)
 
 
@@ -61,12 +61,12 @@ def has_attribute(value: Any, name: str) -> bool:
 
 @functools.cache
 def may_return_none(cls: type) -> bool:
-    """Whether the forward of a user's module has None in what it returns: a branch on that would be lost."""
+    """Whether a user module's forward may return None somewhere; a branch on that would be lost."""
     code = getattr(getattr(cls, "forward", None), "__code__", None)  # TorchScript has none
     if code is None or cls.__module__.startswith(("torch.", "pn_compiler.")):
         return False
-    stack: list[bool] = []  # whether None is among what the expression so far consists of
-    variables: set[Any] = set()  # those that None was assigned to
+    stack: list[bool] = []  # for each operand, whether None is part of it
+    variables: set[Any] = set()  # those assigned None
     steps = list(dis.get_instructions(code))
     for step, after in zip(steps, [*steps[1:], None], strict=True):
         index = after is not None and after.opname in ("BINARY_SUBSCR", "STORE_SUBSCR")  # x[:, None]
@@ -82,7 +82,7 @@ def may_return_none(cls: type) -> bool:
 
 
 def _advance(stack: list[bool], step: dis.Instruction, is_none: bool) -> None:
-    """What `step`, in the order of the code, makes of `stack`; jumps are not followed."""
+    """Updates `stack` for `step`, in code order; jumps are not followed."""
     if step.opname.startswith(("STORE_FAST", "RETURN_")) or step.opname == "POP_TOP":
         stack.clear()
         return
@@ -104,10 +104,10 @@ def attribute_of(value: Any, name: str) -> Any:
     if value is UNKNOWN:
         return UNKNOWN
     try:
-        found = getattr(value, name)
+        attribute_value = getattr(value, name)
     except Exception:  # properties may raise anything
         return UNKNOWN
-    return SAMPLE if isinstance(found, torch.Tensor) else found
+    return SAMPLE if isinstance(attribute_value, torch.Tensor) else attribute_value
 
 
 def sample_of(node: fx.Node, root: nn.Module, samples: dict[fx.Node, Any]) -> Any:
@@ -115,7 +115,7 @@ def sample_of(node: fx.Node, root: nn.Module, samples: dict[fx.Node, Any]) -> An
     if node not in samples:
         try:
             samples[node] = _sample(node, root, samples)
-        except Exception:  # a rule that does not fit these operands
+        except Exception:  # the rule does not fit these operands
             samples[node] = UNKNOWN
     return samples[node]
 
@@ -151,7 +151,7 @@ def _attribute(root: nn.Module, path: str) -> Any:
 
 
 def _of_module(module: nn.Module, first: Any) -> Any:
-    """What a layer of torch.nn, or of this package, returns."""
+    """A sample of what a layer of torch.nn or of this package returns."""
     hooks = (module._forward_hooks, module._forward_pre_hooks)
     if any(hooks) or "forward" in vars(module) or isinstance(module, FunctionCall):
         return UNKNOWN
@@ -192,7 +192,7 @@ def _of_function(node: fx.Node, first: Any) -> Any:
 
 
 def _of_schema(name: str, first: Any) -> Any:
-    """What the ATen operator of that name returns, if all overloads that take `first` return the same."""
+    """A sample of what the ATen operator `name` returns, if all overloads that take `first` agree."""
     packet = getattr(torch.ops.aten, name)
     schemas = [getattr(packet, overload)._schema for overload in packet.overloads()]
     if isinstance(first, torch.Tensor):
@@ -213,5 +213,5 @@ def _item(value: Any, index: Any) -> Any:
         return value.get(index, UNKNOWN)
     try:
         return value[index]
-    except IndexError:  # as many as the shape has dimensions, or the split pieces
+    except IndexError:  # the shape may have more dimensions, or the split more pieces
         return value[0] if len({type(item) for item in value}) == 1 else UNKNOWN

@@ -1,4 +1,4 @@
-"""Proxies that never answer a question of Python's with what is true of the proxy and not of the value."""
+"""Proxies that answer Python's questions for the value they stand for, never for the proxy itself."""
 
 import dis
 import operator
@@ -23,7 +23,7 @@ class Untraceable(Exception):  # noqa: N818  # like fx.proxy.TraceError, it says
     """The module being traced does something that a graph would not do.
 
     Attributes:
-        code: of the diagnostic that reports it; None for what torch.fx itself cannot trace.
+        code: code of the diagnostic that reports it; None for what torch.fx itself cannot trace.
     """
 
     def __init__(self, code: str | None, reason: str) -> None:
@@ -32,20 +32,20 @@ class Untraceable(Exception):  # noqa: N818  # like fx.proxy.TraceError, it says
 
 
 class TracedProxy(InPlaceProxy):
-    """A proxy of a value whose type is known, or that refuses to be asked for it.
+    """A proxy for a value whose type is known, or that refuses questions about it.
 
-    What Python asks of an object beyond its operators is answered for the value, so that the branch taken
-    is that of a real call; if that cannot be known, the module is not traced.
+    Questions that Python asks of an object beyond its operators are answered for the value, so that the
+    trace takes the branch of a real call; if the answer is unknown, the module is not traced.
     """
 
     tracer: Any
 
     def known(self) -> Any:
-        """A value of the type that this one has, or UNKNOWN."""
+        """A value of the same type as this one, or UNKNOWN."""
         return self.tracer.known(self.node)
 
     def sample(self, question: str) -> Any:
-        """A value of the type that this one has; the module is not traced if that is unknown."""
+        """A value of the same type as this one; the module is not traced if the type is unknown."""
         value = self.known()
         if value is UNKNOWN:
             raise self.refuse("PN114", f"{question} {self!r}, which is only known when the model runs")
@@ -82,7 +82,7 @@ class TracedProxy(InPlaceProxy):
         raise self.refuse(*self.tracer.write_of(self.node, f"deletes {name!r} of"))
 
     def __setitem__(self, index: Any, value: Any) -> None:
-        """Recorded of tensors alone: a list or dict of the caller's is no value of a graph."""
+        """Records writes to tensors only: the caller's lists and dicts are not values of a graph."""
         if isinstance(self.known(), torch.Tensor):
             self.tracer.create_proxy("call_function", operator.setitem, (self, index, value), {})
             return
@@ -90,7 +90,7 @@ class TracedProxy(InPlaceProxy):
 
     @property  # type: ignore[misc]
     def __class__(self) -> type:
-        """The class of the value for code that asks for it, and of the proxy for the C code of torch."""
+        """The class of the value for Python code, and that of the proxy for torch's C code."""
         frame = sys._getframe(1)
         if opname[frame.f_code.co_code[frame.f_lasti]] in _ASKS_CLASS and not is_internal(frame.f_globals):
             return type(self.sample("the forward asks for the class of"))
@@ -100,7 +100,7 @@ class TracedProxy(InPlaceProxy):
         return self.tracer.create_proxy("call_function", operator.eq, (self, other), {})
 
     def __hash__(self) -> int:
-        """Of the proxy itself, for torch.fx; a forward that looks a value up may find another call's."""
+        """The proxy's own hash, for torch.fx; refused in a forward, where lookups could hit other values."""
         if not is_internal(sys._getframe(1).f_globals):
             raise self.refuse("PN114", f"the forward looks {self!r} up in a dict, set or cache")
         return object.__hash__(self)
@@ -136,7 +136,7 @@ class TracedProxy(InPlaceProxy):
         return format(super().__repr__(), specification)
 
     def _check_text(self, frame: FrameType) -> None:
-        """The text of a proxy is not that of its value. In messages it does no harm."""
+        """Refuses to turn a value into text, because the proxy's text differs; messages are exempt."""
         if not is_library_module(frame.f_globals) and not _is_message(frame):
             raise self.refuse("PN114", "the forward makes text of a value")
 
@@ -151,14 +151,14 @@ class TracedProxy(InPlaceProxy):
 
 
 class TracedAttribute(TracedProxy, fx_proxy.Attribute):
-    """An attribute of a `TracedProxy`, recorded when something reads it, or a method when it is called."""
+    """An attribute of a `TracedProxy`, recorded when it is read, or a method, recorded when it is called."""
 
     def known(self) -> Any:
-        """The attribute of a value of the type that the owner has, or UNKNOWN."""
+        """The attribute of a value of the owner's type, or UNKNOWN."""
         return attribute_of(self.root.known(), self.attr)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Calls the method. How many dimensions a tensor has is answered, if it is known."""
+        """Calls the method. Questions for a tensor's number of dimensions are answered if it is known."""
         rank = None
         if self.attr in _RANK_METHODS and not (args or kwargs):
             rank = self.tracer.rank(self.root.node)
@@ -172,7 +172,7 @@ class TracedAttribute(TracedProxy, fx_proxy.Attribute):
 
 
 class TensorProxy(TracedProxy, fx_proxy.ParameterProxy):
-    """A parameter or buffer, whose shape is known: it can be asked for in conditions."""
+    """A parameter or buffer, whose shape is known and may be used in conditions."""
 
     def __init__(self, tracer: fx.Tracer, node: fx.Node, name: str, value: torch.Tensor) -> None:
         fx.Proxy.__init__(self, node, tracer)
@@ -187,7 +187,7 @@ class TensorProxy(TracedProxy, fx_proxy.ParameterProxy):
 
 
 def _is_message(frame: FrameType) -> bool:
-    """Whether the statement that runs keeps nothing: a call for its effect, or what raises an exception."""
+    """Whether the running statement keeps no value: a call for its effect, or a raise."""
     for instruction in dis.get_instructions(frame.f_code):
         if instruction.offset > frame.f_lasti:
             if instruction.opname in ("POP_TOP", "RAISE_VARARGS"):
@@ -201,20 +201,20 @@ _KEEPS = ("STORE_", "RETURN_", "YIELD_", "POP_JUMP_", "JUMP_")
 
 PROXIES: frozenset[type] = frozenset([TracedProxy, TracedAttribute, TensorProxy])
 
-# modules whose functions ask for types in the name of the code that calls them
+# modules whose functions ask for types on behalf of their callers
 _ASKS_FOR_CALLERS = frozenset(
     ["functools", "torch", "torch.functional", "torch.jit", "torch._jit_internal", "torch.nn.functional"]
 )
 
 
 def is_internal(names: dict[str, Any]) -> bool:
-    """Whether these globals are those of a module of torch or Python, where a proxy is known as one."""
+    """Whether these globals belong to a module of torch or Python, which recognises proxies."""
     name = str(names.get("__name__"))
     return not (name in _ASKS_FOR_CALLERS or name.startswith("torch.jit.")) and is_library_module(names)
 
 
 def is_library_module(names: dict[str, Any]) -> bool:
-    """Whether these globals are those of a module of torch, NumPy, Python or this package."""
+    """Whether these globals belong to a module of torch, NumPy, Python or this package."""
     top = str(names.get("__name__")).partition(".")[0]
     return top in ("torch", "pn_compiler", "numpy") or (top in sys.stdlib_module_names and top != "__main__")
 
@@ -229,7 +229,7 @@ def module_proxy(tracer: fx.Tracer, name: str, value: torch.Tensor) -> fx.Proxy:
 
 
 def is_parameter(module: nn.Module, path: str) -> bool:
-    """Whether `path` is that of a parameter of `module`, under any of its names."""
+    """Whether `path` names a parameter of `module`, under any of its names."""
     owner, _, name = path.rpartition(".")
     try:
         return name in module.get_submodule(owner)._parameters

@@ -1,4 +1,4 @@
-"""Why a module is not traced, and the tracer that notes it."""
+"""Why a module is not traced, and the tracer base class that records it."""
 
 import dataclasses
 from typing import NoReturn
@@ -14,9 +14,9 @@ class Failure:
     """Why a module is not traced.
 
     Attributes:
-        path: of the innermost module whose code is the reason.
-        code: of the diagnostic that reports it; None for what torch.fx itself cannot trace.
-        reason: in words.
+        path: path of the innermost module whose code is the reason.
+        code: code of the diagnostic that reports it; None for what torch.fx itself cannot trace.
+        reason: the reason in words.
     """
 
     path: str
@@ -28,7 +28,7 @@ class Failure:
 
 
 def whole_note(code: str, path: str, reason: str) -> Diagnostic:
-    """That the module at `path` is not traced."""
+    """The diagnostic that the module at `path` is not traced."""
     hint = "what it calls is converted on its own"
     return Diagnostic(code, path, f"the module stays whole: {reason}", hint)
 
@@ -38,7 +38,7 @@ class RefusingTracer(fx.Tracer):
 
     Attributes:
         stack: paths of the modules being traced, outermost first.
-        failure: the first, also where the forward catches the exception.
+        failure: the first failure, even if the forward catches the exception.
     """
 
     def __init__(self) -> None:
@@ -47,11 +47,11 @@ class RefusingTracer(fx.Tracer):
         self.failure: Failure | None = None
 
     def refuse(self, code: str | None, reason: str) -> NoReturn:
-        """The module that is being traced does what a graph would not do."""
+        """Gives up: the module being traced does something that a graph would not do."""
         self.failed(code, reason)
         raise Untraceable(code, reason)
 
     def failed(self, code: str | None, reason: str) -> None:
         failure = Failure(self.stack[-1], code, reason)
         if self.failure is None or (self.failure.path == failure.path and code == "PN115"):
-            self.failure = failure  # what rewrites weights must be known as such
+            self.failure = failure  # rewriting weights must not be masked by another reason

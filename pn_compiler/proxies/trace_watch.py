@@ -1,6 +1,6 @@
-"""What a forward does while it is traced that no graph repeats: draws, clocks, and writes to what is there.
+"""Detects what a traced forward does that no graph repeats: random draws, clock reads, writes to old tensors.
 
-Operators on proxies are recorded; everything else runs once, for real, and a graph keeps the result for ever.
+Operators on proxies are recorded; everything else runs once, for real, and its result becomes a constant.
 """
 
 import builtins
@@ -41,8 +41,9 @@ _SUSPECTS = _DRAWS.union(*_CLOCKS.values(), _MODES)
 
 
 class TensorWatch(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Refuses to draw random numbers, to write into tensors that are older than the trace, and to compute
-    with parameters that do not come as attributes: a graph would hold the result for ever.
+    """Refuses random draws, writes to tensors older than the trace, and operators on raw parameters.
+
+    Raw parameters are those not read as attributes. A graph would hold all these results as constants.
     """
 
     def __init__(self, refuse: Refuse, model: nn.Module) -> None:
@@ -77,7 +78,7 @@ class TensorWatch(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 def _imports() -> bool:
-    """Whether the code that runs is that of a module that is imported for the first time."""
+    """Whether the running code is a module's import."""
     frame: FrameType | None = sys._getframe()
     while frame is not None and frame.f_code.co_filename != "<frozen importlib._bootstrap>":
         frame = frame.f_back
@@ -89,24 +90,24 @@ def _tensors(value: Any) -> list[torch.Tensor]:
 
 
 class PythonWatch:
-    """Looks at every Python function that is called meanwhile.
+    """Observes every Python function that is called during a trace.
 
-    User code finds `SHIMS` for the builtins of these names, and must not draw, read clocks, or match the
-    shape of a value.
+    User code gets `SHIMS` instead of the builtins of these names, and must not draw random numbers, read
+    clocks, or match on the shape of a value.
     """
 
     def __init__(self, refuse: Refuse, entered: Callable[[dict[str, Any]], None]) -> None:
-        """`entered` gets the globals of each module of the user that has code called."""
+        """`entered` is called with the globals of each user module whose code runs."""
         self._refuse, self._entered = refuse, entered
         self._internal: set[int] = set()  # identities of globals
-        # globals, the names added to them, and the builtins that they had under names of their own
+        # globals, the names added to them, and their own builtins
         self._user: dict[int, tuple[dict[str, Any], list[str], dict[str, Any]]] = {}
         self._profiler: Any = None
         self._collects = False
 
     def __enter__(self) -> None:
         self._collects = gc.isenabled()
-        gc.disable()  # callbacks of the collector are no code of the forward
+        gc.disable()  # callbacks of the collector are not the forward's code
         self._profiler = sys.getprofile()
         sys.setprofile(self._on_event)
 
@@ -139,9 +140,9 @@ class PythonWatch:
                 return
             if _imports():
                 return
-            wanted = shims_for(names)
-            added = [name for name in wanted if name not in names]
-            known = {id(getattr(builtins, name)): SHIMS[name] for name in wanted}
+            shims = shims_for(names)
+            added = [name for name in shims if name not in names]
+            known = {id(getattr(builtins, name)): SHIMS[name] for name in shims}
             renamed = {name: value for name, value in names.items() if id(value) in known}
             self._user[id(names)] = names, added, renamed
             names.update((name, SHIMS[name]) for name in added)
@@ -153,7 +154,7 @@ class PythonWatch:
 
 
 def _resume(profiler: Any) -> None:
-    """Gives the place of the profiler back to the one that had it."""
+    """Reinstalls the profiler that was active before."""
     if callable(profiler):
         sys.setprofile(profiler)
     elif hasattr(profiler, "enable"):  # cProfile
@@ -162,9 +163,9 @@ def _resume(profiler: Any) -> None:
 
 @functools.lru_cache(maxsize=4096)
 def _asks_unseen(code: CodeType) -> str | None:
-    """What `code` asks of values in a way that no proxy notices, or None.
+    """What `code` asks of values that a proxy cannot notice, or None.
 
-    Two tensors are the same object or not: an operator may return its input, and always returns a new proxy.
+    Object identity is one: an operator may return its input, but it always returns a new proxy.
     """
     before, caught = "", ""
     for instruction in dis.get_instructions(code):
@@ -181,7 +182,7 @@ def _asks_unseen(code: CodeType) -> str | None:
 
 
 def _unrepeatable(frame: FrameType, function: Any) -> str | None:
-    """Why a C function gives another result in each call, or None."""
+    """Why a C function returns a different result in each call, or None."""
     owner = getattr(function, "__self__", None)
     name = function.__name__
     if isinstance(owner, random.Random) and name in _DRAWS:

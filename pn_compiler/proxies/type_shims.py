@@ -1,4 +1,4 @@
-"""Stand-ins for builtins while user code is traced: they answer for the values of proxies."""
+"""Stand-ins for builtins in traced user code; they answer for the values behind proxies."""
 
 from collections.abc import Callable
 from typing import Any
@@ -27,7 +27,7 @@ def traced_callable(obj: Any) -> bool:
 
 
 class _TracedType:
-    """Stands for the builtin ``type``: the type of a proxy is that of its value."""
+    """Stands in for the builtin ``type``: the type of a proxy is that of its value."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if len(args) == 1 and not kwargs and type(args[0]) in PROXIES:
@@ -65,7 +65,7 @@ def _without_shims(cls: Any) -> Any:
     return tuple(map(_without_shims, cls)) if type(cls) is tuple else cls
 
 
-#: what user code finds under these names while it is traced
+#: what user code gets for these names while it is traced
 SHIMS: dict[str, Callable[..., Any]] = {
     "isinstance": traced_isinstance,
     "callable": traced_callable,
@@ -75,8 +75,8 @@ SWAPPED.update(map(id, SHIMS.values()))
 
 
 def shims_for(names: dict[str, Any]) -> tuple[str, ...]:
-    """Which of `SHIMS` the code of a module with these globals is to find.
+    """Which of `SHIMS` code with these globals should get.
 
-    Functions of torch ask ``type(x)`` only to tell proxies and other subclasses from plain tensors.
+    Torch's functions use ``type(x)`` only to tell proxies and other subclasses from plain tensors.
     """
     return ("isinstance",) if str(names.get("__name__")).partition(".")[0] == "torch" else tuple(SHIMS)

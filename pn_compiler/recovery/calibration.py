@@ -1,4 +1,4 @@
-"""Weight and bias of normalizers, from unlabelled samples: the calibrated warm start."""
+"""The calibrated warm start: fits weight and bias of the normalizers to unlabelled samples."""
 
 import collections
 import contextlib
@@ -29,7 +29,7 @@ from pn_compiler.regions.regions import Trace
 from pn_compiler.running.evaluation import batches_of, each_batch, of_each_shard, untouched
 from pn_compiler.running.losses import squared_norm
 
-EVALUATIONS = 12  # of the error and its gradient; more gain little: docs/calibration.md
+EVALUATIONS = 12  # of the error and its gradient; more gains little: docs/calibration.md
 
 
 def calibrate_prepared(
@@ -39,11 +39,11 @@ def calibrate_prepared(
     batches: Iterable[Any] | None,
     edit: PipelineEdit | None = None,
 ) -> dict[str, Calibrated]:
-    """Weight and bias of the normalizer of each site of `traced`, by path, fitted to `batches`.
+    """Fits weight and bias of each site's normalizer in `traced` to `batches`; returns them by path.
 
     Args:
-        traced: prepared; left as it is.
-        model: what it was traced from.
+        traced: the prepared trace; it is left untouched.
+        model: the model that it was traced from.
         edit: of the pipeline, as in `convert`.
     """
     if batches is None:
@@ -64,30 +64,31 @@ def calibrate(
     *,
     evaluations: int = EVALUATIONS,
 ) -> dict[str, Calibrated]:
-    """Fits weight and bias of all normalizers together, to the outputs of the BatchNorm network.
+    """Fits weight and bias of all normalizers jointly to the outputs of the BatchNorm network.
 
-    What is minimized is |s - t|^2 / |t|^2 over all samples, with s the outputs of `student` and t those of
-    `teacher`; see `OutputError`. The descent (L-BFGS) begins at the better of two points: weight and bias
-    as they are, and for each site alone, per channel, the least squares of the BatchNorm's output on the
+    It minimizes |s - t|^2 / |t|^2 over all samples, where s are the outputs of `student` and t those of
+    `teacher`; see `OutputError`. The descent (L-BFGS) starts at the better of two points: the current weight
+    and bias, and a least-squares fit of each site alone, per channel, of the BatchNorm's output to the
     normalized input n that the site has in `teacher`::
 
         weight = cov(n, t) / var(n)        bias = mean(t) - weight mean(n)
 
-    These are exact wherever a normalizer can be, but add up to more than they must where it cannot.
+    This fit is exact wherever a normalizer can be; where it cannot, the errors of the sites accumulate, which
+    the descent reduces.
 
     Args:
-        student: a network with GroupNorms in the place of BatchNorms. It is changed.
+        student: a network with GroupNorms in place of BatchNorms. It is modified.
         teacher: the BatchNorm network; it runs in eval mode. Values in half precision become float32.
-        names: paths of those.
-        batches: unlabelled samples, read once for the least squares, for each evaluation and at the end.
-            Random numbers of torch are the same each time.
-        evaluations: of the error and its gradient.
+        names: paths of the GroupNorms.
+        batches: unlabelled samples, read once for the least squares, once per evaluation and once at the end.
+            Torch's random numbers are the same each time.
+        evaluations: number of evaluations of the error and its gradient.
 
     Returns:
         The result for each site that the data reaches, by path.
 
     Raises:
-        ConfigError: no batch, values that are nan or infinite, or batches that the networks do not take.
+        ConfigError: no batch, values that are nan or infinite, or batches that the networks do not accept.
     """
     refuse_uninitialised(teacher)
     batches = batches_of(batches, again=True)
@@ -118,26 +119,26 @@ def calibrate(
 
 
 def _widen(model: nn.Module) -> None:
-    """Half precision is too coarse for gradients."""
+    """Converts half precision to float32: it is too coarse for gradients."""
     for tensor in (*model.parameters(), *model.buffers()):
         if tensor.dtype in (torch.float16, torch.bfloat16):
             tensor.data = tensor.float()
 
 
 def _read(model: nn.Module, batches: Iterable[Any], title: str) -> Batches:
-    """All `batches`, drawn with the same random numbers each time; within `untouched`."""
+    """Yields all `batches`, with the same random numbers each time; call it within `untouched`."""
     torch.manual_seed(0)
     for name, inputs in each_batch(model, batches, title):
         yield name, inputs.map(lambda x: x.float() if x.dtype in (torch.float16, torch.bfloat16) else x)
 
 
-# What follows is additive: shards of the data can be summed up where they are.
+# The results of the next functions are additive: each data shard can be summed where it is.
 
 
 def _survey(
     teacher: nn.Module, sites: Norms, batches: Iterable[Any]
 ) -> tuple[dict[str, ChannelFit], dict[str, float]]:
-    """(least squares of each site that is reached, sum of squares of each output and site)."""
+    """(least-squares fit of each site that the data reaches, sum of squares of each output and site)."""
     fits: dict[str, ChannelFit] = {}
     powers: dict[str, float] = collections.defaultdict(float)
 
@@ -172,25 +173,25 @@ def _evaluate(error: OutputError, batches: Iterable[Any]) -> tuple[float, Tensor
 def _compare(
     student: nn.Module, teacher: nn.Module, names: Sequence[str], batches: Iterable[Any]
 ) -> dict[str, ChannelFit]:
-    """What each site gives, beside its BatchNorm."""
+    """Compares the output of each site with that of its BatchNorm."""
     fits = {name: ChannelFit() for name in names}
     with untouched(teacher), untouched(student):
         for name, inputs in _read(teacher, batches, "calibration: residuals"):
-            wanted = observed(teacher, names, inputs.map(torch.clone), name)
-            got = observed(student, names, inputs, name)
-            for place, target in wanted.items():
-                if place in got and got[place].shape == target.shape:
-                    fits[owner(place)].add(got[place], target)
+            expected = observed(teacher, names, inputs.map(torch.clone), name)
+            actual = observed(student, names, inputs, name)
+            for place, target in expected.items():
+                if place in actual and actual[place].shape == target.shape:
+                    fits[owner(place)].add(actual[place], target)
     return fits
 
 
 def _solutions(norms: Norms, fits: Mapping[str, ChannelFit]) -> Tensor:
-    """The least squares of each site, as `values_of` has them."""
+    """The least-squares fit of each site, laid out as `values_of`."""
     return torch.cat([part for name, norm in norms.items() for part in fits[name].solve(norm.weight)])
 
 
 def _scale(norms: Norms) -> Tensor:
-    """The size of each weight, for its bias, too, as `values_of` has them."""
+    """The magnitude of each weight, also used for its bias, laid out as `values_of`."""
     sizes = [norm.weight.detach().double().cpu().abs() for norm in norms.values()]
     return torch.cat([part for size in sizes for part in (size, size)])
 
@@ -201,20 +202,20 @@ def _descend(
     scale: Tensor,
     evaluations: int,
 ) -> Tensor:
-    """The values of least error that L-BFGS comes by, beginning at the better one of `starts`.
+    """The values of least error that L-BFGS visits, starting from the better of `starts`.
 
     Args:
-        evaluate: error and gradient at some values.
-        starts: two points, of which one may be out of range.
-        scale: of a change of each value.
-        evaluations: how many it takes, besides those of `starts`.
+        evaluate: values -> (error, gradient).
+        starts: two points; one of them may overflow.
+        scale: the unit of change of each value.
+        evaluations: how many to use, besides those of `starts`.
 
     Source: Nocedal & Wright, "Numerical Optimization", 2nd ed., section 7.2; strong Wolfe conditions: 3.5.
     """
     known = [(values, *evaluate(values)) for values in starts]
     start, least, slope = min(known, key=lambda point: point[1] if math.isfinite(point[1]) else math.inf)
     best, ceiling = start, 10 * least
-    ready = [(least, slope)]  # what is known already
+    ready = [(least, slope)]  # already evaluated
     change = torch.zeros_like(start, requires_grad=True)
 
     def closure() -> float:

@@ -24,20 +24,20 @@ _STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 
 @torch.no_grad()
 def convert_state_dict(state_dict: Mapping[str, Any], model: nn.Module) -> dict[str, Any]:
-    """The state_dict of `model` that a warm start from a BatchNorm checkpoint gives.
+    """Converts a BatchNorm checkpoint to a state_dict for `model`, with a warm start.
 
     For each BatchNorm ``p`` of the original model, ``p.weight`` and ``p.bias`` are computed from all of
-    its entries, ``p.running_mean``, ``p.running_var`` and ``p.num_batches_tracked`` go, and
+    its entries; ``p.running_mean``, ``p.running_var`` and ``p.num_batches_tracked`` are dropped, and
     ``p.proxy_weight`` and ``p.proxy_bias`` start at 0. Consumers of a site undo its proxy normalization in
-    their weight and bias, which may be new. All other entries keep their names and values.
+    their weight and bias; the bias may be new. All other entries keep their names and values.
 
     Args:
-        state_dict: of the original model, with running statistics.
-        model: the original model converted by `transform` with ``warm_start="running_stats"``, or from
-            another checkpoint. It is left untouched.
+        state_dict: state_dict of the original model, with running statistics.
+        model: the original model, from this or another checkpoint, converted by `transform` with
+            ``warm_start="running_stats"``. It is left untouched.
 
     Returns:
-        What ``model.load_state_dict`` takes.
+        A state_dict for ``model.load_state_dict``.
 
     Raises:
         ConfigError: entries are missing or do not fit, or `model` was converted to train from scratch.
@@ -76,7 +76,7 @@ def _refuse_cold(table: list[Site]) -> None:
 
 
 def _batch_norm(site: Site, state: dict[str, Any], new: nn.Module) -> nn.BatchNorm2d:
-    """The BatchNorm that the entries of `state` for `site` make up; they are removed from it."""
+    """Builds the BatchNorm of `site` from its entries in `state`, and removes them from it."""
     entries = {key: state.pop(f"{site.name}.{key}", None) for key in ("weight", "bias", *_STATISTICS)}
     missing = [f"{site.name}.{key}" for key in _STATISTICS[:2] if entries[key] is None]
     if missing:
@@ -94,7 +94,7 @@ def _batch_norm(site: Site, state: dict[str, Any], new: nn.Module) -> nn.BatchNo
 
 
 def _copy_the_rest(rest: dict[str, Any], model: nn.Module, done: set[str]) -> None:
-    """Entries of what the conversion left alone; a consumer's new bias starts at 0."""
+    """Copies the entries that the conversion does not change; a consumer's new bias starts at 0."""
     own = {
         name: value
         for name, value in model.state_dict(keep_vars=True).items()
@@ -121,7 +121,7 @@ def _copy_the_rest(rest: dict[str, Any], model: nn.Module, done: set[str]) -> No
 
 
 def _consumers(gm: fx.GraphModule) -> Iterator[tuple[nn.Module, ProxyNormAct]]:
-    """Each linear operator that undoes a site, with that site."""
+    """Yields each linear operator that undoes a site, with that site."""
     infer_ranks(gm)
     router = Router(gm, through_padding=True)
     for path, calls in module_calls(gm).items():

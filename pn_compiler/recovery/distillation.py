@@ -1,4 +1,4 @@
-"""A short fine-tune of a converted network towards the outputs of the BatchNorm network, without labels."""
+"""Short label-free fine-tuning of a converted network to match the BatchNorm network's outputs."""
 
 import dataclasses
 import functools
@@ -17,7 +17,7 @@ from pn_compiler.base.option_checks import check_function, check_path
 from pn_compiler.base.options import pick
 from pn_compiler.base.strict_json import to_json
 from pn_compiler.data.samples import Outputs, Samples, digest
-from pn_compiler.recovery.lesson import Checkpoint, Lesson, Loss
+from pn_compiler.recovery.trainer import Checkpoint, Loss, Trainer
 from pn_compiler.running.copying import copy_model, unwrap
 from pn_compiler.running.evaluation import untouched
 from pn_compiler.running.losses import output_loss, readings
@@ -28,18 +28,18 @@ class DistillReport:
     """What `pn_compiler.distill` did; ``str`` of it is for people, ``to_json()`` for machines.
 
     Attributes:
-        steps: steps that were made.
-        best_step: after which of them the result is; 0 is the model as it was given.
-        loss_before, loss_after: on the held-out samples, of the model as it was given and of the result.
-        agreement_before, agreement_after: share of held-out samples, or of their pixels, to which it gives
-            the same class as the teacher, from 0 to 1; None if no output is taken for logits.
-        outputs: place of each floating-point output -> what it is taken for, in words.
-        retreats: how often the model became worse than it was given, and training went back to its best state
-            and on at a quarter of the learning rate.
+        steps: number of steps taken.
+        best_step: the step whose state is returned; 0 is the original model.
+        loss_before, loss_after: loss of the original model and of the result on the held-out samples.
+        agreement_before, agreement_after: share of held-out samples, or of their pixels, where the model and
+            the teacher predict the same class, from 0 to 1; None if no output is treated as logits.
+        outputs: place of each floating-point output -> what it is treated as, in words.
+        rollbacks: how often the model became worse than the original, so that training rolled back to its
+            best state and continued at a quarter of the learning rate.
         training, held_out: number of samples.
-        unit: "samples", or "batches" if these could not be cut into samples: then those are counted.
-        seconds: of all that was done, and of the steps of earlier runs if it was resumed.
-        stopped: why it ended before its time, or "".
+        unit: "samples", or "batches" if batches could not be split: then batches are counted.
+        seconds: total time, including the steps of earlier runs if it was resumed.
+        stopped: why it stopped early, or "".
     """
 
     steps: int
@@ -49,7 +49,7 @@ class DistillReport:
     agreement_before: float | None
     agreement_after: float | None
     outputs: dict[str, str]
-    retreats: int
+    rollbacks: int
     training: int
     held_out: int
     unit: str
@@ -60,7 +60,7 @@ class DistillReport:
         return to_json(dataclasses.asdict(self))
 
     def __str__(self) -> str:
-        best = f"step {self.best_step}" if self.best_step else "the model as it was"
+        best = f"step {self.best_step}" if self.best_step else "the original model"
         lines = [
             f"{self.steps} steps on {self.training} {self.unit} in {self.seconds:.1f} s; the best is {best}",
             f"on {self.held_out} held-out {self.unit}: loss {self.loss_before:.4g} -> {self.loss_after:.4g}",
@@ -68,9 +68,9 @@ class DistillReport:
         if self.agreement_before is not None and self.agreement_after is not None:
             shares = f"{100 * self.agreement_before:.1f} % -> {100 * self.agreement_after:.1f} %"
             lines[1] += f", the teacher's class {shares}"
-        if self.retreats:
+        if self.rollbacks:
             lines.append(
-                f"went back to its best state and on at a lower learning rate: {self.retreats} times"
+                f"rolled back to its best state and lowered the learning rate {self.rollbacks} times"
             )
         lines += [f"{place} is taken for {what}" for place, what in self.outputs.items()]
         return "\n".join([*lines, *([f"stopped: {self.stopped}"] if self.stopped else [])])
@@ -92,50 +92,50 @@ def distill(
     loss: Loss | None = None,
     checkpoint: str | os.PathLike[str] | None = None,
 ) -> tuple[nn.Module, DistillReport]:
-    """Trains a copy of `model` for some steps to give the outputs of `teacher`. It needs no labels.
+    """Trains a copy of `model` for a few steps to match the outputs of `teacher`. It needs no labels.
 
-    Adam without weight decay, on all parameters that require gradients. Both networks run in eval mode: what
-    is wanted is the function that will be used, without dropout or stochastic depth. The loss on held-out
-    samples is taken before the first step, after every 25th and after the last one; the result is the state
-    where it was lowest, that before the first step included. Where it is higher than before the first step,
-    training goes back to the best state and on at a quarter of the learning rate. A loss or gradient that is
-    nan or infinite ends the training there.
+    The optimizer is Adam without weight decay, on all parameters that require gradients. Both networks run in
+    eval mode, because that is the function that will be used: without dropout or stochastic depth. The loss
+    on held-out samples is measured before the first step, after every 25th and after the last one; the result
+    is the state with the lowest loss, which may be the initial one. If the loss rises above its initial
+    value, training rolls back to the best state and continues at a quarter of the learning rate. A loss or
+    gradient that is nan or infinite stops the training.
 
-    The first `max_samples` samples of `batches` are held in memory, or those that fill 1 GB. A random part of
-    them is held out; the others are shuffled and put together to batches of `batch_size`, again and again. So
-    `batches` are read once, and where a loader augments at random, each sample keeps what it drew. If the
-    data are sorted, give a loader that shuffles. Batches that cannot be cut into samples stay as they are,
-    one a step: images of unlike size, lists of images, outputs for the whole batch. The teacher's outputs are
-    held, too, up to 256 MB; if there are more, the teacher runs in each step.
+    The first `max_samples` samples of `batches` are held in memory, up to 1 GB. A random part of them is held
+    out; the rest are shuffled into batches of `batch_size`, again and again. So `batches` is read only once,
+    and with random augmentation each sample keeps the augmentation that it drew. If the data are sorted, pass
+    a loader that shuffles. Batches that cannot be split into samples are used whole, one a step: images of
+    different sizes, lists of images, outputs for the whole batch. The teacher's outputs are held as well, up
+    to 256 MB; beyond that, the teacher runs in each step.
 
     Args:
         model: a result of `transform`, or any module with float32 or float64 parameters. It is left
             untouched.
         teacher: the network that was converted, or any other with the same outputs. It is left untouched.
         batches: an iterable of batches, such as a DataLoader or a list, or one tensor; as for `diagnose`.
-        steps: of the optimizer; 0 only measures.
-        batch_size: samples in a step.
-        lr: learning rate of Adam at the first step; it falls to zero along a cosine.
-        seed: of the held-out part and the order of samples, and of torch's random numbers while the batches
-            are read. On a CPU with the same number of threads the result is the same bit for bit; torch's
-            own state is left as it was.
-        max_samples: how many are used, the held-out ones included.
-        held_out: share of them that is never trained on, above 0 and below 1.
+        steps: number of optimizer steps; 0 only measures.
+        batch_size: samples per step.
+        lr: Adam's learning rate at the first step; it falls to zero along a cosine.
+        seed: for the held-out split, the order of samples, and torch's random numbers while the batches are
+            read. On a CPU with the same number of threads the result is bit-for-bit the same; torch's own
+            random state is left as it was.
+        max_samples: the most samples to use, including the held-out ones.
+        held_out: share of the samples that is never trained on, above 0 and below 1.
         logits: which floating-point outputs hold the logits of K > 1 classes along their dim 1. "all": those
-            [N, K] and [N, K, *S], say it of a segmentation network. "none": they are values, such as
-            embeddings. "auto": those [N, K]; those [N, K, *S] count as values, but a state by whose
-            divergence as logits they would be worse than before the first step is not kept.
-        loss: of (outputs of the model, outputs of the teacher), a scalar, instead of `output_loss`; `logits`
-            then only says what the agreement compares.
-        checkpoint: a file that is written every few seconds. A later call with the same arguments goes on
-            from there, to the same result bit for bit. It is kept at the end.
+            of shape [N, K] and [N, K, *S]; use it for a segmentation network. "none": they are values, such
+            as embeddings. "auto": those of shape [N, K]; those of shape [N, K, *S] count as values, but a
+            state whose divergence as logits is worse than the initial one is not kept.
+        loss: (model's outputs, teacher's outputs) -> scalar, instead of `output_loss`; `logits` then only
+            selects what the agreement compares.
+        checkpoint: a file that is written every few seconds. A later call with the same arguments resumes
+            from there, with a bit-for-bit identical result. It is kept at the end.
 
     Returns:
         (the trained copy in the mode of `model`, the report).
 
     Raises:
         ConfigError: an impossible option; too few samples; models or samples that do not fit; values that
-            are nan or infinite before the first step; the checkpoint is that of another run.
+            are nan or infinite before the first step; the checkpoint belongs to another run.
         LoadError: the checkpoint is damaged.
         ExportError: the checkpoint cannot be written.
         UnsupportedModelError: the model cannot be copied.
@@ -146,35 +146,35 @@ def distill(
     if checkpoint is not None:
         check_path("checkpoint", checkpoint)
     file = None if checkpoint is None else Checkpoint(Path(checkpoint))
-    # Without a word, maps may hold values or logits: the result is no worse as either.
+    # With "auto", maps may hold values or logits: the result must be no worse as either.
     watched = functools.partial(output_loss, logits="all") if loss is None and logits == "auto" else None
     student, teacher = copy_model(unwrap(model)), unwrap(teacher)
     _refuse(student)
     with untouched(teacher), untouched(student):
         torch.manual_seed(seed)
         samples = Samples.read(batches, teacher, max_samples)
-        wanted = Outputs(teacher, samples, 1 if samples.whole else batch_size)
-        outputs = readings(wanted([0]), logits)
+        expected = Outputs(teacher, samples, 1 if samples.whole else batch_size)
+        outputs = readings(expected([0]), logits)
         generator = torch.Generator().manual_seed(seed)
         held, train = samples.divide(held_out, generator)
         size = 1 if samples.whole else min(batch_size, len(train))
-        lesson = Lesson(
-            student, wanted, samples, loss or functools.partial(output_loss, logits=logits),
+        trainer = Trainer(
+            student, expected, samples, loss or functools.partial(output_loss, logits=logits),
             watched=watched, lr=lr, logits=logits, seed=seed,
             batches=_order(train, steps, size, generator), held_out=torch.split(held, size),
         )  # fmt: skip
         if file is not None:
             values = {"samples": samples.digest(), "model": _digest(student), "teacher": _digest(teacher)}
-            file.resume(lesson, {**dataclasses.asdict(config), **values})
+            file.resume(trainer, {**dataclasses.asdict(config), **values})
         prepared = time.monotonic()
-        lesson.train(file)
-    result = lesson.result
+        trainer.train(file)
+    result = trainer.result
     return student, DistillReport(
-        steps=lesson.step, best_step=result.step, loss_before=lesson.start.loss, loss_after=result.loss,
-        agreement_before=lesson.start.agreement, agreement_after=result.agreement,
-        outputs=outputs, retreats=lesson.retreats,
+        steps=trainer.step, best_step=result.step, loss_before=trainer.start.loss, loss_after=result.loss,
+        agreement_before=trainer.start.agreement, agreement_after=result.agreement,
+        outputs=outputs, rollbacks=trainer.rollbacks,
         training=len(train), held_out=len(held), unit="batches" if samples.whole else "samples",
-        seconds=prepared - began + lesson.seconds, stopped=lesson.stopped,
+        seconds=prepared - began + trainer.seconds, stopped=trainer.stopped,
     )  # fmt: skip
 
 
@@ -192,7 +192,7 @@ def _refuse(student: nn.Module) -> None:
 
 
 def _order(rows: Tensor, steps: int, size: int, generator: torch.Generator) -> Sequence[Tensor]:
-    """The `size` rows of each step: all `rows` in random order, again and again."""
+    """The `size` rows of each step, from repeated random permutations of `rows`."""
     rounds = -(-steps * size // len(rows))
     orders = [rows[torch.randperm(len(rows), generator=generator)] for _ in range(rounds)]
     return torch.cat([*orders, rows[:0]])[: steps * size].reshape(steps, size).unbind()

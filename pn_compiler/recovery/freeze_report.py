@@ -1,4 +1,4 @@
-"""What `pn_compiler.freeze_statistics` says about its work."""
+"""The report of `pn_compiler.freeze_statistics`."""
 
 import dataclasses
 
@@ -13,7 +13,7 @@ class FrozenSite:
     Attributes:
         name: its path.
         frozen: whether it became a constant scale and shift.
-        damage: error of the network's output with this site frozen and no other; None if it cannot be frozen.
+        damage: error of the network's output with only this site frozen; None if it cannot be frozen.
         reason: why it cannot be frozen; empty if it can.
     """
 
@@ -27,18 +27,18 @@ class FrozenSite:
 class FreezeReport:
     """What was frozen, and what it costs; ``str`` of it is for people, ``to_json()`` for machines.
 
-    An error is that of the output on the held-out samples: the difference to the network that is not frozen,
-    relative to its output, both as root mean squares over all samples and values. With several outputs it
-    is that of the worst.
+    Errors are measured on the held-out samples: the difference from the original network's output, relative
+    to that output, both as root mean squares over all samples and values. With several outputs, the worst
+    counts.
 
     Attributes:
-        sites: the one that does least damage first, as they were frozen; last those that cannot be frozen.
+        sites: in the order of freezing, least damaging first; those that cannot be frozen come last.
         budget: the largest error that was accepted; None if there was no limit.
-        error: of the result.
-        agreement: share of held-out samples to which the result gives the same class as before, from 0 to 1;
-            None if the output is not a single tensor of logits, [N, K] with K > 1.
-        estimation, held_out: number of samples that constants and errors were taken from.
-        unit: "samples", or "batches" if these could not be cut into samples: then those are counted.
+        error: error of the result.
+        agreement: share of held-out samples whose predicted class is unchanged, from 0 to 1; None if the
+            output is not a single tensor of logits, [N, K] with K > 1.
+        estimation, held_out: number of samples used for the constants and for the errors.
+        unit: "samples", or "batches" if batches could not be split: then batches are counted.
     """
 
     sites: tuple[FrozenSite, ...]

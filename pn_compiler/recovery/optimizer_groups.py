@@ -1,4 +1,4 @@
-"""Parameter groups for an optimizer, with the weight decay of each."""
+"""Parameter groups for an optimizer, each with its weight decay."""
 
 import fnmatch
 from collections.abc import Collection, Iterator
@@ -25,31 +25,32 @@ def param_groups(
     """The trainable parameters of `model`, grouped by their weight decay.
 
     - "no_decay": weight and bias of normalizers, every other parameter with at most one axis, and every
-      bias: weight decay 0, as `timm.optim.param_groups_weight_decay` has it;
+      bias: weight decay 0, as in `timm.optim.param_groups_weight_decay`;
     - "proxy": ``proxy_weight`` and ``proxy_bias`` of each `pn_compiler.nn.ProxyNormAct`:
       `proxy_weight_decay`;
     - "decay": all others, the kernels: `weight_decay`.
 
-    The paper asks for a strict L2 penalty on the proxy parameters: the gradient d of
-    d/2 * (|proxy_weight|^2 + |proxy_bias|^2) is added to that of the loss. It holds the proxy
+    The paper asks for a strict L2 penalty on the proxy parameters: the gradient of
+    d/2 * (|proxy_weight|^2 + |proxy_bias|^2) is added to that of the loss. It keeps the proxy
     distribution near Normal(0, 1), and it is what ``torch.optim.SGD`` does with `proxy_weight_decay` = d.
-    ``AdamW`` decouples it: every step takes away lr * d of a parameter, whatever the gradient is. ``Adam``
-    and ``RMSprop`` rescale it together with the gradient. With those the strict penalty is a term of your
-    loss, and `proxy_weight_decay` is 0.
+    ``AdamW`` decouples it: every step shrinks a parameter by lr * d, whatever the gradient is. ``Adam``
+    and ``RMSprop`` rescale it together with the gradient. With these optimizers, add the strict penalty to
+    your loss and set `proxy_weight_decay` to 0.
 
     Args:
-        model: a result of `pn_compiler.transform`, or any other module; wrapped or part of a larger one,
-            too: DistributedDataParallel, fully_shard, torch.compile, opacus, Lightning.
-        weight_decay: of the kernels.
-        proxy_weight_decay: of the proxy parameters. None is `weight_decay`, as in the reference.
-        no_weight_decay: names of further parameters without decay, with wildcards as for `fnmatch`. A
-            method ``no_weight_decay()`` of a module, as timm has it, adds those that it returns. A converted
-            network has lost that method if it is a torch.fx.GraphModule: pass
+        model: a result of `pn_compiler.transform`, or any other module; it may be wrapped or part of a larger
+            one: DistributedDataParallel, fully_shard, torch.compile, opacus, Lightning.
+        weight_decay: weight decay of the kernels.
+        proxy_weight_decay: weight decay of the proxy parameters. None means `weight_decay`, as in the
+            reference implementation.
+        no_weight_decay: names of further parameters without decay, with wildcards as in `fnmatch`. Names
+            returned by a module's ``no_weight_decay()`` method, as in timm, are added. A converted network
+            that is a torch.fx.GraphModule has lost that method: pass
             ``no_weight_decay=original.no_weight_decay()``.
 
     Returns:
-        ``[{"params": [...], "weight_decay": x, "name": "no_decay"}, ...]`` for any torch optimizer, groups
-        without parameters left out. Each trainable parameter is in one group, a shared one once.
+        ``[{"params": [...], "weight_decay": x, "name": "no_decay"}, ...]`` for any torch optimizer, without
+        empty groups. Each trainable parameter is in exactly one group; a shared one is listed once.
 
     Raises:
         ConfigError: a weight decay is negative or not finite.
@@ -103,7 +104,7 @@ def _normalizer_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
 
 
 def _listed_by_modules(model: nn.Module) -> Iterator[str]:
-    """What timm's ``no_weight_decay()`` of each module names, from the root."""
+    """Full names of the parameters that timm's ``no_weight_decay()`` lists, over all modules."""
     for path, module in model.named_modules():
         method = getattr(module, "no_weight_decay", None)
         if callable(method):

@@ -1,4 +1,4 @@
-"""How far a network is from its teacher, as a function of the weight and bias of its normalizers."""
+"""The distance between a network and its teacher, as a function of its normalizers' weight and bias."""
 
 import contextlib
 import functools
@@ -18,14 +18,14 @@ Batches = Iterable[tuple[str, Inputs]]  # name of each, and the arguments
 
 
 class OutputError:
-    """sum |s - t|^2 / sum |t|^2 over all samples, with s the outputs of a student and t those of its teacher.
+    """sum |s - t|^2 / sum |t|^2 over all samples, where s are the student's outputs and t the teacher's.
 
-    Of several floating-point outputs it is the sum. Outputs that cannot be compared value by value, such as
-    boxes after a non-maximum suppression, are replaced by what the sites give. It is a sum over samples, so
-    parts of them can be computed elsewhere; memory does not grow with their number.
+    With several floating-point outputs, their errors are added up. Where outputs cannot be compared value by
+    value, such as boxes after a non-maximum suppression, the outputs of the sites are compared instead. The
+    error is a sum over samples, so shards can be evaluated elsewhere; memory does not grow with their number.
 
     Args:
-        student, teacher: called as they are.
+        student, teacher: run in the mode in which they are.
         norms: normalizers of the student, by path; the teacher has BatchNorms there.
         powers: sum |t|^2 of each output by its place, and of each site by its path.
     """
@@ -34,10 +34,10 @@ class OutputError:
         self, student: nn.Module, teacher: nn.Module, norms: Norms, powers: Mapping[str, float]
     ) -> None:
         self.student, self.teacher, self._norms, self._powers = student, teacher, norms, powers
-        self._sites: tuple[str, ...] | None = None  # what is compared: none of them, that is, the outputs
+        self._sites: tuple[str, ...] | None = None  # whose outputs are compared; (): the model's outputs
 
     def __call__(self, batches: Batches) -> tuple[float, Tensor]:
-        """(error, its gradient) at the weight and bias that the sites have; the gradient as `values_of`."""
+        """(error, gradient) at the sites' current weight and bias; the gradient laid out as `values_of`."""
         parameters = _parameters(self._norms)
         gradient = [torch.zeros_like(p, dtype=torch.float64) for p in parameters]
         total = 0.0
@@ -45,52 +45,54 @@ class OutputError:
             for name, inputs in batches:
                 loss = self._loss(inputs, name)
                 total += float(loss.detach())
-                found = torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True)
-                gradient = [old + new for old, new in zip(gradient, found, strict=True)]
+                parts = torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True)
+                gradient = [old + new for old, new in zip(gradient, parts, strict=True)]
         return total, torch.cat([part.cpu() for part in gradient])
 
     def _loss(self, inputs: Inputs, name: str) -> Tensor:
         if self._sites is None:
             self._sites = () if self._comparable(inputs, name) else tuple(self._norms)
         with torch.no_grad():
-            wanted = observed(self.teacher, self._sites, inputs.map(torch.clone), name)
-        got = observed(self.student, self._sites, inputs.map(torch.clone), name)
-        if wanted.keys() != got.keys():
-            raise ConfigError(f"the networks take different ways on {name}: calibrate the part before that")
+            expected = observed(self.teacher, self._sites, inputs.map(torch.clone), name)
+        actual = observed(self.student, self._sites, inputs.map(torch.clone), name)
+        if expected.keys() != actual.keys():
+            raise ConfigError(
+                f"the networks take different branches on {name}: calibrate the part before the branch"
+            )
         return torch.stack([
-            (got[place].double() - target.double()).square().sum() / (self._powers.get(owner(place)) or 1.0)
-            for place, target in wanted.items()
-            if got[place].shape == target.shape
+            (actual[place].double() - t.double()).square().sum() / (self._powers.get(owner(place)) or 1.0)
+            for place, t in expected.items()
+            if actual[place].shape == t.shape
         ]).sum()  # fmt: skip
 
     def _comparable(self, inputs: Inputs, name: str) -> bool:
-        """Whether outputs have one entry for each sample, and depend on the sites."""
+        """Whether the outputs have one entry per sample and depend on the sites."""
         with torch.no_grad():
-            wanted = observed(self.teacher, (), inputs.map(torch.clone), name)
-        got = observed(self.student, (), inputs.map(torch.clone), name)
+            expected = observed(self.teacher, (), inputs.map(torch.clone), name)
+        actual = observed(self.student, (), inputs.map(torch.clone), name)
         first = next((x for x in inputs.tensors() if x.dim()), None)
         size = None if first is None else len(first)
         return (
-            bool(got)
-            and wanted.keys() == got.keys()
+            bool(actual)
+            and expected.keys() == actual.keys()
             and all(
-                x.dim() > 0 and len(x) == size and x.shape == wanted[place].shape and x.requires_grad
-                for place, x in got.items()
+                x.dim() > 0 and len(x) == size and x.shape == expected[place].shape and x.requires_grad
+                for place, x in actual.items()
             )
         )
 
 
 def observed(model: nn.Module, sites: Iterable[str], inputs: Inputs, name: str) -> dict[str, Tensor]:
-    """What the modules `sites` give, by path and call; without any, the outputs of `model` by their place.
+    """Outputs of the modules `sites`, by path and call; without any, the outputs of `model` by their place.
 
     Raises:
-        ConfigError: with the `name` of the inputs, the model does not run on them.
+        ConfigError: the model does not run on the inputs; the message says their `name`.
     """
-    found: dict[str, Tensor] = {}
+    results: dict[str, Tensor] = {}
 
     def keep(path: str, module: nn.Module, args: Any, output: Tensor) -> None:
-        calls = sum(owner(place) == path for place in found)
-        found[f"{path} {calls + 1}"] = output.clone()  # what follows may work in place
+        calls = sum(owner(place) == path for place in results)
+        results[f"{path} {calls + 1}"] = output.clone()  # later layers may modify it in place
 
     with contextlib.ExitStack() as stack:
         for path in sites:
@@ -98,12 +100,12 @@ def observed(model: nn.Module, sites: Iterable[str], inputs: Inputs, name: str) 
             stack.callback(hook.remove)
         outputs = run(model, inputs, name)
     if not sites:
-        found = {k: x for k, x in named_outputs(outputs).items() if x.is_floating_point()}
-    return found
+        results = {k: x for k, x in named_outputs(outputs).items() if x.is_floating_point()}
+    return results
 
 
 def values_of(norms: Norms) -> Tensor:
-    """Weight and bias of all sites, one site after the other, float64 [2 C] on the CPU."""
+    """Weight and bias of all sites, concatenated site by site, float64 on the CPU: 2 C values for each."""
     return torch.cat([p.detach().double().cpu() for p in _parameters(norms)])
 
 
@@ -113,7 +115,7 @@ def _parameters(norms: Norms) -> list[Tensor]:
 
 @torch.no_grad()
 def put(norms: Norms, values: Tensor) -> None:
-    """Gives the sites weight and bias; `values` are as those of `values_of`."""
+    """Sets weight and bias of the sites from `values`, laid out as `values_of` returns them."""
     parameters = _parameters(norms)
     for parameter, part in zip(parameters, torch.split(values, [len(p) for p in parameters]), strict=True):
         parameter.copy_(part)
@@ -121,9 +123,9 @@ def put(norms: Norms, values: Tensor) -> None:
 
 @contextlib.contextmanager
 def _following(norms: Norms) -> Iterator[None]:
-    """Weights and biases have gradients; inputs of sites that need none are contiguous.
+    """Lets weights and biases require gradients; makes inputs that require none contiguous.
 
-    On channels-last inputs that need no gradient the backward of group_norm crashes in torch 2.13.
+    In torch 2.13 the backward of group_norm crashes on channels-last inputs that require no gradient.
     """
 
     def straighten(norm: nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:
@@ -141,5 +143,5 @@ def _following(norms: Norms) -> Iterator[None]:
 
 
 def owner(place: str) -> str:
-    """The path of a site without the number of its call; places of outputs hold no blank."""
+    """The path of a site without its call number; an output's place has no space in it."""
     return place.partition(" ")[0]

@@ -1,4 +1,4 @@
-"""Scale and shift that do best in the place of normalizers, from samples."""
+"""The constant scale and shift that best replace each normalizer, estimated from samples."""
 
 import contextlib
 import functools
@@ -15,21 +15,21 @@ from pn_compiler.running.inputs import Inputs
 Norms = Mapping[str, nn.GroupNorm]  # by path
 Constants = Mapping[str, tuple[Tensor, Tensor]]  # path of a normalizer -> scale and shift, [C] each
 
-_CONSTANT = 1e-6  # variance of a channel, relative to that of its group, below which its slope is unknown
+_CONSTANT = 1e-6  # below this variance, relative to its group's, a channel is constant: its slope is unknown
 
 
 def estimate(network: nn.Module, norms: Norms, batches: Iterable[Inputs], *, frozen: bool) -> Constants:
-    """Scale and shift of each site, by least squares of its output on its input, per channel.
+    """Fits scale and shift of each site to its output by least squares, per channel.
 
-    The output is that in `network`. The input is, too, or with `frozen` the one behind sites that have the
-    constants found so far: a site then also makes up for errors of those before it. Constants settle within
-    some samples, so that one pass gives nearly what fitting one site after the other would (docs/static.md).
-    Several calls of a site count together.
+    The output is the one in `network`. So is the input, unless `frozen` is set: then it is the input behind
+    sites that already use the constants found so far, so that a site also corrects the errors of earlier
+    ones. The constants settle within a few samples: one pass gives nearly what fitting the sites one by one
+    would (docs/static.md). All calls of a site are pooled.
 
-    Memory, beyond the network: with `frozen` the outputs of all sites for one batch.
+    Memory, beyond the network: with `frozen`, the outputs of all sites for one batch.
 
     Returns:
-        The constants of each site that the batches reach, in float32 or wider on the device of the site;
+        The constants of each site that the batches reach, in at least float32, on the device of the site;
         nan where the values are not finite.
 
     Raises:
@@ -39,7 +39,7 @@ def estimate(network: nn.Module, norms: Norms, batches: Iterable[Inputs], *, fro
 
 
 def sums(network: nn.Module, norms: Norms, batches: Iterable[Inputs]) -> dict[str, ChannelFit]:
-    """What each site gets and gives in `network`. It is additive: shards of the data can be merged."""
+    """Sums over the inputs and outputs of each site in `network`. Additive: data shards can be merged."""
     fits = {name: ChannelFit() for name in norms}
 
     def add(name: str, norm: nn.GroupNorm, x: Tensor, output: Tensor) -> None:
@@ -52,15 +52,15 @@ def sums(network: nn.Module, norms: Norms, batches: Iterable[Inputs]) -> dict[st
 
 
 def _sums_behind(network: nn.Module, norms: Norms, batches: Iterable[Inputs]) -> dict[str, ChannelFit]:
-    """What each site gets behind the constants found so far, and gives in `network`.
+    """Sums over each site's input behind the constants found so far, and its output in `network`.
 
-    Not additive: what a batch adds depends on the batches before it.
+    Not additive: what a batch contributes depends on the batches before it.
     """
     fits = {name: ChannelFit() for name in norms}
     outputs: dict[str, list[Tensor]] = {name: [] for name in norms}  # one for each call, in order
 
     def keep(name: str, norm: nn.GroupNorm, x: Tensor, output: Tensor) -> None:
-        outputs[name].append(output.clone())  # what follows may work in place
+        outputs[name].append(output.clone())  # later layers may modify it in place
 
     def replace(name: str, norm: nn.GroupNorm, x: Tensor, output: Tensor) -> Tensor:
         fits[name].add(x, outputs[name].pop(0))
@@ -75,13 +75,13 @@ def _sums_behind(network: nn.Module, norms: Norms, batches: Iterable[Inputs]) ->
 
 
 def solved(norms: Norms, fits: Mapping[str, ChannelFit]) -> Constants:
-    """The constants of each site that data reached."""
+    """The constants of each site that the data reached."""
     return {name: _solve(norms[name], fit) for name, fit in fits.items() if fit.count}
 
 
 @contextlib.contextmanager
 def replaced(norms: Norms, constants: Constants) -> Iterator[None]:
-    """The sites that have constants give x * scale + shift."""
+    """Makes each site in `constants` return x * scale + shift."""
 
     def replace(name: str, norm: nn.GroupNorm, x: Tensor, output: Tensor) -> Tensor:
         return channel_affine(x, *constants[name])
@@ -95,7 +95,7 @@ _Hook = Callable[[str, nn.GroupNorm, Tensor, Tensor], Tensor | None]
 
 @contextlib.contextmanager
 def _hooked(norms: Norms, hook: _Hook) -> Iterator[None]:
-    """Calls ``hook(path, site, input, output)`` behind each site; a tensor that it returns is the output."""
+    """Calls ``hook(path, site, input, output)`` after each site; a tensor it returns replaces the output."""
 
     def call(name: str, norm: nn.GroupNorm, args: tuple[Tensor], output: Tensor) -> Tensor | None:
         return hook(name, norm, args[0], output)
@@ -107,10 +107,11 @@ def _hooked(norms: Norms, hook: _Hook) -> Iterator[None]:
 
 
 def _solve(norm: nn.GroupNorm, fit: ChannelFit) -> tuple[Tensor, Tensor]:
-    """Scale and shift of `fit`, in float32 or wider.
+    """Scale and shift of `fit`, in at least float32.
 
-    Where a channel hardly varies its slope is noise: it gets that of a normalizer with the statistics of all
-    samples, weight / sqrt(V + eps). Over the channels k of the group, V = mean_k(var_k + (mean_k - M)^2).
+    If a channel hardly varies, its slope is noise, and that of a normalizer with the statistics of all
+    samples is used: weight / sqrt(V + eps), where V = mean_k(var_k + (mean_k - M)^2) over the channels k of
+    the group.
     """
     var, mean = fit.xx / fit.count, fit.mean_x
     grouped = mean.view(norm.num_groups, -1)

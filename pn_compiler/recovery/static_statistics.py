@@ -1,4 +1,4 @@
-"""Constants in the place of instance statistics: normalizers that fold as BatchNorm does."""
+"""Replaces instance statistics by constants, so that normalizers fold as BatchNorm does."""
 
 import copy
 import dataclasses
@@ -28,7 +28,7 @@ from pn_compiler.running.evaluation import run, untouched
 from pn_compiler.running.inputs import Inputs
 from pn_compiler.running.losses import floating_outputs, is_logits, squared_norm, widened
 
-_BATCH = 16  # samples: of one batch the outputs of all sites are held
+_BATCH = 16  # samples; the outputs of all sites for one batch are held in memory
 
 
 def freeze_statistics(
@@ -39,33 +39,33 @@ def freeze_statistics(
     held_out: float = FreezeConfig.held_out,
     max_samples: int = FreezeConfig.max_samples,
 ) -> tuple[nn.Module, FreezeReport]:
-    """Replaces normalizers by constants, in the order of least damage, within an error budget.
+    """Replaces normalizers by constants, least damaging first, within an error budget.
 
-    A frozen normalizer is a scale and a shift per channel, as BatchNorm is in inference, and goes into the
-    convolution before it. The network gets faster. But an instance is no longer normalized by its own
-    statistics, which changes the output: by how much, the report states.
+    A frozen normalizer is a scale and a shift per channel, like BatchNorm at inference, and folds into the
+    convolution before it. That makes the network faster, but an instance is no longer normalized by its own
+    statistics, which changes the output; the report says by how much.
 
-    First each site is frozen alone, to measure its damage. Then sites are frozen in the order of least
-    damage, as many as the budget allows; that number is found by bisection. The constants are the least
-    squares of what a site gave on what it gets, per channel, behind the sites that are frozen with it.
+    Each site is first frozen alone, to measure its damage. Sites are then frozen in order of increasing
+    damage, as many as the budget allows; bisection finds that number. The constants are a least-squares fit,
+    per channel, of a site's original output to its input behind the other frozen sites.
 
     Args:
         model: a result of `transform` or `fold`, or any other module that torch.fx can trace; the sites are
-            its ``nn.GroupNorm``. It is left untouched. Proxy normalization is folded.
+            its ``nn.GroupNorm`` modules. It is left untouched. Proxy normalization is folded first.
         calibration: batches of inputs like those that the model will see, such as a DataLoader or a list.
             Of a tuple or list the first element is the input, as in (images, labels); a mapping holds
             arguments by name; anything else is the one argument. They are read once, and held in memory.
         budget: the largest error of the output, such as 0.01; see `FreezeReport`. None freezes all sites.
-        held_out: share of the samples on which errors are measured, and from which nothing is estimated.
-        max_samples: no more samples are read, and no more than fill 1 GB.
+        held_out: share of the samples that is used only to measure errors, never to estimate constants.
+        max_samples: the most samples to read; reading also stops at 1 GB.
 
     Returns:
-        (the network with constants, a torch.fx.GraphModule in eval mode for `export_onnx`; the report).
+        (the frozen network, a torch.fx.GraphModule in eval mode for `export_onnx`; the report).
 
     Raises:
         ConfigError: an impossible option; fewer than two samples; the model does not run on them, or values
             are nan or infinite.
-        TraceError: torch.fx cannot follow the forward of `model`.
+        TraceError: torch.fx cannot trace the forward of `model`.
         UnsupportedModelError: the model cannot be copied.
 
     Source: docs/static.md.
@@ -103,7 +103,7 @@ def freeze_statistics(
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class _Data:
-    """Samples, and which of them are for what, by their numbers."""
+    """Samples, and which of them serve which purpose, by index."""
 
     samples: Samples
     held_out: Tensor
@@ -117,24 +117,24 @@ class _Data:
 
 
 def _find_sites(network: nn.Module) -> tuple[Norms, dict[str, str]]:
-    """(the normalizers that can be frozen, in the order of their calls, why others cannot), by path."""
-    found = {name: module for name, module in network.named_modules() if type(module) is nn.GroupNorm}
+    """(the normalizers that can be frozen, in call order; why others cannot), both by path."""
+    norms = {name: module for name, module in network.named_modules() if type(module) is nn.GroupNorm}
     called = [
         f"{path}.{name}" if path else name
         for path, graph in named_graphs(network)
         for name in module_calls(graph)
     ]
     refused = {}
-    for name, norm in found.items():
+    for name, norm in norms.items():
         if name not in called:
             refused[name] = "it is called by code that torch.fx cannot trace, or not at all"
         elif has_hooks(norm):
             refused[name] = "it has hooks"
-    return {name: found[name] for name in called if name in found.keys() - refused.keys()}, refused
+    return {name: norms[name] for name in called if name in norms.keys() - refused.keys()}, refused
 
 
 def _unusable(norms: Norms, constants: Constants) -> dict[str, str]:
-    """Why there are no constants for a site, by path."""
+    """Why a site has no usable constants, by path."""
     reasons = {name: "the calibration data does not reach it" for name in norms if name not in constants}
     for name, values in constants.items():
         if not all(bool(value.isfinite().all()) for value in values):
@@ -146,27 +146,27 @@ def _unusable(norms: Norms, constants: Constants) -> dict[str, str]:
 
 
 class _Errors:
-    """How far outputs are from those of the network that is not frozen, on batches that come in turn."""
+    """Distance of a frozen network's outputs from the original's, accumulated batch by batch."""
 
     def __init__(self) -> None:
-        self._sums: dict[str, tuple[float, float]] = {}  # of squares: of the difference, and as it was
+        self._sums: dict[str, tuple[float, float]] = {}  # of squares: of the difference, of the original
         self._same = self._classified = 0
 
     def add(self, outputs: Any, before: Any) -> None:
-        """Takes in the outputs for one batch. Raises ConfigError if there is nothing to compare with."""
-        found, wanted = _floating(outputs), _floating(before)
-        for name, tensor in wanted.items():
+        """Adds the outputs for one batch. Raises ConfigError if there is nothing to compare."""
+        actual, expected = _floating(outputs), _floating(before)
+        for name, tensor in expected.items():
             if not tensor.isfinite().all():
                 raise ConfigError(f"{name} of the model holds nan or infinite values on the calibration data")
             old = self._sums.get(name, (0.0, 0.0))
-            self._sums[name] = old[0] + squared_norm(found[name] - tensor), old[1] + squared_norm(tensor)
-        if len(wanted) == 1 and is_logits(tensor):
-            self._same += int((found[name].argmax(1) == tensor.argmax(1)).sum())
+            self._sums[name] = old[0] + squared_norm(actual[name] - tensor), old[1] + squared_norm(tensor)
+        if len(expected) == 1 and is_logits(tensor):
+            self._same += int((actual[name].argmax(1) == tensor.argmax(1)).sum())
             self._classified += len(tensor)
 
     @property
     def relative_l2(self) -> float:
-        """Of the worst output; infinite where it is nan."""
+        """The error of the worst output; infinite where it is nan."""
         errors = [
             math.sqrt(difference / power) if power else math.inf if difference else 0.0
             for difference, power in self._sums.values()
@@ -179,7 +179,7 @@ class _Errors:
 
 
 def _floating(outputs: Any) -> dict[str, Tensor]:
-    """The floating-point tensors of an output, in float32 or wider. Raises ConfigError if there is none."""
+    """The floating-point tensors of an output, in at least float32. Raises ConfigError if there is none."""
     tensors = floating_outputs(outputs)
     if not tensors:
         raise ConfigError("the output holds no floating-point tensor: there is no error to measure")
@@ -187,14 +187,14 @@ def _floating(outputs: Any) -> dict[str, Tensor]:
 
 
 def _damages(network: nn.Module, norms: Norms, constants: Constants, data: _Data) -> dict[str, float]:
-    """Error of the output with one site frozen, for each."""
+    """Error of the output with only that site frozen, for each site."""
     errors = {name: _Errors() for name in constants}
     for inputs in data.batches(data.held_out, "damage of each site"):
         before = run(network, inputs.map(torch.clone), "the calibration data")
         for name in tqdm(constants, desc="sites", disable=None, leave=False):
             with replaced(norms, {name: constants[name]}):
                 errors[name].add(run(network, inputs.map(torch.clone), "the calibration data"), before)
-    return {name: found.relative_l2 for name, found in errors.items()}
+    return {name: error.relative_l2 for name, error in errors.items()}
 
 
 # Freezing ------------------------------------------------------------------------------------------
@@ -227,10 +227,10 @@ def _freeze(network: nn.Module, norms: Norms, data: _Data) -> _Frozen:
 
 
 def _longest(total: int, freeze: Callable[[int], _Frozen], budget: float) -> tuple[_Frozen, int]:
-    """The result with the most sites whose error is at most `budget`, and their number.
+    """The result with the most frozen sites whose error is at most `budget`, and their number.
 
-    It has been measured, and so has one site more, whose error is above the budget. That still more sites
-    would be within it again is not looked for.
+    Both this result and the one with one site more have been measured; the latter exceeds the budget. Larger
+    numbers that might fall within the budget again are not searched for.
     """
     best, low, high = freeze(total), total, total + 1
     if not _fits(best, budget):

@@ -1,1 +1,1 @@
-"""The parts of a model that can be traced, where the whole cannot; a record for each BatchNorm."""
+"""The traceable parts of a model that cannot be traced as a whole, and a record for each BatchNorm."""

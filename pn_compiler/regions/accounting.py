@@ -1,4 +1,4 @@
-"""A record for everything that ties samples to their batch, what no graph met included."""
+"""A record for everything that ties samples to their batch, including what no graph reached."""
 
 import dataclasses
 
@@ -14,28 +14,28 @@ from pn_compiler.regions.regions import Trace
 def account(
     model: nn.Module, traced: Trace, table: dict[str, Site], notes: list[Diagnostic]
 ) -> tuple[Site, ...]:
-    """One record for each BatchNorm of `model` in its order, those that no graph met included.
+    """One record per BatchNorm of `model`, in its order, including those that no graph reached.
 
     Args:
-        model: as it came.
+        model: the original model.
         traced: its trace.
-        table: the records of what the graphs met.
-        notes: gets one for each of the others.
+        table: the records of what the graphs reached.
+        notes: one is added for each of the others.
     """
     missed = [_lost(name, model, traced) for name, _ in batch_norms(model) if name not in table]
     looked_into = {note.site for note in missed if note.code in ("PN101", "PN111")}
     missed += [note for note in _lost_calls(model, traced, looked_into) if note.site not in table]
     notes += missed
-    found = table | {(site := skipped(note)).name: site for note in missed}
+    records = table | {(site := skipped(note)).name: site for note in missed}
     order = {name: place for place, (name, _) in enumerate(model.named_modules())}
-    sites = sorted(found.values(), key=lambda site: order.get(site.name, len(order)))
+    sites = sorted(records.values(), key=lambda site: order.get(site.name, len(order)))
     return tuple(dataclasses.replace(site, name=site.name or "the model") for site in sites)
 
 
 def shared_with_whole(model: nn.Module, traced: Trace) -> set[str]:
-    """Paths of the BatchNorms that stand under several names, one of them in a module that stays whole.
+    """Paths of the BatchNorms with several names, one of them in a module that stays whole.
 
-    To convert them under one name only would make two layers of one.
+    Converting them under only one name would turn one layer into two.
     """
     names: dict[int, list[str]] = {}
     for path, module in model.named_modules(remove_duplicate=False):
@@ -51,11 +51,11 @@ def shared_with_whole(model: nn.Module, traced: Trace) -> set[str]:
 
 
 def _lost_calls(model: nn.Module, traced: Trace, looked_into: set[str]) -> list[Diagnostic]:
-    """A remark on each module whose code calls batch_norm as a function, and no graph has that call.
+    """A diagnostic for each module whose code calls batch_norm as a function without any graph having it.
 
     Args:
         model, traced: as for `account`.
-        looked_into: BatchNorms that have a remark; code around them that reads their statistics needs none.
+        looked_into: BatchNorms already reported; code around them that reads their statistics needs no more.
     """
     lost = []
     closed: list[str] = []
@@ -73,7 +73,7 @@ def _lost_calls(model: nn.Module, traced: Trace, looked_into: set[str]) -> list[
 
 
 def _lost_call(name: str, model: nn.Module, traced: Trace) -> Diagnostic:
-    """Why no graph has the batch_norm that the code of the module `name` calls."""
+    """Says why no graph has the batch_norm call in the code of the module `name`."""
     where = name or "the model"
     kind = closed_kind(model.get_submodule(name))
     if kind:
@@ -99,7 +99,7 @@ def _lost_call(name: str, model: nn.Module, traced: Trace) -> Diagnostic:
 
 
 def _lost(name: str, model: nn.Module, traced: Trace) -> Diagnostic:
-    """Why no graph met the BatchNorm `name`."""
+    """Says why no graph reached the BatchNorm `name`."""
     around = [module for path, module in model.named_modules() if not path or name.startswith(f"{path}.")]
     kinds = [kind for module in around if (kind := closed_kind(module))]
     if kinds:
@@ -114,14 +114,14 @@ def _lost(name: str, model: nn.Module, traced: Trace) -> Diagnostic:
     owner, _, attribute = name.rpartition(".")
     why, where = _why_whole(whole[-1], traced), whole[-1] or "the model"
     if owner == whole[-1] and _normalizes_with(model.get_submodule(owner), attribute):
-        found = f"{why}; it calls batch_norm with the weights and statistics of the BatchNorm"
-        hint = f"write self.{attribute}(x) there in the place of that call"
-        return Diagnostic("PN101", name, found, hint)
+        message = f"{why}; it calls batch_norm with the weights and statistics of the BatchNorm"
+        hint = f"write self.{attribute}(x) instead of that call"
+        return Diagnostic("PN101", name, message, hint)
     if children_looked_into(type(model.get_submodule(whole[-1]))) is None:  # type: ignore[arg-type]  # hashable
-        found = f"{why}; its code reads the statistics of some BatchNorm, which may be this one"
-        return Diagnostic("PN101", name, found, "read them as self.name.running_mean, or call modules only")
-    found = f"{why}; the BatchNorm is shared or looked into there"
-    return Diagnostic("PN101", name, found, f"let {where} call it as a module of its own")
+        message = f"{why}; its code reads the statistics of some BatchNorm, which may be this one"
+        return Diagnostic("PN101", name, message, "read them as self.name.running_mean, or call modules only")
+    message = f"{why}; the BatchNorm is shared or looked into there"
+    return Diagnostic("PN101", name, message, f"let {where} call it as a module of its own")
 
 
 def _why_whole(path: str, traced: Trace) -> str:

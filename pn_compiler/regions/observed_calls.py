@@ -1,4 +1,4 @@
-"""With which arguments the modules of a model are called, for those that are traced on their own."""
+"""The arguments that modules inside a model are called with, for those that are traced on their own."""
 
 import functools
 from collections.abc import Callable
@@ -15,11 +15,11 @@ from pn_compiler.tracing.fixed_arguments import tensors_in
 
 
 class ObservedCalls:
-    """The calls of modules inside a model in eval mode. It runs when the first of them matters.
+    """The calls of modules inside a model in eval mode. The model runs when they are first needed.
 
     Args:
         model: left as it was.
-        inputs: gives arguments of a call; None if there are none.
+        inputs: returns arguments of a call; None if there are none.
     """
 
     def __init__(self, model: nn.Module, inputs: Callable[[], Inputs | None]) -> None:
@@ -30,9 +30,9 @@ class ObservedCalls:
         return self  # copies of a trace need no copy of the model
 
     def of(self, path: str) -> Inputs | None:
-        """Arguments like those of the calls of the module at `path`, on tensors of the same kind and shape.
+        """Arguments like those that the module at `path` is called with: tensors of the same kind and shape.
 
-        None if it is not called, or its calls differ in the number of dimensions, or nothing could be run.
+        None if it is not called, its calls differ in the number of dimensions, or the model did not run.
         """
         if self._calls is None:
             self._calls = {}
@@ -55,7 +55,7 @@ class ObservedCalls:
                     hook = functools.partial(self._note, path)
                     handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
                 inputs.call(self._model)
-        except Exception:  # whoever compares the model with its trace will hear of it
+        except Exception:  # comparing the model with its trace will report it
             self._calls = {}
         finally:
             for handle in handles:

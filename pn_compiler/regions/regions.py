@@ -1,7 +1,7 @@
-"""Reaching every BatchNorm: the parts of a model that torch.fx can trace, when it cannot trace the whole.
+"""Reaches every BatchNorm: traces the parts of a model that torch.fx can trace if it cannot trace the whole.
 
-A submodule whose forward cannot be traced stays as it is, but what it calls is traced on its own: each such
-part is a region, a graph that takes the place of the module that it was traced from.
+A submodule whose forward cannot be traced stays whole, but the modules it calls are traced on their own. Each
+such part is a region: a graph that replaces the module that it was traced from.
 """
 
 import dataclasses
@@ -38,7 +38,7 @@ class Region:
     """A traced part of a model.
 
     Attributes:
-        prefix: what to put before its paths to have those of the whole model; "" or "a.b.".
+        prefix: prefix of its paths in the whole model; "" or "a.b.".
         gm: the trace.
         owner: for a BatchNorm that untraceable code calls on its own, the module that holds it; the graph
             then only exists during a conversion.
@@ -49,13 +49,13 @@ class Region:
     owner: nn.Module | None = None
 
     def finish(self) -> None:
-        """Gives the successor of a lone BatchNorm, with what was split off it, to its owner."""
+        """Hands the replacement of a lone BatchNorm, with the parts split off it, to its owner."""
         if self.owner is None:
             return
         first, *rest = module_calls(self.gm)
         norm = self.gm.get_submodule(first)
         if is_batch_norm(norm):
-            return  # refused: the owner still has it as it came
+            return  # refused: the owner still holds the original
         if rest:
             put_behind(norm, {path.removeprefix(f"{first}_"): self.gm.get_submodule(path) for path in rest})
         setattr(self.owner, first, norm)
@@ -69,15 +69,15 @@ class Trace:
         root: the copy; a graph if the forward of the model itself can be traced.
         regions: all graphs in it, the outermost first.
         opaque: paths of the modules that stayed whole, the outermost first; "" is the model itself.
-        leaves: paths of modules that are not to be traced.
-        asked: those among them that the user named.
+        leaves: paths of modules that must not be traced.
+        asked: those of them that the user named.
         notes: about branches that were fixed, and why modules stay whole.
         paths: id of each module and parameter -> every path that leads to it, or to its owner.
         entered: paths of the modules whose forward is part of a graph.
-        norm_calls: those among them that call batch_norm as a function there.
-        unread_norm_calls: those among them whose results nothing reads.
-        calls: arguments of the modules inside, in a call of the model on example inputs.
-        reasons: path of a module that stayed whole -> why, as far as that is known.
+        norm_calls: those of them that call batch_norm as a function there.
+        unread_norm_calls: those of them whose results are never read.
+        calls: arguments of the inner modules, in a call of the model on example inputs.
+        reasons: path of a module that stayed whole -> why, as far as known.
     """
 
     root: nn.Module
@@ -109,7 +109,7 @@ def trace(
         inputs: arguments of a call; parameters of forward beyond them keep their defaults.
         leaves: paths or classes of modules that stay whole, as if they could not be traced.
         in_place: trace `model` itself, whose parts become those of the result.
-        example: without `inputs`, gives arguments of a call where code asks how many dimensions a value has.
+        example: without `inputs`, returns arguments of a call if code asks how many dimensions a value has.
 
     Raises:
         ConfigError: the inputs do not fit the forward, `leaves` names nothing, or there are global hooks.
@@ -145,7 +145,7 @@ def trace(
 
 
 def _calls_whole(gm: fx.GraphModule) -> bool:
-    """Whether a graph that was not made here calls a module with BatchNorms inside: it is to be entered."""
+    """Whether a foreign graph calls a module that contains BatchNorms, so that it must be traced into."""
     called = (gm.get_submodule(path) for path in module_calls(gm))
     return any(
         holds_batch_norm(module)
@@ -155,7 +155,7 @@ def _calls_whole(gm: fx.GraphModule) -> bool:
 
 
 def _other_graph_note(gm: fx.GraphModule) -> list[Diagnostic]:
-    """Torchvision's feature extractors have a graph for each mode: a note, if the other one differs."""
+    """A note if the graphs for the two modes differ, as they may in torchvision's feature extractors."""
     other = getattr(gm, "eval_graph" if gm.training else "train_graph", gm.graph)
     return [] if str(other) == str(gm.graph) else [branches_note("", gm.training)]
 
@@ -174,12 +174,12 @@ def named_graphs(model: nn.Module) -> Iterator[tuple[str, ConvertedModule]]:
 
 
 def converted_graphs(model: nn.Module) -> list[ConvertedModule]:
-    """The graphs of a converted model: itself, if it is one, and those in submodules that stayed whole."""
+    """The graphs of a converted model: itself if it is a graph, and those in modules that stayed whole."""
     return [graph for _, graph in named_graphs(model)]
 
 
 def _trace_into(module: nn.Module, path: str, inputs: Inputs | None, traced: Trace) -> ConvertedModule:
-    """The graph of `module`, with regions inside what had to stay whole. Raises TraceError."""
+    """The graph of `module`, with regions inside modules that stay whole. Raises TraceError."""
     if path in traced.leaves:
         raise TraceError(f"{path or type(module).__name__} is to stay whole")
     prefix = f"{path}." if path else ""
@@ -209,29 +209,29 @@ def _trace_into(module: nn.Module, path: str, inputs: Inputs | None, traced: Tra
 
 
 def _note_entered(gm: ConvertedModule, path: str, traced: Trace) -> None:
-    """Notes which modules became part of `gm`, the trace of the module at `path`."""
+    """Records which modules became part of `gm`, the trace of the module at `path`."""
     traced.entered.add(path)
     read = live_nodes(gm)
     for node in gm.graph.nodes:
         inner = _entered_for(node, path)
         if node.op == "call_module":
-            inner = inner[:-1]  # the last one is what it calls whole
+            inner = inner[:-1]  # the last one is called whole
         traced.entered.update(inner)
         if node.op == "call_function" and reaches_batch_norm(node.target):
-            found = traced.norm_calls if node in read else traced.unread_norm_calls
-            found.add(inner[-1] if inner else path)
+            calls = traced.norm_calls if node in read else traced.unread_norm_calls
+            calls.add(inner[-1] if inner else path)
 
 
 def _entered_for(node: fx.Node, path: str) -> list[str]:
-    """Paths of the modules inside that at `path`, the outermost first, which ran when `node` was recorded."""
+    """Paths of the modules inside the one at `path`, outermost first, that were running at `node`."""
     return [f"{path}.{name}" if path else name for name in node.meta.get("nn_module_stack", ()) if name]
 
 
 def drop_dead_norm_calls(traced: Trace) -> None:
-    """Takes those out of `traced.norm_calls` whose results nothing reads once in-place writes are edges.
+    """Removes from `traced.norm_calls` those whose results are unread once in-place writes are edges.
 
-    What was written over a result counted as a reader of it. The graphs are prepared, so that a call of
-    batch_norm is a node of its own, or a call of the BatchNorm that took its place.
+    Before, a write over a result counted as a reader. The graphs are prepared, so each call of batch_norm is
+    a node of its own or a call of the BatchNorm that replaced it.
     """
     left = set()
     for region in traced.regions:
@@ -240,18 +240,18 @@ def drop_dead_norm_calls(traced: Trace) -> None:
             module = called_module(region.gm, node)
             if is_batch_norm(module) if module else reaches_batch_norm(node.target):
                 left.add((_entered_for(node, path) or [path])[-1])
-    dead = (traced.norm_calls - left) & traced.entered  # of a graph that came as one nothing tells
+    dead = (traced.norm_calls - left) & traced.entered  # unknown for a model that already was a graph
     traced.unread_norm_calls |= dead
     traced.norm_calls -= dead
 
 
 def _is_inside(path: str, others: frozenset[str]) -> bool:
-    """Whether one of the modules at `others` holds that at `path`."""
+    """Whether one of the modules at `others` contains the one at `path`."""
     return any(path.startswith(f"{other}.") for other in others)
 
 
 def _trace_or_enter(module: nn.Module, path: str, traced: Trace, *, apart: bool) -> nn.Module:
-    """The graph of `module`, or `module` itself with regions inside where it cannot be traced."""
+    """The graph of `module`, or `module` itself with regions inside if it cannot be traced."""
     try:
         return _trace_into(module, path, None, traced)
     except TraceError as error:
@@ -284,10 +284,10 @@ def _note_whole(module: nn.Module, path: str, traced: Trace) -> None:
 
 
 def _trace_children(owner: nn.Module, path: str, traced: Trace, *, apart: bool = False) -> None:
-    """Puts regions in the place of what `owner`, which stays as it is, calls.
+    """Replaces the modules that `owner`, which stays whole, calls by regions.
 
-    With `apart` each BatchNorm becomes one of its own: nothing may be absorbed into weights that the code
-    of `owner` rewrites.
+    With `apart`, each BatchNorm becomes a region of its own: nothing may be absorbed into weights that the
+    code of `owner` rewrites.
     """
     apart = apart or may_write_weights(owner)
     traced.opaque.append(path)
@@ -316,9 +316,9 @@ def _only_normalizes(module: nn.Module) -> bool:
 
 
 def _is_shared(child: nn.Module, path: str, traced: Trace) -> bool:
-    """Whether something outside `path` holds a part of `child` as well.
+    """Whether something outside `path` also holds a part of `child`.
 
-    What has no parameters, such as an activation, can be part of several graphs.
+    Modules without parameters, such as activations, can be part of several graphs.
     """
     return any(
         other != path and not other.startswith(f"{path}.")

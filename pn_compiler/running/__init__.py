@@ -1,1 +1,1 @@
-"""Running a user's model on batches and leaving it as it was; how far two outputs are apart."""
+"""Running a user's model on batches and leaving it as it was; the distance between two outputs."""

@@ -37,14 +37,14 @@ def copy_model(model: nn.Module, *, share_parameters: bool = False) -> nn.Module
 
     Args:
         model: left untouched.
-        share_parameters: let the copy hold the same parameters, for use where nothing writes to them.
+        share_parameters: let the copy hold the same parameters; only use it where nothing writes to them.
 
     Raises:
         UnsupportedModelError: it has uninitialised lazy modules, or cannot be copied.
     """
     refuse_uninitialised(model)
     if is_batch_norm(model):
-        raise UnsupportedModelError("the model is a BatchNorm itself: wrap it, as in nn.Sequential(model)")
+        raise UnsupportedModelError("the model itself is a BatchNorm: wrap it, as in nn.Sequential(model)")
     if isinstance(model, torch.jit.ScriptModule):
         raise UnsupportedModelError("TorchScript has no modules to convert: use the original nn.Module")
     memo: dict[int, Any] = {id(p): p for p in model.parameters()} if share_parameters else {}
@@ -64,7 +64,7 @@ def copy_model(model: nn.Module, *, share_parameters: bool = False) -> nn.Module
 
 
 def _in_modes_of(model: nn.Module, copied: nn.Module) -> nn.Module:
-    """`copied` in the train/eval modes of `model`: torchvision's feature extractors lose theirs."""
+    """Puts `copied` into the train/eval modes of `model`: torchvision's feature extractors lose theirs."""
     modes = {name: module.training for name, module in model.named_modules()}
     modules = dict(copied.named_modules())
     for name, module in modules.items():
@@ -77,7 +77,7 @@ def _in_modes_of(model: nn.Module, copied: nn.Module) -> nn.Module:
 
 
 def _copy_script(module: torch.jit.ScriptModule) -> torch.jit.ScriptModule:
-    """A deep copy whose parameters are leaves of autograd, as those of the original are."""
+    """A deep copy whose parameters are autograd leaves, like the original's."""
     with torch.no_grad():
         copied = copy.deepcopy(module)
     for new, old in zip(copied.parameters(), module.parameters(), strict=True):

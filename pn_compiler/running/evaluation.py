@@ -24,24 +24,24 @@ M = TypeVar("M", bound=nn.Module)
 
 
 class Shards(abc.ABC):
-    """Batches that lie in several places, such as the machines of a cluster: see `integrations.ray`."""
+    """Batches stored in several places, such as the machines of a cluster: see `integrations.ray`."""
 
     @abc.abstractmethod
     def __iter__(self) -> Iterator[Any]:
-        """All batches, here."""
+        """Iterates over all batches in this process."""
 
     @abc.abstractmethod
     def each(self, function: Callable[[Iterable[Any]], T]) -> list[T]:
-        """`function` of the batches of each shard, computed where they are."""
+        """Applies `function` to the batches of each shard, in the place where they are."""
 
 
 def of_each_shard(function: Callable[[Iterable[Any]], T], batches: Iterable[Any]) -> list[T]:
-    """`function` of all batches, or, where these lie in several places, of those of each place."""
+    """Applies `function` to all batches, or to each shard's where they are stored in several places."""
     return batches.each(function) if isinstance(batches, Shards) else [function(batches)]
 
 
 def inputs_of(batch: Any) -> Inputs:
-    """The arguments in a batch: of (images, labels) the first, of a mapping all by name, else the one."""
+    """The arguments in a batch: the first of (images, labels), all of a mapping by name, else the batch."""
     if isinstance(batch, Inputs):
         return batch
     if isinstance(batch, Mapping):
@@ -50,15 +50,15 @@ def inputs_of(batch: Any) -> Inputs:
 
 
 def batches_of(batches: Any, *, again: bool = False) -> Iterable[Any]:
-    """What a user gave as batches; one tensor or mapping stands for one batch.
+    """A user's `batches` as an iterable; a single tensor or mapping is one batch.
 
     Args:
         batches: an iterable of batches, such as a DataLoader or a list.
-        again: whether it is gone through more than once.
+        again: whether it is iterated over more than once.
 
     Raises:
-        ConfigError: it holds no batches; or `again`, and it is a generator or another iterator that is
-            used up by the first time.
+        ConfigError: it is not an iterable of batches; or `again` is set and it is a generator or another
+            iterator that the first pass exhausts.
     """
     if isinstance(batches, Tensor | Mapping | Inputs):
         return [batches]
@@ -92,7 +92,7 @@ def each_batch(model: nn.Module, batches: Iterable[Any], title: str) -> Iterator
 
 
 def check_dense(inputs: Inputs, name: str) -> None:
-    """Raises ConfigError if a tensor has no values, or not one for each place: meta, sparse, quantized."""
+    """Raises ConfigError if a tensor has no values or is not dense: meta, sparse, quantized."""
     for x in inputs.tensors():
         kind = "quantized" if x.is_quantized else str(x.layout).removeprefix("torch.")
         kind = kind if has_values(x) else "without values"
@@ -111,7 +111,7 @@ def check_values(model: nn.Module) -> list[Tensor]:
 
 
 def run(model: nn.Module, inputs: Inputs, name: str) -> Any:
-    """The outputs of `model`. Raises ConfigError, with the `name` of the inputs, if it does not run."""
+    """The outputs of `model`. Raises ConfigError with the `name` of the inputs if it does not run."""
     try:
         return inputs.call(model)
     except PnCompilerError:
@@ -122,15 +122,15 @@ def run(model: nn.Module, inputs: Inputs, name: str) -> Any:
 
 
 def to_eval_mode(model: M) -> M:
-    """`model`, in eval mode in all its parts, whatever its own ``eval`` does beside that, or returns.
+    """Returns `model` with all its parts in eval mode, whatever else its own ``eval`` does or returns.
 
     Raises:
-        ConfigError: it raises an exception.
+        ConfigError: its ``eval`` raises an exception.
     """
     if any(module.training for module in model.modules()):
         try:
             model.eval()
-        except Exception as error:  # of a model that overrides eval or train
+        except Exception as error:  # from a model that overrides eval or train
             raise ConfigError(f"{type(model).__name__}.eval() fails: {first_line(error)}") from error
         for module in model.modules():
             if module.training:
@@ -139,7 +139,7 @@ def to_eval_mode(model: M) -> M:
 
 
 def has_graph_for_each_mode(module: nn.Module) -> bool:
-    """Whether train() and eval() of `module` exchange its graph, as those of torchvision's extractors do."""
+    """Whether train() and eval() of `module` swap its graph, as in torchvision's feature extractors."""
     overridden = type(module).train is not nn.Module.train
     return isinstance(module, fx.GraphModule) and overridden and "train" not in vars(module)  # torch.export's
 
@@ -152,13 +152,13 @@ def untouched(
     own_modes: bool = False,
     keep_state: bool = False,
 ) -> Iterator[None]:
-    """Eval mode, eager and without gradients; the model and all random numbers are as before at the end.
+    """Eager eval mode without gradients; the model and all random states are restored at the end.
 
     Args:
         model: any module that has values.
         batch_statistics: leave its BatchNorms in train mode.
-        own_modes: leave every module in the mode in which it is.
-        keep_state: undo what the forward itself writes into parameters and global variables, too.
+        own_modes: leave every module in its current mode.
+        keep_state: also undo what the forward itself writes to parameters and global variables.
 
     Raises:
         ConfigError: its tensors are on the meta device, or fake.
@@ -196,7 +196,7 @@ def untouched(
 
 
 def seed_everything(seed: int = 0) -> None:
-    """The same random numbers for torch, Python and NumPy; within `untouched`, which restores theirs."""
+    """Seeds torch, Python and NumPy; call it within `untouched`, which restores their states."""
     torch.manual_seed(seed)
     random.seed(seed)
     np.random.seed(seed)  # noqa: NPY002  # what models draw from

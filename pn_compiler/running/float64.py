@@ -1,4 +1,4 @@
-"""Running a model in float64 without a copy of it."""
+"""Runs a model in float64 without copying it."""
 
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -11,11 +11,11 @@ from torch.utils import _pytree as pytree
 
 
 class Float64(TorchFunctionMode):
-    """While active, functions take the parameters and buffers of `model` in float64, one call at a time.
+    """While active, functions get the parameters and buffers of `model` in float64, converted per call.
 
-    What the model computes is what ``copy.deepcopy(model).double()`` computes; only the tensors of one
-    operator are held twice. Depthwise convolutions, for which PyTorch has no fast float64 kernel, become
-    sums of products: a twentieth of the time.
+    The model computes what ``copy.deepcopy(model).double()`` does, but only the tensors of one operator are
+    held twice. Depthwise convolutions, for which PyTorch has no fast float64 kernel, become sums of products,
+    which takes a twentieth of the time.
 
     Args:
         model: left untouched. Its inputs must be float64 already.
@@ -44,7 +44,7 @@ class Float64(TorchFunctionMode):
         return tensor.detach().double() if id(tensor) in self.narrow else tensor
 
 
-_DTYPE = torch.Tensor.dtype.__get__  # type: ignore[attr-defined]  # a property, for Python
+_DTYPE = torch.Tensor.dtype.__get__  # type: ignore[attr-defined]  # a property in Python
 
 
 def _is_depthwise(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:

@@ -19,8 +19,8 @@ class Inputs:
     """Arguments of one call: tensors, and any nesting of tuples, lists and dicts of them.
 
     Attributes:
-        args: the positional ones.
-        kwargs: those by name.
+        args: positional arguments.
+        kwargs: keyword arguments.
     """
 
     args: tuple[Any, ...] = ()
@@ -28,7 +28,7 @@ class Inputs:
 
     @classmethod
     def of(cls, example_inputs: Any, example_kwargs: Mapping[str, Any] | None = None) -> "Inputs | None":
-        """What a user gave: a tuple or list of arguments, or a single one; None if nothing."""
+        """A user's example inputs: a tuple or list of arguments, or a single one; None if none were given."""
         if example_kwargs is not None and not isinstance(example_kwargs, Mapping):
             raise ConfigError(f"example_kwargs={example_kwargs!r:.80}: expected a dict of arguments by name")
         kwargs = dict(example_kwargs or {})
@@ -39,7 +39,7 @@ class Inputs:
         return cls((example_inputs,), kwargs)
 
     def call(self, model: nn.Module) -> Any:
-        """The outputs of `model`, which gets copies of the tensors: a forward may write to its inputs."""
+        """Calls `model` on copies of the tensors, because a forward may write to its inputs."""
         copies = self.map(torch.clone)
         return model(*copies.args, **copies.kwargs)
 
@@ -66,7 +66,7 @@ class Inputs:
 
 
 def in_mode_of(model: nn.Module, inputs: Inputs | None) -> Inputs | None:
-    """`inputs` as fake tensors of the mode of `model`, if that is made of fake tensors: others do not mix."""
+    """`inputs` as fake tensors of `model`'s FakeTensorMode, if it has one: others would not mix with it."""
     like = first_fake(model)
     if inputs is None or like is None:
         return inputs

@@ -1,4 +1,4 @@
-"""How far the outputs of a student are from those of its teacher."""
+"""The distance between the outputs of a student and those of its teacher."""
 
 import dataclasses
 from typing import Any, get_args
@@ -17,16 +17,16 @@ PIXEL_TEMPERATURE = 1.0
 
 
 def output_loss(student: Any, teacher: Any, logits: Logits = "auto") -> Tensor:
-    """The sum over all floating-point tensors of an output, other values being ignored.
+    """The distillation loss, summed over all floating-point tensors of an output; other values are ignored.
 
-    The logits of K classes count by T^2 KL(softmax(t/T) || softmax(s/T)), in nats: those of samples [N, K] at
-    the temperature T = 4, those of pixels [N, K, *S] at T = 1, mean over N and S. It does not see a constant
-    that is added to all K values of a sample or pixel. Every other tensor counts by `relative_l2`.
+    For the logits of K classes it is T^2 KL(softmax(t/T) || softmax(s/T)) in nats: at temperature T = 4 for
+    those of samples [N, K], at T = 1 for those of pixels [N, K, *S], averaged over N and S. It is blind to a
+    constant added to all K values of a sample or pixel. For every other tensor it is `relative_l2`.
 
     Args:
-        student, teacher: outputs of one structure: tensors, and any nesting of tuples, lists, dicts and
+        student, teacher: outputs of the same structure: tensors, and any nesting of tuples, lists, dicts and
             dataclasses.
-        logits: what is taken for logits, as in `pn_compiler.distill`.
+        logits: which outputs are treated as logits, as in `pn_compiler.distill`.
 
     Returns:
         A scalar, zero where the two are equal.
@@ -35,27 +35,27 @@ def output_loss(student: Any, teacher: Any, logits: Logits = "auto") -> Tensor:
         ConfigError: the outputs differ in structure or shape, or hold no floating-point tensor.
 
     Source: Hinton, Vinyals, Dean, "Distilling the Knowledge in a Neural Network" (arXiv 1503.02531). A
-    trained teacher is so sure of its training data that at T = 1 there is little to learn from. Not of all
-    pixels: docs/distillation.md has the figures.
+    trained teacher is so sure of its training data that at T = 1 there is little to learn from. It is less
+    sure of pixels: docs/distillation.md has the figures.
     """
     one_of("logits", logits, get_args(Logits))
-    found = pairs(student, teacher)
-    return torch.stack([_kl(s, t) if is_logits(t, logits) else _l2(s, t) for s, t in found]).sum()
+    tensors = pairs(student, teacher)
+    return torch.stack([_kl(s, t) if is_logits(t, logits) else _l2(s, t) for s, t in tensors]).sum()
 
 
 def relative_l2(student: Any, teacher: Any) -> Tensor:
     """|s - t|^2 / |t|^2 over all values of a tensor, summed over the tensors as in `output_loss`.
 
-    For outputs [N, K] that are no logits: regression, embeddings. Where the teacher's output is zero
-    everywhere it is |s|^2.
+    For outputs [N, K] that are not logits: regression, embeddings. If the teacher's output is zero
+    everywhere, it is |s|^2.
     """
     return torch.stack([_l2(s, t) for s, t in pairs(student, teacher)]).sum()
 
 
 def _kl(student: Tensor, teacher: Tensor) -> Tensor:
     temperature = TEMPERATURE if teacher.ndim == 2 else PIXEL_TEMPERATURE
-    got, wanted = ((logits / temperature).log_softmax(1) for logits in (student, teacher))
-    divergence = F.kl_div(got, wanted, reduction="sum", log_target=True)
+    actual, expected = ((logits / temperature).log_softmax(1) for logits in (student, teacher))
+    divergence = F.kl_div(actual, expected, reduction="sum", log_target=True)
     return temperature**2 * divergence / (teacher.numel() // teacher.shape[1])
 
 
@@ -65,35 +65,37 @@ def _l2(student: Tensor, teacher: Tensor) -> Tensor:
 
 
 def is_logits(output: Tensor, logits: Logits = "auto") -> bool:
-    """Whether it is taken for class logits: [N, K] with more than one class, or, if "all" are, [N, K, *S]."""
+    """Whether `output` counts as logits: [N, K] with more than one class; with "all", [N, K, *S] too."""
     fits = output.ndim >= 2 and output.shape[1] > 1
     return fits and (logits == "all" or (logits == "auto" and output.ndim == 2))
 
 
 def agreement(student: Any, teacher: Any, logits: Logits = "auto") -> float | None:
-    """Share of samples, or pixels, to which both give the same class; None without logits.
+    """Share of samples, or pixels, for which both predict the same class; None without logits.
 
-    With several outputs of logits it is the mean over these.
+    With several outputs of logits it is their mean.
     """
-    found = _logit_pairs(student, teacher, logits)
-    return _mean([float((s.argmax(1) == t.argmax(1)).double().mean()) for s, t in found])
+    outputs = _logit_pairs(student, teacher, logits)
+    return _mean([float((s.argmax(1) == t.argmax(1)).double().mean()) for s, t in outputs])
 
 
 def divergence(student: Any, teacher: Any, logits: Logits = "auto") -> float | None:
-    """KL(softmax(t) || softmax(s)) in nats, mean over samples or pixels; as `agreement`."""
-    found = [(widened(s), widened(t)) for s, t in _logit_pairs(student, teacher, logits)]
+    """KL(softmax(t) || softmax(s)) in nats, averaged over samples or pixels as in `agreement`."""
+    outputs = [(widened(s), widened(t)) for s, t in _logit_pairs(student, teacher, logits)]
     return _mean([
         float(F.kl_div(s.log_softmax(1), t.log_softmax(1), reduction="sum", log_target=True))
         / (t.numel() // t.shape[1])
-        for s, t in found
+        for s, t in outputs
     ])  # fmt: skip
 
 
 def _logit_pairs(student: Any, teacher: Any, logits: Logits) -> list[tuple[Tensor, Tensor]]:
-    """The outputs that hold logits, where both have them in one shape."""
-    got, wanted = floating_outputs(student), floating_outputs(teacher)
-    both = [name for name, tensor in wanted.items() if name in got and got[name].shape == tensor.shape]
-    return [(got[n], wanted[n]) for n in both if is_logits(wanted[n], logits) and wanted[n].numel()]
+    """The outputs that hold logits, where both models have them in the same shape."""
+    actual, expected = floating_outputs(student), floating_outputs(teacher)
+    both = [
+        name for name, tensor in expected.items() if name in actual and actual[name].shape == tensor.shape
+    ]
+    return [(actual[n], expected[n]) for n in both if is_logits(expected[n], logits) and expected[n].numel()]
 
 
 def _mean(values: list[float]) -> float | None:
@@ -115,27 +117,27 @@ def readings(outputs: Any, logits: Logits = "auto") -> dict[str, str]:
             words[name] += f"; if it holds {classes}, say so: logits='all', --distill-logits all"
     if logits == "all" and tensors and all(what == "values" for what in words.values()):
         shapes = ", ".join(f"{name} is {list(tensor.shape)}" for name, tensor in tensors.items())
-        raise ConfigError(f"logits='all', and no output has several classes along its dim 1: {shapes}")
+        raise ConfigError(f"logits='all', but no output has several classes along its dim 1: {shapes}")
     return words
 
 
 def pairs(student: Any, teacher: Any) -> list[tuple[Tensor, Tensor]]:
-    """The floating-point tensors of both, in float32 or wider. Raises as `output_loss`."""
-    got, wanted = floating_outputs(student), floating_outputs(teacher)
-    if not wanted:
+    """The floating-point tensors of both, in at least float32. Raises like `output_loss`."""
+    actual, expected = floating_outputs(student), floating_outputs(teacher)
+    if not expected:
         raise ConfigError("the teacher's output holds no floating-point tensor: there is nothing to learn")
-    if got.keys() != wanted.keys():
+    if actual.keys() != expected.keys():
         raise ConfigError(
-            f"the outputs do not fit: the model gives {', '.join(got) or 'no floating-point tensor'}, the "
-            f"teacher {', '.join(wanted)}"
+            f"the outputs do not fit: the model gives {', '.join(actual) or 'no floating-point tensor'}, the "
+            f"teacher {', '.join(expected)}"
         )
-    for name, tensor in wanted.items():
-        if got[name].shape != tensor.shape:
+    for name, tensor in expected.items():
+        if actual[name].shape != tensor.shape:
             raise ConfigError(
-                f"the outputs do not fit: {name} of the model is {list(got[name].shape)}, that of the "
+                f"the outputs do not fit: {name} of the model is {list(actual[name].shape)}, that of the "
                 f"teacher {list(tensor.shape)}"
             )
-    return [(widened(got[name]), widened(tensor)) for name, tensor in wanted.items()]
+    return [(widened(actual[name]), widened(tensor)) for name, tensor in expected.items()]
 
 
 def floating_outputs(outputs: Any) -> dict[str, Tensor]:
@@ -144,12 +146,12 @@ def floating_outputs(outputs: Any) -> dict[str, Tensor]:
 
 
 def widened(tensor: Tensor) -> Tensor:
-    """`tensor` in float32, or wider where it is."""
+    """`tensor` in at least float32."""
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 def _dense(tensor: Tensor) -> Tensor:
-    """`tensor`, of any layout, with one number for each of its places, and two for a complex one."""
+    """`tensor`, of any layout, as a dense one; complex values become pairs of numbers."""
     if tensor.is_quantized:
         return tensor.dequantize()
     dense = tensor if tensor.layout in (torch.strided, torch.jagged) else tensor.to_dense()
@@ -158,15 +160,15 @@ def _dense(tensor: Tensor) -> Tensor:
 
 def named_outputs(outputs: Any, name: str = "output") -> dict[str, Tensor]:
     """Place, such as ``output['boxes'][0]`` -> each tensor of an output."""
-    found: dict[str, Tensor] = {}
+    results: dict[str, Tensor] = {}
     for path, leaf in pytree.tree_flatten_with_path(outputs)[0]:
         place = name + pytree.keystr(path)
         if dataclasses.is_dataclass(leaf) and not isinstance(leaf, type):
             for field in dataclasses.fields(leaf):
-                found |= named_outputs(getattr(leaf, field.name), f"{place}.{field.name}")
+                results |= named_outputs(getattr(leaf, field.name), f"{place}.{field.name}")
         elif isinstance(leaf, Tensor):
-            found[place] = _dense(leaf)
-    return found
+            results[place] = _dense(leaf)
+    return results
 
 
 def squared_norm(tensor: Tensor) -> float:

@@ -1,4 +1,4 @@
-"""Whether a model needs more memory than there is, found without computing anything."""
+"""Checks whether a model needs more memory than there is, without computing anything."""
 
 import os
 from typing import Any
@@ -13,7 +13,7 @@ from pn_compiler.running.inputs import Inputs
 
 
 class _Largest(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's own
-    """Notes the bytes of the largest tensor that is made."""
+    """Records the size in bytes of the largest tensor that is created."""
 
     bytes = 0
 
@@ -25,7 +25,7 @@ class _Largest(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's o
 
 
 def total_memory() -> int:
-    """Bytes of memory in this machine; a terabyte where the system does not say, as Windows."""
+    """Bytes of memory in this machine; a terabyte where the system does not say, as on Windows."""
     try:
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (AttributeError, ValueError, OSError):
@@ -36,8 +36,8 @@ def refuse_giant_tensors(model: nn.Module, inputs: Inputs) -> None:
     """Runs `model` on tensors without values.
 
     Raises:
-        ConfigError: one of its tensors is larger than the memory of this machine. A model that needs values,
-            or does not run, is left to whoever runs it.
+        ConfigError: one of its tensors is larger than this machine's memory. A model that needs values, or
+            does not run, passes: running it will show the error.
     """
     largest = _Largest()  # type: ignore[no-untyped-call]
     state = {name: tensor.to("meta") for name, tensor in (*model.named_parameters(), *model.named_buffers())}
@@ -45,7 +45,7 @@ def refuse_giant_tensors(model: nn.Module, inputs: Inputs) -> None:
     try:
         with torch.no_grad(), largest:
             torch.func.functional_call(model, state, args, kwargs)
-    except Exception:  # somebody else's code, on tensors that it may not be made for
+    except Exception:  # user code, on tensors that it may not support
         return
     memory = total_memory()
     if largest.bytes > memory:

@@ -1,4 +1,4 @@
-"""The states of the generators that Python code may draw from unseen."""
+"""The states of the random generators that a traced forward may draw from unnoticed."""
 
 import random
 import sys
@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 
 class RandomStates:
-    """The states of the generators that Python code may draw from unseen: those of torch and NumPy."""
+    """The states of the generators that a forward may draw from unnoticed: those of torch and NumPy."""
 
     def __init__(self) -> None:
         self._torch = torch.get_rng_state()
@@ -21,21 +21,21 @@ class RandomStates:
             self.note(numpy.random.mtrand._rand)
 
     def note(self, value: Any) -> None:
-        """Includes `value` if it is a generator of NumPy."""
+        """Includes `value` if it is a NumPy generator."""
         if self._kinds and isinstance(value, self._kinds) and id(value) not in self._others:
             self._others[id(value)] = value, _bits(value).state
 
     def moved(self) -> str | None:
-        """Which generator was used since, or None."""
+        """Says which generator has been used since, or None."""
         if any(_differs(value, state) for value, state in self._others.values()):
             return "the forward draws random numbers with NumPy"
-        with _disable_current_modes():  # the state is no fake tensor
+        with _disable_current_modes():  # the state is not a fake tensor
             if not torch.equal(torch.get_rng_state(), self._torch):
                 return "the forward sets or moves the random state of torch"
         return None
 
     def restore(self) -> None:
-        """Sets all back to what they were."""
+        """Restores all states."""
         torch.set_rng_state(self._torch)
         random.setstate(self._python)
         for value, state in self._others.values():
@@ -52,7 +52,7 @@ def _differs(value: Any, state: Any) -> bool:
 
 
 def _mark(state: Any) -> Any:
-    """What tells one state of a generator from another, to be compared by ==."""
+    """A fingerprint of a generator's state, to be compared by ==."""
     if isinstance(state, dict):
         return [_mark(value) for value in state.values()]
     return state.tobytes() if hasattr(state, "tobytes") else state

@@ -1,4 +1,4 @@
-"""From a module to one graph that computes what it computes: the tracer, and what it records how."""
+"""Traces a module into one graph that computes the same: the tracer, and how it records what."""
 
 from pn_compiler.tracing.fixed_arguments import check_fixed
 

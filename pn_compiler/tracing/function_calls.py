@@ -1,4 +1,4 @@
-"""Recording calls of autograd functions: each one operator of the graph."""
+"""Records calls of autograd functions, each as one operator of the graph."""
 
 import contextlib
 from collections.abc import Iterator
@@ -25,7 +25,7 @@ class FunctionCalls:
     """The autograd functions that a traced forward applies, as layers of the model.
 
     Attributes:
-        layers: by name on the model, which has them while it is traced.
+        layers: by attribute name on the model, which holds them while it is traced.
     """
 
     def __init__(self, tracer: RefusingTracer) -> None:
@@ -44,7 +44,7 @@ class FunctionCalls:
     def _apply(
         self, function: type[torch.autograd.Function], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
-        """Records the call of an autograd function, which has a backward of its own, as that of a layer."""
+        """Records the call of an autograd function, which has its own backward, as a call of a layer."""
         root = self._tracer.root
         given = list(reachable([args, kwargs]))
         proxies = [value for value in given if type(value) in PROXIES]
@@ -66,13 +66,13 @@ class FunctionCalls:
                 return name
         path = self._tracer.get_fresh_qualname(f"{function.__name__}_call_".lower())
         self.layers[path] = FunctionCall(function)
-        # not as a child: the forward may iterate over those
+        # not as a child module: the forward may iterate over its children
         vars(self._tracer.root)[path] = self.layers[path]
         return path
 
 
 def _unrecordable(function: type[torch.autograd.Function], given: list[Any]) -> tuple[str, str] | None:
-    """Code and reason why a call of `function` on `given` is no operator of a graph, or None."""
+    """Code and reason why a call of `function` on `given` cannot be an operator of a graph, or None."""
     name = function.__name__
     if any(isinstance(v, nn.Module) or callable(v) for v in given if type(v) not in PROXIES):
         return "PN122", f"the forward gives code to {name}.apply"
@@ -84,7 +84,7 @@ def _unrecordable(function: type[torch.autograd.Function], given: list[Any]) -> 
 
 
 def differentiates(node: fx.Node) -> bool:
-    """Whether `node` depends on how other values were computed, or changes that: passes do not see it."""
+    """Whether `node` depends on, or changes, how other values were computed, which passes do not see."""
     if node.op == "call_method":
         return node.target in ("backward", "register_hook", "requires_grad_", "retain_grad")
     return node.target in (torch.autograd.grad, torch.autograd.backward)

@@ -1,4 +1,4 @@
-"""Subclasses of BatchNorm while they are traced: their call of ``super().forward`` is the BatchNorm."""
+"""Traces subclasses of BatchNorm: their call of ``super().forward`` is recorded as the BatchNorm."""
 
 import contextlib
 from collections.abc import Iterator, Mapping
@@ -18,7 +18,7 @@ def records_super_calls(module: nn.Module) -> bool:
 
 @contextlib.contextmanager
 def recorded_super_calls(tracer: fx.Tracer, modules: Mapping[str, nn.Module]) -> Iterator[None]:
-    """Each of `modules`, by path, gets a class in which ``super().forward`` records a call of the module."""
+    """Gives each of `modules`, by path, a class whose ``super().forward`` records a call of the module."""
     changed = {}
     for path, module in modules.items():
         cls, base = type(module), plain_base(module)

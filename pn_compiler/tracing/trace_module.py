@@ -1,6 +1,6 @@
-"""From a module to a torch.fx graph, with as little of the model as possible frozen in.
+"""Traces a module into a torch.fx graph, with as little as possible frozen into it.
 
-What cannot be traced stays whole, and the rest is tried again.
+A module that cannot be traced stays whole, and the trace is repeated without entering it.
 """
 
 import dataclasses
@@ -25,8 +25,8 @@ class NotTracedError(TraceError):
     """The forward of the module itself cannot be traced.
 
     Attributes:
-        notes: diagnostics that say why, if it is for a reason that torch.fx would not have seen.
-        reason: in words.
+        notes: diagnostics that say why, if torch.fx itself would not have noticed.
+        reason: the reason in words.
     """
 
     def __init__(self, module: nn.Module, failure: Failure) -> None:
@@ -44,7 +44,7 @@ def trace_module(
     example: Callable[[], Inputs | None] = lambda: None,
     reasons: dict[str, str] | None = None,
 ) -> tuple[ConvertedModule, frozenset[str], tuple[Diagnostic, ...]]:
-    """Traces `module`, over its own submodules.
+    """Traces `module`; the graph refers to its own submodules.
 
     A submodule whose forward cannot be traced stays whole, as a leaf.
 
@@ -53,13 +53,13 @@ def trace_module(
         inputs: arguments of a call; parameters of forward beyond them keep their defaults.
         leaves: paths of submodules that stay whole in any case.
         outermost: whether the user calls the module: arguments of unknown type are taken to be tensors.
-        example: without `inputs`, gives arguments of a call where the forward asks how many dimensions a
-            value has; they decide nothing else.
-        reasons: gets, by path, why submodules stay whole.
+        example: without `inputs`, returns arguments of a call if the forward asks how many dimensions a
+            value has; they are used for nothing else.
+        reasons: filled with why submodules stay whole, by path.
 
     Returns:
-        The graph, the paths of the submodules that stay whole, and notes: on branches that are fixed, on
-        values that are only stored, and why submodules stay whole.
+        The graph, the paths of the submodules that stay whole, and notes about fixed branches, values that
+        are only stored, and why submodules stay whole.
 
     Raises:
         TraceError: the forward of `module` itself cannot be traced.
@@ -69,7 +69,7 @@ def trace_module(
     if reasons is not None:
         reasons.update(tracing.reasons)
     read_flags_in_graph(module, graph)
-    vars(module).update(tracing.functions)  # where a graph finds what it calls
+    vars(module).update(tracing.functions)  # where the graph looks up what it calls
     gm = ConvertedModule(module, graph, type(module).__name__)
     for path in tracing.functions:
         del vars(module)[path]
@@ -106,7 +106,7 @@ def _training_of(model: nn.Module, path: str) -> bool:
 
 
 class _Tracing:
-    """Traces `model`, again and again, with the innermost module that fails as one more leaf."""
+    """Traces `model` repeatedly, each time making the innermost module that fails one more leaf."""
 
     def __init__(
         self,
@@ -127,7 +127,7 @@ class _Tracing:
         self.functions: dict[str, nn.Module] = {}  # those that the graph calls, by path
 
     def run(self) -> fx.Graph:
-        """The graph, when the rest can be traced. Raises TraceError if it cannot."""
+        """The graph, once the rest can be traced. Raises TraceError if it cannot."""
         while True:
             before = ModuleState(self.model)
             tracer = self._tracer()
@@ -147,7 +147,7 @@ class _Tracing:
                 before.restore()
                 tracer.random.restore()
             for module in tracer.wrapping.values():
-                module.__class__ = plain_base(module)  # what else it does is in the graph
+                module.__class__ = plain_base(module)  # the rest of its forward is in the graph
             self._take_notes(tracer, branches, stored)
             self.functions = {**tracer.functions.layers}
             graph._tracer_cls = None  # unpickling traces the generated code, with the tracer of torch.fx
@@ -157,7 +157,7 @@ class _Tracing:
         return Tracer(self.model, self.inputs, self.leaves, self.outermost, self.example)
 
     def _record(self, tracer: Tracer, containers: Containers, branches: set[str]) -> fx.Graph | None:
-        """One trace; None if it failed and is to be tried with one more leaf."""
+        """Traces once; None if it failed and must be retried with one more leaf."""
         graph = None
         try:
             graph = tracer.trace_watched(branches, containers)
@@ -169,7 +169,7 @@ class _Tracing:
         return None
 
     def _keep(self, failure: Failure, others: Iterable[str] = ()) -> None:
-        """From now on the module at fault is a leaf, and so are `others` for the same reason.
+        """Makes the module at fault a leaf, and `others` as well, for the same reason.
 
         Raises:
             NotTracedError: one of them is the model itself, or all are leaves, so the fault is elsewhere.
@@ -184,7 +184,7 @@ class _Tracing:
         self.leaves |= paths
 
     def _alike(self, failure: Failure) -> Iterator[str]:
-        """Modules of the class at fault, if nothing in them is to be converted: that saves traces."""
+        """Other modules of the class at fault with nothing to convert in them; this saves traces."""
         kind = type(self.model.get_submodule(failure.path))
         if failure.code is None or not failure.path or kind.__module__.startswith("torch."):
             return
@@ -193,22 +193,22 @@ class _Tracing:
                 yield path
 
     def _settle(self, tracer: Tracer, graph: fx.Graph, changed: set[str], shared: bool) -> bool:
-        """Whether the trace can stay as it is; if not, there are more leaves, or the state is watched."""
+        """Whether the trace is final; if not, leaves were added, or the state is watched from now on."""
         called = {str(node.target) for node in graph.nodes if node.op == "call_module"}
         read = {str(node.target).rpartition(".")[0] for node in graph.nodes if node.op == "get_attr"}
-        other = tracer.wrapping.keys() - (called - read)  # never called, or with more to it than the norm
+        other = tracer.wrapping.keys() - (called - read)  # never called, or more than just the norm
         self.leaves |= other
         for path in changed:
             reason = "the forward changes attributes of a module"
             self._keep(Failure(path, "PN118", reason), tracer.writes.writers.get(path, ()))
         if shared and not changed:
-            if self._watch_state:  # it changes where no module begins or ends
+            if self._watch_state:  # the change happens where no module begins or ends
                 self._keep(Failure("", "PN118", "the forward changes what modules share"))
             self._watch_state = True
         return not (other or changed or shared)
 
     def _reads_back(self, graph: fx.Graph) -> bool:
-        """Whether a second call, after what the first has stored, records something else."""
+        """Whether a second trace, after what the first one stored, records something else."""
         tracer = self._tracer()
         try:
             again = tracer.trace_watched(set(), Containers())
@@ -257,13 +257,13 @@ def resolve_leaves(model: nn.Module, leaves: Sequence[str | type[nn.Module]]) ->
         raise ConfigError(f"leaves={leaves!r:.80}: expected a list of paths and classes of modules")
     paths: set[str] = set()
     for leaf in listed:
-        found = {
+        matches = {
             name
             for name, module in model.named_modules(remove_duplicate=False)
             if (isinstance(module, leaf) if isinstance(leaf, type) else name == leaf)
         }
-        if not found:
-            told = leaf.__name__ if isinstance(leaf, type) else repr(leaf)
-            raise ConfigError(f"leaves: the model has no module {told}")
-        paths |= found
+        if not matches:
+            entry = leaf.__name__ if isinstance(leaf, type) else repr(leaf)
+            raise ConfigError(f"leaves: the model has no module {entry}")
+        paths |= matches
     return frozenset(paths)

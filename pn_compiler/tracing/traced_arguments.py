@@ -1,4 +1,4 @@
-"""The arguments of a traced forward: placeholders for those that vary, the others as they are."""
+"""The arguments of a traced forward: placeholders for those that vary, the rest unchanged."""
 
 import functools
 import inspect
@@ -17,13 +17,13 @@ _EMPTY = inspect.Parameter.empty
 
 
 class TracedArguments:
-    """The placeholders of one trace, and what is known of them.
+    """The placeholders of one trace, and what is known about them.
 
     Args:
         tracer: creates them.
         inputs: arguments of a call, which decide what varies; None if there are none.
-        example: arguments of a call that decide nothing, asked for when the first one matters.
-        assumed: a value of the type that an unknown argument is taken to have.
+        example: returns arguments of a call, which do not decide what varies; called when first needed.
+        assumed: a value of the type that an unknown argument is assumed to have.
 
     Attributes:
         samples: a value of the type of each placeholder that varies.
@@ -41,10 +41,10 @@ class TracedArguments:
         self.samples: dict[fx.Node, Any] = {}
 
     def bind(self, forward: Callable[..., Any], root: nn.Module) -> Callable[..., Any]:
-        """`forward` with proxies for what varies from call to call, and its other arguments.
+        """Binds proxies to the arguments of `forward` that vary, and values to the others.
 
-        With inputs, numbers and what holds a tensor vary. Without, the first parameter does, and those that
-        have no default.
+        With inputs, numbers and anything that holds a tensor vary. Without, the first parameter and those
+        without a default do.
         """
         given = None if self._inputs is None else self._inputs.by_name(root)
         args: list[Any] = []
@@ -75,7 +75,7 @@ class TracedArguments:
         try:
             probe = pytree.tree_map_only(torch.Tensor, lambda _: None, value)  # no constant
             self._tracer.create_arg((None if probe is VARIES else probe, *self._defaults(default)))
-        except NotImplementedError:  # nothing that a graph can hold: no argument of the traced forward
+        except NotImplementedError:  # a graph cannot hold it: it cannot be a constant of the graph
             return value
         proxy = self._tracer.create_proxy("placeholder", name, self._defaults(default), {})
         self._values[proxy.node] = name, value
@@ -90,25 +90,25 @@ class TracedArguments:
         return () if default is _EMPTY else (default,)
 
     def examples(self) -> dict[fx.Node, Any]:
-        """The value of each placeholder in the example call; VARIES if it is unknown, or decides as a number.
+        """The value of each placeholder in the example call; VARIES if it is unknown, or is a number.
 
-        Shapes may depend on an integer: no answer of this call holds for another.
+        Shapes may depend on an integer, so an answer for this call need not hold for another.
         """
         example = self._example()
         named = {} if example is None else example.by_name(self._tracer.root)
-        found = {
+        values = {
             node: named.get(name, VARIES) if value is VARIES else value
             for node, (name, value) in self._values.items()
         }
         return {
             node: VARIES if node in self.samples and type(value) is int else value
-            for node, value in found.items()
+            for node, value in values.items()
         }
 
     def fix_shapes(self, graph: fx.Graph, *, channels: bool) -> None:
-        """Lets `graph` check that its arguments have as many dimensions as in the example.
+        """Makes `graph` check that its arguments have as many dimensions as in the example.
 
-        With `channels` their second size has to be the same, too.
+        With `channels`, their second size must match as well.
         """
         examples = self.examples()
         last = [node for node in graph.nodes if node.op == "placeholder"][-1]

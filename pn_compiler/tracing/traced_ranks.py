@@ -1,8 +1,8 @@
-"""How many dimensions a value has, or how many pieces, at the point that a trace has come to.
+"""The number of dimensions or pieces of a value, at the current point of a trace.
 
-``if x.dim() == 4:`` needs an answer while a forward is traced. What the graph holds so far runs on fake
-tensors as in the example call, in order, so that what was written in place counts. Nothing runs before the
-first question, and each node runs once.
+``if x.dim() == 4:`` needs an answer while a forward is traced. The graph so far is run on fake tensors like
+those of the example call, in order, so that in-place writes count. Nothing runs before the first question,
+and each node runs once.
 """
 
 import contextlib
@@ -39,13 +39,13 @@ def _larger(shape: torch.Size) -> list[int]:
 class TracedRanks:
     """Answers questions about the values of one trace.
 
-    An answer must hold for other batch sizes, and for larger images where the model takes them:
-    ``x.squeeze()`` has as many dimensions as sizes other than 1.
+    An answer must also hold for other batch sizes, and for larger images if the model accepts them: the
+    number of dimensions of ``x.squeeze()`` depends on which sizes are 1.
 
     Args:
         root: the module that is traced.
-        examples: gives the value of each placeholder in the example call, VARIES for an unknown one.
-        pause: a context in which the trace does not see what runs.
+        examples: returns the value of each placeholder in the example call, VARIES for an unknown one.
+        pause: a context in which the trace ignores what runs.
     """
 
     def __init__(
@@ -56,15 +56,15 @@ class TracedRanks:
     ) -> None:
         self._root, self._examples, self._pause = root, examples, pause
         self._runs: list[_Run] | None = None
-        self.answered = False  # whether anything was
-        self.counted = False  # whether that was a number of pieces
+        self.answered = False  # whether any question was answered
+        self.counted = False  # whether any answer was a number of pieces
 
     def of(self, node: fx.Node) -> int | None:
-        """How many dimensions the tensor `node` has; None if that is unknown, or it is no tensor."""
+        """The number of dimensions of the tensor `node`; None if unknown or not a tensor."""
         return self._agreed(node, lambda value: value.dim() if isinstance(value, Tensor) else None)
 
     def of_items(self, node: fx.Node) -> int | None:
-        """How many sizes a shape has, or how many pieces a split; None if unknown, or `node` is neither."""
+        """The number of sizes of a shape, or pieces of a split; None if unknown or `node` is neither."""
         count = self._agreed(node, lambda v: len(v) if isinstance(v, torch.Size) or _are_pieces(v) else None)
         self.counted = self.counted or (count is not None and _are_pieces(self._started()[0].value(node)))
         return count
@@ -88,7 +88,7 @@ class TracedRanks:
 
 
 class _Run:
-    """The nodes of a graph so far on fake tensors like those of an example."""
+    """Runs the nodes of the graph so far on fake tensors like those of an example."""
 
     def __init__(self, root: nn.Module, examples: Mapping[fx.Node, Any], resize: _Resize) -> None:
         self._root, self._examples, self._resize = root, examples, resize
@@ -97,11 +97,11 @@ class _Run:
         self._mode = FakeTensorMode(allow_non_fake_inputs=True) if fake is None else fake.fake_mode
         self._values: dict[fx.Node, Any] = {}  # VARIES for those that are unknown
         self._copies: dict[str, nn.Module] = {}
-        self._last: fx.Node | None = None  # the last that ran
-        self._lost = False  # whether something unknown may have changed anything
+        self._last: fx.Node | None = None  # the last node that ran
+        self._lost = False  # whether an unknown operation may have changed anything
 
     def value(self, node: fx.Node) -> Any:
-        """The value of `node` behind all nodes so far, or VARIES."""
+        """The value of `node` after all nodes so far, or VARIES."""
         following = next(iter(node.graph.nodes)) if self._last is None else self._last.next
         while following.op != "root":
             self._values[following] = VARIES if self._lost else self._run(following)
@@ -116,7 +116,7 @@ class _Run:
         args, kwargs = fx.node.map_aggregate((node.args, node.kwargs), self._given)
         try:
             return self._execute(node, args, kwargs)
-        except Exception:  # of user code on fake tensors, of sizes that do not fit
+        except Exception:  # from user code on fake tensors, or from sizes that do not fit
             logger.debug("%s cannot run on fake tensors", node, exc_info=True)
             return VARIES
 
@@ -149,7 +149,7 @@ class _Run:
         return fake
 
     def _copy_of(self, path: str) -> Callable[..., Any]:
-        """The module at `path` on fake tensors: nothing of the model changes when it runs."""
+        """A copy of the module at `path` for fake tensors; running it changes nothing in the model."""
         if path not in self._copies:
             module = self._root.get_submodule(path)
             held = [value for part in module.modules() for value in vars(part).values()]
@@ -168,7 +168,7 @@ class _Run:
 
 @contextlib.contextmanager
 def _no_log_of_torch() -> Iterator[None]:
-    """Fake tensors log each error before they raise it."""
+    """Silences torch's log: fake tensors log each error before they raise it."""
     of_torch = logging.getLogger(torch._subclasses.fake_tensor.__name__)
     before, of_torch.disabled = of_torch.disabled, True
     try:
@@ -178,7 +178,7 @@ def _no_log_of_torch() -> Iterator[None]:
 
 
 def _are_pieces(value: Any) -> bool:
-    """Whether `value` is what split, chunk and unbind return."""
+    """Whether `value` is a sequence as returned by split, chunk and unbind."""
     return isinstance(value, tuple | list) and all(isinstance(piece, Tensor) for piece in value)
 
 

@@ -1,4 +1,4 @@
-"""Writes of a forward to its modules while it is traced: which a graph repeats, and which it cannot."""
+"""Tracks writes to modules while a forward is traced: which of them a graph can repeat."""
 
 import contextlib
 import sys
@@ -9,7 +9,7 @@ from torch import fx, nn
 
 from pn_compiler.graph.aliases import tensor_behind, writes
 from pn_compiler.inspection.functional_norms import NAMES
-from pn_compiler.operators.spelling import counts_batches, operator_name
+from pn_compiler.operators.op_names import counts_batches, operator_name
 from pn_compiler.proxies.proxies import PROXIES, is_parameter
 from pn_compiler.proxies.trace_failures import Failure, RefusingTracer
 
@@ -18,7 +18,7 @@ class TracedWrites:
     """Attributes, parameters and buffers of modules that forwards write to.
 
     Attributes:
-        writers: path of a module -> those whose forwards set its attributes.
+        writers: path of a module -> paths of those whose forwards set its attributes.
     """
 
     def __init__(self, tracer: RefusingTracer) -> None:
@@ -28,7 +28,7 @@ class TracedWrites:
 
     @contextlib.contextmanager
     def watched(self, is_paused: Callable[[], bool]) -> Iterator[None]:
-        """Notices each attribute of a module that is set, but for those that torch.fx sets itself."""
+        """Observes each attribute assignment on a module, except those by torch.fx itself."""
         original = nn.Module.__setattr__
 
         def set_attribute(module: nn.Module, name: str, value: Any) -> None:
@@ -55,7 +55,7 @@ class TracedWrites:
             self.writers.setdefault(path, set()).add(self._tracer.stack[-1])
 
     def _sets_counter(self, module: nn.Module, name: str, value: Any) -> bool:
-        """Whether a forward adds 1 to how many batches a module has seen, which no graph needs to know."""
+        """Whether a forward increments the number of batches a module has seen, which graphs can skip."""
         if name not in module._buffers or type(value) not in PROXIES or not counts_batches(value.node):
             return False
         if tensor_behind(self._tracer.root, value.node.args[0]) != str(value.node.args[0].target):
@@ -64,7 +64,7 @@ class TracedWrites:
         return True
 
     def check(self, node: fx.Node) -> None:
-        """Refuses to let `node`, unless it is a batch_norm, write into a parameter or buffer."""
+        """Refuses a `node` that writes to a parameter or buffer, unless it is a batch_norm."""
         if node.op == "call_module":
             return
         root = self._tracer.root
@@ -79,7 +79,7 @@ class TracedWrites:
             self._counters.setdefault(path, self._tracer.stack[-1])
 
     def check_counters(self, graph: fx.Graph) -> None:
-        """Nothing reads what is counted: graphs do not count."""
+        """Refuses a graph that reads a batch counter, because graphs do not count."""
         for path, owner in self._counters.items():
             reads = [node for node in graph.find_nodes(op="get_attr") if str(node.target) == path]
             if not all(counts_batches(user) and not user.users for node in reads for user in node.users):

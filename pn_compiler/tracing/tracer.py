@@ -1,4 +1,4 @@
-"""The tracer: it records what a graph can repeat, and refuses the rest."""
+"""The tracer: records what a graph can repeat, and refuses the rest."""
 
 import contextlib
 import sys
@@ -34,14 +34,14 @@ _LAYERS = (ProxyNormAct.__module__, ReadTraining.__module__)  # all that are the
 
 
 class Tracer(RefusingTracer):
-    """Enters what may hold a site and its neighbours; leaves whole what needs no entering.
+    """Traces into modules that may hold a site or its neighbours; keeps the others whole.
 
     Args:
-        model: what is traced.
+        model: the model to trace.
         inputs: arguments of a call, which decide what varies; None if none are known.
         leaves: paths of submodules that stay whole.
         outermost: whether the user calls the model: arguments of unknown type are taken to be tensors.
-        example: gives arguments of a call from which ranks are known, when the first one matters.
+        example: returns arguments of a call, from which ranks are derived; called when first needed.
     """
 
     def __init__(
@@ -67,7 +67,7 @@ class Tracer(RefusingTracer):
         self.modes = ExecutionModes()
         self.modes_at_entry = [self.modes.now()]
         self.random = RandomStates()
-        self.state: ModuleState | None = None  # looked at wherever a module begins or ends, if given
+        self.state: ModuleState | None = None  # if given, checked whenever a module begins or ends
         self.also_whole: set[str] = set()
         self.functions, self.writes = FunctionCalls(self), TracedWrites(self)
         self.arguments = TracedArguments(self, inputs, example, SAMPLE if outermost else UNKNOWN)
@@ -75,7 +75,7 @@ class Tracer(RefusingTracer):
         self._paused = False
 
     def trace_watched(self, branches: set[str], containers: Containers) -> fx.Graph:
-        """The graph of the model. `branches` gets the paths of modules that branch on self.training."""
+        """Traces the model. Adds to `branches` the paths of modules that branch on self.training."""
 
         def entered(names: dict[str, Any]) -> None:
             containers.add_globals(names)
@@ -107,7 +107,7 @@ class Tracer(RefusingTracer):
 
     @contextlib.contextmanager
     def _pause(self) -> Iterator[None]:
-        """What runs meanwhile is no part of the forward, and leaves the random states as they are."""
+        """A context for code that is not part of the forward; it preserves the random states."""
         profiler, states = sys.getprofile(), RandomStates()
         sys.setprofile(None)
         self._paused = True
@@ -120,7 +120,7 @@ class Tracer(RefusingTracer):
             sys.setprofile(profiler)
 
     def _check_quiet(self) -> None:
-        """Nothing was drawn, and nothing that modules share was changed, since the last look."""
+        """Refuses if random numbers were drawn or shared state was changed since the last check."""
         if (moved := self.random.moved()) is not None:
             self.refuse("PN117", moved)
         if self.state is None:
@@ -145,11 +145,11 @@ class Tracer(RefusingTracer):
             self.assumed.add(self.stack[-1])
 
     def rank(self, node: fx.Node) -> int | None:
-        """How many dimensions the tensor `node` has, or None if that is unknown; the graph will check it."""
+        """The number of dimensions of the tensor `node`, None if unknown; the graph will check it."""
         return self._noted(self.ranks.of(node))
 
     def length(self, node: fx.Node) -> int | None:
-        """How many sizes or pieces `node` has, or None if that is unknown; the graph will check it."""
+        """The number of sizes or pieces of `node`, None if unknown; the graph will check it."""
         return None if isinstance(self.known(node), torch.Tensor) else self._noted(self.ranks.of_items(node))
 
     def _noted(self, rank: int | None) -> int | None:
@@ -158,7 +158,7 @@ class Tracer(RefusingTracer):
         return rank
 
     def write_of(self, node: fx.Node, what: str) -> tuple[str | None, str]:
-        """Code and reason of a refusal to let the forward write to what `node` stands for."""
+        """Code and reason for refusing a write by the forward to the value of `node`."""
         path = tensor_behind(self.root, node)
         if path is None:
             return None, f"the forward {what} a value"
@@ -204,7 +204,7 @@ class Tracer(RefusingTracer):
         )
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, fx.Proxy]) -> Any:
-        """Buffers are read by the graph, as parameters are: what is computed of one must follow it."""
+        """Records reads of buffers, like those of parameters: what is computed from one must follow it."""
         if self._paused or not isinstance(attr_val, torch.Tensor):
             return attr_val
         of_root = (
@@ -220,7 +220,7 @@ class Tracer(RefusingTracer):
     def create_args_for_root(
         self, root_fn: Callable[..., Any], is_module: bool, concrete_args: Any = None
     ) -> tuple[Callable[..., Any], list[Any]]:
-        # the forward is to see what it sees in a call; torch.fx resets the flag behind the trace
+        # the forward must see what it sees in a real call; torch.fx resets the flag after the trace
         fx._symbolic_trace._is_fx_tracing_flag = False
         return self.arguments.bind(self.root.forward, self.root), []
 
@@ -248,7 +248,7 @@ class Tracer(RefusingTracer):
         return result
 
     def _is_made_here(self, module: nn.Module) -> bool:
-        """Whether the forward has made `module`, as in ``nn.ReLU()(x)``, and it is nothing but code."""
+        """Whether the forward itself created `module`, as in ``nn.ReLU()(x)``, and it has no state."""
         if self.submodule_paths is None or module in self.submodule_paths:
             return False
         tensors = (*module.parameters(), *module.buffers())
@@ -256,13 +256,13 @@ class Tracer(RefusingTracer):
 
 
 def _functions_not_compiled() -> contextlib.AbstractContextManager[Any]:
-    """Lets functions that torch.compile has wrapped run as they were written, which can be traced."""
+    """Runs the original of functions wrapped by torch.compile, which can be traced."""
     wrapped = "torch._dynamo" in sys.modules  # which takes a second to import
     return torch.compiler.set_stance("force_eager") if wrapped else contextlib.nullcontext()
 
 
 def _wraps_whole(module: nn.Module) -> bool:
-    """Whether a container of torch, such as DataParallel, calls modules with BatchNorms: it is entered."""
+    """Whether `module` is a torch container, such as DataParallel, around BatchNorms, to trace into."""
     return not is_batch_norm(module) and holds_batch_norm(module)
 
 

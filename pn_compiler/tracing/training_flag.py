@@ -21,9 +21,9 @@ _WITH_FLAG = (
 class TrainingFlag(int):
     """``self.training`` while a model is traced.
 
-    As an argument of a function it is recognised in the graph, where it becomes a read of the flag, so
-    that ``F.dropout(x, training=self.training)`` still follows train() and eval(). As a condition it
-    notes that the traced branch is fixed.
+    As a function argument it is recognised in the graph and becomes a read of the flag, so that
+    ``F.dropout(x, training=self.training)`` still follows train() and eval(). As a condition it records
+    that the traced branch is fixed.
     """
 
     path: str
@@ -41,7 +41,7 @@ class TrainingFlag(int):
 
 
 def _recording(function: Callable[..., Any]) -> Callable[..., Any]:
-    """`function` of torch; a call that has a TrainingFlag, which is no bool for it, is recorded."""
+    """Wraps a torch `function` so that calls with a TrainingFlag, which it would reject, are recorded."""
 
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
@@ -56,13 +56,13 @@ def _recording(function: Callable[..., Any]) -> Callable[..., Any]:
 
 @contextlib.contextmanager
 def training_flags(model: nn.Module, tracer: fx.Tracer, branches: set[str]) -> Iterator[None]:
-    """Puts a TrainingFlag in the place of ``training`` in each module that is traced into."""
+    """Replaces ``training`` by a TrainingFlag in each module that is traced into."""
     flags = {
         module: (name, module.training)
         for name, module in model.named_modules()
         if not tracer.is_leaf_module(module, name)
     }
-    torch.overrides.get_overridable_functions()  # is remembered at the first call: not with what comes now
+    torch.overrides.get_overridable_functions()  # cached at the first call, which must precede the patches
     functions = {name: getattr(torch, name) for name in _WITH_FLAG}
     try:
         for module, (name, _) in flags.items():
@@ -78,7 +78,7 @@ def training_flags(model: nn.Module, tracer: fx.Tracer, branches: set[str]) -> I
 
 
 def read_flags_in_graph(model: nn.Module, graph: fx.Graph) -> None:
-    """A recorded TrainingFlag becomes a call that reads the module's flag when the graph runs."""
+    """Turns a recorded TrainingFlag into a call that reads the module's flag when the graph runs."""
     for node in list(graph.nodes):
         flags = [a for a in (*node.args, *node.kwargs.values()) if isinstance(a, TrainingFlag)]
         if not flags:

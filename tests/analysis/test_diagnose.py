@@ -40,7 +40,7 @@ def powers(y: Array) -> Array:
     return np.array([(m.mean(0) ** 2).mean(), m.var(0).mean(), (s.mean(0) ** 2).mean(), s.var(0).mean()])
 
 
-def found(site: SitePower) -> Array:
+def measured(site: SitePower) -> Array:
     return np.array([site.p1, site.p2, site.p3, site.p4])
 
 
@@ -82,7 +82,7 @@ def test_powers_agree_with_their_definition(make, groups, kind, affine) -> None:
         y = weight * y + bias
     (site,) = pn_compiler.diagnose(nn.Sequential(norm), x, batch_statistics=True, affine=affine).sites
     assert (site.name, site.kind, site.channels, site.samples) == ("0", kind, 6, 7)
-    np.testing.assert_allclose(found(site), powers(y), rtol=1e-10, atol=1e-14)
+    np.testing.assert_allclose(measured(site), powers(y), rtol=1e-10, atol=1e-14)
     assert site.power == pytest.approx((y**2).mean(), rel=1e-12)
     assert sum(site.shares) == pytest.approx(1, rel=1e-12)
 
@@ -93,7 +93,7 @@ def test_batch_norm_by_its_running_statistics() -> None:
     x = samples(7, 6, 5)
     y = F.batch_norm(x, norm.running_mean, norm.running_var, eps=norm.eps).numpy()
     (site,) = pn_compiler.diagnose(nn.Sequential(norm), x).sites
-    np.testing.assert_allclose(found(site), powers(y), rtol=1e-10)
+    np.testing.assert_allclose(measured(site), powers(y), rtol=1e-10)
     assert site.power == pytest.approx((y**2).mean(), rel=1e-12)
 
 
@@ -102,7 +102,9 @@ def test_inputs_without_space_have_no_instance_deviation() -> None:
     for norm, groups in ((nn.LayerNorm(6), 1), (nn.GroupNorm(2, 6), 2), (nn.BatchNorm1d(6), None)):
         model = nn.Sequential(norm.double())
         (site,) = pn_compiler.diagnose(model, x, batch_statistics=True).sites
-        np.testing.assert_allclose(found(site), powers(normalize(x.numpy(), groups)), rtol=1e-10, atol=1e-14)
+        np.testing.assert_allclose(
+            measured(site), powers(normalize(x.numpy(), groups)), rtol=1e-10, atol=1e-14
+        )
         assert site.p3 == site.p4 == 0
 
 
@@ -111,7 +113,7 @@ def test_other_dtypes_and_layouts(dtype: torch.dtype) -> None:
     """The figures are those of the input as it is, whatever its dtype: only sums are rounded."""
     x = samples(7, 6, 5, 4).to(dtype).contiguous(memory_format=torch.channels_last)
     (site,) = pn_compiler.diagnose(nn.Sequential(nn.GroupNorm(2, 6).to(dtype)), x).sites
-    np.testing.assert_allclose(found(site), powers(normalize(x.double().numpy(), 2)), rtol=1e-5)
+    np.testing.assert_allclose(measured(site), powers(normalize(x.double().numpy(), 2)), rtol=1e-5)
 
 
 def chain(depth: int, width: int) -> nn.Sequential:
@@ -198,7 +200,7 @@ def test_a_real_network_before_and_after_conversion() -> None:
     folded = pn_compiler.diagnose(pn_compiler.fold(converted), batches)
     for one, other in zip(after.sites, folded.sites, strict=True):
         assert one.name == other.name
-        np.testing.assert_allclose(found(one), found(other), rtol=1e-3, atol=1e-7)
+        np.testing.assert_allclose(measured(one), measured(other), rtol=1e-3, atol=1e-7)
 
 
 def test_a_warm_start_keeps_what_activations_get_and_says_so() -> None:
@@ -217,7 +219,7 @@ def test_a_warm_start_keeps_what_activations_get_and_says_so() -> None:
         norm.bias.normal_()
     converted = pn_compiler.transform(model)
     before, after = (pn_compiler.diagnose(m, x, affine=True) for m in (model, converted))
-    np.testing.assert_allclose(found(before.sites[0]), found(after.sites[0]), rtol=1e-4, atol=1e-10)
+    np.testing.assert_allclose(measured(before.sites[0]), measured(after.sites[0]), rtol=1e-4, atol=1e-10)
     assert not after.notes
     plain = pn_compiler.diagnose(converted, x)
     assert plain.sites[0].shares[0] > 0.1 > pn_compiler.diagnose(model, x).sites[0].shares[0]
@@ -229,7 +231,7 @@ def assert_equal(one: Diagnosis, other: Diagnosis) -> None:
         (s.name, s.kind, s.samples) for s in other.sites
     ]
     for a, b in zip(one.sites, other.sites, strict=True):
-        np.testing.assert_allclose(found(a), found(b), rtol=1e-9, atol=1e-12)
+        np.testing.assert_allclose(measured(a), measured(b), rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.parametrize("size", [1, 5])
@@ -247,7 +249,7 @@ def test_a_large_mean_costs_no_digits() -> None:
     x = samples(40, 6, 5)
     near = pn_compiler.diagnose(nn.Sequential(norm), x.split(8)).sites[0]
     far = pn_compiler.diagnose(nn.Sequential(norm), (x + 1e6).split(8)).sites[0]
-    np.testing.assert_allclose(found(far)[1:], found(near)[1:], rtol=1e-9)
+    np.testing.assert_allclose(measured(far)[1:], measured(near)[1:], rtol=1e-9)
 
 
 def test_what_a_batch_may_be() -> None:

@@ -75,10 +75,10 @@ def test_the_same_values_as_torchvision(
     options = {"resize": resize, "crop": crop, "mean": mean, "std": mean and [0.229] * len(mean)}
     image = picture(*size, mode).convert("RGB")
     preprocessing = Preprocessing(1 if gray else 3, **options)
-    found = preprocessing.values(torch.from_numpy(preprocessing.pixels(image))[None])[0]
-    wanted = of_torchvision(gray, **options)(image)
-    assert found.dtype == torch.float32
-    assert torch.equal(found, wanted)
+    result = preprocessing.values(torch.from_numpy(preprocessing.pixels(image))[None])[0]
+    expected = of_torchvision(gray, **options)(image)
+    assert result.dtype == torch.float32
+    assert torch.equal(result, expected)
 
 
 def test_the_same_samples_as_the_image_folder_of_torchvision(tmp_path: Path) -> None:
@@ -91,11 +91,11 @@ def test_the_same_samples_as_the_image_folder_of_torchvision(tmp_path: Path) -> 
     batches = load_batches(tmp_path, RGB_NET, batch_size=7, **options)
     assert len(batches) == 4
     assert [len(inputs.args[0]) for inputs in batches] == [7, 7, 7, 3]
-    wanted = {path: image for (path, _), (image, _) in zip(theirs.samples, theirs, strict=True)}
-    assert batches.arrays[""].paths == sorted(wanted)
+    expected = {path: image for (path, _), (image, _) in zip(theirs.samples, theirs, strict=True)}
+    assert batches.arrays[""].paths == sorted(expected)
     for _ in range(2):  # each iteration starts again
-        found = torch.cat([inputs.args[0] for inputs in batches])
-        assert torch.equal(found, torch.stack([wanted[path] for path in sorted(wanted)]))
+        result = torch.cat([inputs.args[0] for inputs in batches])
+        assert torch.equal(result, torch.stack([expected[path] for path in sorted(expected)]))
     assert torchvision().datasets.folder.IMG_EXTENSIONS == image_folder.EXTENSIONS
 
 
@@ -135,8 +135,8 @@ def test_which_files_count(tmp_path: Path) -> None:
     picture(4, 4).save(tmp_path / "folder.png" / "B.PNG", format="PNG")
     (tmp_path / "linked.png").symlink_to(tmp_path / "z" / "000.png")
     (tmp_path / "z" / "above").symlink_to(tmp_path)  # a circle
-    found = [os.path.relpath(path, tmp_path) for path in image_folder.find_images(tmp_path)]
-    assert found == ["folder.png/B.PNG", "linked.png", "z/000.png", "z/001.png"]
+    result = [os.path.relpath(path, tmp_path) for path in image_folder.find_images(tmp_path)]
+    assert result == ["folder.png/B.PNG", "linked.png", "z/000.png", "z/001.png"]
     elsewhere = tmp_path / "of_links"
     elsewhere.mkdir()
     (elsewhere / "class").symlink_to(tmp_path / "z")

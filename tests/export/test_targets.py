@@ -157,8 +157,8 @@ def test_a_damaged_cache_is_as_none(tmp_path: Path, cache: Path, content: str) -
     cache.write_text(content)
     report = pn_compiler.compile(network(), tmp_path / "m.onnx", IMAGES, target="auto")
     assert report.target == "portable"
-    tuning.Memory().keep("key", {"portable": 1.0})
-    assert tuning.Memory().recall("key") == {"portable": 1.0}
+    tuning.TuningCache().put("key", {"portable": 1.0})
+    assert tuning.TuningCache().get("key") == {"portable": 1.0}
 
 
 def test_other_inputs_or_graphs_are_measured_anew(tmp_path: Path) -> None:

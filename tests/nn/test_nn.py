@@ -76,12 +76,12 @@ def test_values_and_gradients_agree_with_the_definition(name: str, groups: int) 
     site = randomized(ProxyNormAct(groups, 6, FORMULAS[name][0]))
     x = torch.randn(3, 6, 5, 4, dtype=torch.float64, requires_grad=True)
     seed = torch.randn_like(x)
-    wanted = [x, site.weight, site.bias, site.proxy_weight, site.proxy_bias]
+    leaves = [x, site.weight, site.bias, site.proxy_weight, site.proxy_bias]
     got, want = site(x), reference(x, site, name, groups)
     assert (got - want).abs().max() < 1e-6
     for g, w in zip(
-        torch.autograd.grad((got * seed).sum(), wanted),
-        torch.autograd.grad((want * seed).sum(), wanted),
+        torch.autograd.grad((got * seed).sum(), leaves),
+        torch.autograd.grad((want * seed).sum(), leaves),
         strict=True,
     ):
         assert (g - w).abs().max() < 1e-6 * max(1.0, float(w.abs().max()))

@@ -284,9 +284,9 @@ def test_bounds_without_end_have_finite_moments_and_gradients(
 ) -> None:
     mean = torch.tensor([-100.0, -1.0, 0.0, 1.0, 100.0], dtype=dtype, requires_grad=True)
     std = torch.tensor([0.0, 0.5, 1.0, 10.0, 100.0], dtype=dtype, requires_grad=True)
-    found = pn_compiler.proxy_moments(nn.Hardtanh(*bounds), mean, std)
-    (found[0].sum() + found[1].sum()).backward()
-    for tensor in (*found, mean.grad, std.grad):
+    result = pn_compiler.proxy_moments(nn.Hardtanh(*bounds), mean, std)
+    (result[0].sum() + result[1].sum()).backward()
+    for tensor in (*result, mean.grad, std.grad):
         assert tensor is not None
         assert torch.isfinite(tensor).all()
 

@@ -15,10 +15,10 @@ M = torch.tensor([-30.0, -8.0, -3.0, -0.4, 0.0, 0.7, 3.0, 6.0, 8.0, 30.0], dtype
 def autograd_slopes(activation: nn.Module, m: Tensor, s: Tensor) -> list[Tensor]:
     """d mean/dm, d mean/ds, d var/dm and d var/ds."""
     m, s = m.clone().requires_grad_(), s.clone().requires_grad_()
-    found = moments(activation, m, s)
+    result = moments(activation, m, s)
     return [
         gradient
-        for value in (found.mean, found.var)
+        for value in (result.mean, result.var)
         for gradient in torch.autograd.grad(value.sum(), (m, s), retain_graph=True)
     ]
 
@@ -28,10 +28,10 @@ def autograd_slopes(activation: nn.Module, m: Tensor, s: Tensor) -> list[Tensor]
 def test_slopes_are_the_derivatives_of_the_moments(activation: nn.Module, std: float) -> None:
     s = torch.full_like(M, std)
     with torch.no_grad():
-        found = moments(activation, M, s, slopes=True)
-    assert found.mean_by is not None
-    assert found.var_by is not None
-    for got, want in zip((*found.mean_by, *found.var_by), autograd_slopes(activation, M, s), strict=True):
+        result = moments(activation, M, s, slopes=True)
+    assert result.mean_by is not None
+    assert result.var_by is not None
+    for got, want in zip((*result.mean_by, *result.var_by), autograd_slopes(activation, M, s), strict=True):
         assert (got - want).abs().max() <= 1e-6 * max(1.0, float(want.abs().max()))
 
 
@@ -39,14 +39,14 @@ def test_slopes_are_the_derivatives_of_the_moments(activation: nn.Module, std: f
 def test_without_spread_the_slope_is_that_of_the_activation(activation: nn.Module) -> None:
     m = torch.tensor([-7.0, -2.1, -0.3, 0.2, 1.7, 7.0], dtype=torch.float64)  # where none of them bends
     with torch.no_grad():
-        found = moments(activation, m, torch.zeros_like(m), slopes=True)
+        result = moments(activation, m, torch.zeros_like(m), slopes=True)
     u = m.clone().requires_grad_()
     (want,) = torch.autograd.grad(activation(u).sum(), u)
-    assert found.mean_by is not None
-    assert found.var_by is not None
-    assert (found.mean_by[0] - want).abs().max() < 1e-6
-    assert found.mean_by[1].abs().max() < 1e-5
-    assert found.var_by.abs().max() < 1e-5
+    assert result.mean_by is not None
+    assert result.var_by is not None
+    assert (result.mean_by[0] - want).abs().max() < 1e-6
+    assert result.mean_by[1].abs().max() < 1e-5
+    assert result.var_by.abs().max() < 1e-5
 
 
 def test_a_wild_channel_changes_nothing_for_the_others() -> None:

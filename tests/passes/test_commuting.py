@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from pn_compiler.graph.ranks import infer_ranks
-from pn_compiler.operators.spelling import reads_shape
+from pn_compiler.operators.op_names import reads_shape
 from pn_compiler.passes.absorption import commutes
 from pn_compiler.running.inputs import Inputs
 from pn_compiler.testing import assert_same_outputs

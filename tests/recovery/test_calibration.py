@@ -120,8 +120,8 @@ def test_weight_and_bias_are_the_least_squares() -> None:
         columns = torch.stack([n[channel], torch.ones_like(n[channel])], 1)
         solution = torch.linalg.lstsq(columns, t[channel, :, None])
         slope, intercept = solution.solution.flatten().tolist()
-        got = [p[channel].item() for p in converted.get_submodule("1").parameters()]
-        assert got == pytest.approx([slope, intercept], rel=1e-5, abs=1e-6)
+        actual = [p[channel].item() for p in converted.get_submodule("1").parameters()]
+        assert actual == pytest.approx([slope, intercept], rel=1e-5, abs=1e-6)
         left += float((columns @ solution.solution - t[channel, :, None]).square().sum())
         total += float((t[channel] - t[channel].mean()).square().sum())
     assert site.residual == pytest.approx(left / total, rel=1e-4)

@@ -25,7 +25,7 @@ import pn_compiler
 from pn_compiler import DistillReport, distill, output_loss, relative_l2
 from pn_compiler.base.errors import ConfigError, ExportError, LoadError
 from pn_compiler.data import samples
-from pn_compiler.recovery import lesson
+from pn_compiler.recovery import trainer
 from pn_compiler.running import losses
 from pn_compiler.running.inputs import Inputs
 from pn_compiler.testing import randomize_batch_norms
@@ -110,9 +110,9 @@ def test_the_student_comes_near_its_teacher(teacher: nn.Module, converted: nn.Mo
     assert report.stopped == ""
     unseen = images[1280:]
     with torch.no_grad():
-        wanted = teacher(unseen)
+        expected = teacher(unseen)
         before, after = (
-            float(output_loss(net(unseen), wanted)) for net in (converted.eval(), student.eval())
+            float(output_loss(net(unseen), expected)) for net in (converted.eval(), student.eval())
         )
     assert after < 0.7 * before
     assert pn_compiler.sites(student) == pn_compiler.sites(converted)
@@ -162,20 +162,20 @@ def test_it_never_ends_worse_than_it_began(
     assert report.best_step == 0
     assert report.loss_after == report.loss_before
     assert same(state_of(student), state_of(converted))
-    assert "the model as it was" in str(report)
+    assert "the original model" in str(report)
 
 
 def test_the_best_step_wins(
     monkeypatch: pytest.MonkeyPatch, images: Tensor, teacher: nn.Module, converted: nn.Module
 ) -> None:
     """A loss that turns round after 10 steps, of 16 samples each, but not for the 13 held-out samples."""
-    monkeypatch.setattr(lesson, "EVALUATE_EVERY", 10)
+    monkeypatch.setattr(trainer, "EVALUATE_EVERY", 10)
     calls = []
 
-    def loss(student: Tensor, wanted: Tensor) -> Tensor:
-        found = output_loss(student, wanted)
-        calls.append(len(wanted))
-        return found if calls.count(16) <= 10 or len(wanted) != 16 else -100 * found
+    def loss(student: Tensor, expected: Tensor) -> Tensor:
+        result = output_loss(student, expected)
+        calls.append(len(expected))
+        return result if calls.count(16) <= 10 or len(expected) != 16 else -100 * result
 
     _, report = distill(
         converted, teacher, images[:64], steps=30, batch_size=16, lr=1e-3, held_out=0.2, loss=loss
@@ -187,14 +187,14 @@ def test_steps_that_are_too_long_become_shorter(
     monkeypatch: pytest.MonkeyPatch, images: Tensor, teacher: nn.Module, converted: nn.Module
 ) -> None:
     """What a learning rate that is 100 times too high has spoilt is taken back."""
-    monkeypatch.setattr(lesson, "EVALUATE_EVERY", 5)
+    monkeypatch.setattr(trainer, "EVALUATE_EVERY", 5)
     x = images[:256]
     _, report = distill(converted, teacher, x, steps=60, lr=0.2)
-    assert report.retreats > 1
+    assert report.rollbacks > 1
     assert report.best_step > 10
     assert report.loss_after < 0.8 * report.loss_before
-    assert f"went back to its best state and on at a lower learning rate: {report.retreats}" in str(report)
-    monkeypatch.setattr(lesson, "SLOWER", 1.0)
+    assert f"rolled back to its best state and lowered the learning rate {report.rollbacks}" in str(report)
+    monkeypatch.setattr(trainer, "BACKOFF", 1.0)
     _, other = distill(converted, teacher, x, steps=60, lr=0.2)
     assert other.loss_after > report.loss_after
 
@@ -210,14 +210,14 @@ def test_no_steps_only_measure(images: Tensor, teacher: nn.Module, converted: nn
 def test_what_is_not_finite_ends_it(
     monkeypatch: pytest.MonkeyPatch, where: str, images: Tensor, teacher: nn.Module, converted: nn.Module
 ) -> None:
-    monkeypatch.setattr(lesson, "EVALUATE_EVERY", 10)
+    monkeypatch.setattr(trainer, "EVALUATE_EVERY", 10)
     calls = []
 
-    def loss(student: Tensor, wanted: Tensor) -> Tensor:
-        if len(wanted) == 16:
+    def loss(student: Tensor, expected: Tensor) -> Tensor:
+        if len(expected) == 16:
             calls.append(0)
-        if len(calls) != 14 or len(wanted) != 16:
-            return output_loss(student, wanted)
+        if len(calls) != 14 or len(expected) != 16:
+            return output_loss(student, expected)
         return (
             student.sum() * math.nan if where == "loss" else (student - student.detach()).abs().sqrt().sum()
         )
@@ -245,28 +245,28 @@ def test_the_report_is_text_and_json(images: Tensor, teacher: nn.Module, convert
 
 def test_the_same_seed_gives_the_same(images: Tensor, teacher: nn.Module, converted: nn.Module) -> None:
     """With a loader that shuffles by itself, too."""
-    found = []
+    results = []
     for state in (1, 2):
         torch.manual_seed(state)
         loader = DataLoader(TensorDataset(images[:200], torch.arange(200)), batch_size=16, shuffle=True)
         student, report = distill(converted, teacher, loader, steps=4, max_samples=120)
-        found.append((state_of(student), without_seconds(report)))
-    assert same(found[0][0], found[1][0])
-    assert found[0][1] == found[1][1]
-    assert found[0][1].training + found[0][1].held_out == 120
+        results.append((state_of(student), without_seconds(report)))
+    assert same(results[0][0], results[1][0])
+    assert results[0][1] == results[1][1]
+    assert results[0][1].training + results[0][1].held_out == 120
     other, _ = distill(converted, teacher, loader, steps=4, max_samples=120, seed=1)
-    assert not same(state_of(other), found[0][0])
+    assert not same(state_of(other), results[0][0])
 
 
 def test_the_mode_of_the_caller_does_not_matter(images: Tensor) -> None:
-    found = []
+    results = []
     for mode in (torch.enable_grad, torch.no_grad, torch.inference_mode):
         with mode():
             student, _ = distill(pn_compiler.transform(tiny()), tiny(), images[:64] + 0, steps=3)
-        found.append(state_of(student))
+        results.append(state_of(student))
         assert not any(p.is_inference() for p in student.parameters())
-    assert same(found[0], found[1])
-    assert same(found[0], found[2])
+    assert same(results[0], results[1])
+    assert same(results[0], results[2])
 
 
 def test_a_batch_is_cut_into_samples(images: Tensor) -> None:
@@ -364,8 +364,8 @@ def test_large_outputs_of_the_teacher_are_not_held(
     monkeypatch.setattr(samples, "_KEPT_BYTES", 100)
     anew, other = distill(converted, teacher, images[:128], steps=5)
     assert one.loss_after == pytest.approx(other.loss_after, rel=1e-3)
-    for got, wanted in zip(anew.parameters(), held.parameters(), strict=True):
-        torch.testing.assert_close(got, wanted, rtol=1e-3, atol=1e-4)
+    for actual, expected in zip(anew.parameters(), held.parameters(), strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-3, atol=1e-4)
 
 
 # Outputs -------------------------------------------------------------------------------------------
@@ -421,10 +421,12 @@ def test_structures_of_outputs_add_up(name: str, images: Tensor) -> None:
     assert report.loss_after < report.loss_before
     net.pack = converted.pack = STRUCTURES["tuple"]
     with torch.no_grad():
-        got, wanted = converted(x), net(x)
-    by_parts = sum(float(output_loss(g, w)) for g, w in zip(got, wanted, strict=True))
-    assert float(output_loss(got, wanted)) == pytest.approx(by_parts)
-    assert float(output_loss(Found(got[0], got[1:]), Found(wanted[0], wanted[1:]))) == pytest.approx(by_parts)
+        actual, expected = converted(x), net(x)
+    by_parts = sum(float(output_loss(g, w)) for g, w in zip(actual, expected, strict=True))
+    assert float(output_loss(actual, expected)) == pytest.approx(by_parts)
+    assert float(
+        output_loss(Found(actual[0], actual[1:]), Found(expected[0], expected[1:]))
+    ) == pytest.approx(by_parts)
 
 
 def test_the_loss_against_its_definition() -> None:
@@ -493,11 +495,11 @@ def stopping_loss(call: int, stop: Callable[[], None]) -> Callable[[Any, Any], T
     """`output_loss`, and `stop` in its call number `call`."""
     calls = []
 
-    def loss(student: Any, wanted: Any) -> Tensor:
+    def loss(student: Any, expected: Any) -> Tensor:
         calls.append(0)
         if len(calls) == call:
             stop()
-        return output_loss(student, wanted)
+        return output_loss(student, expected)
 
     return loss
 
@@ -517,15 +519,15 @@ class Noise(nn.Module):
 def test_an_interrupted_run_goes_on_bit_for_bit(
     noise: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, images: Tensor
 ) -> None:
-    """Interrupted in every call of the loss: steps and grades, those before the first step included."""
-    monkeypatch.setattr(lesson, "SAVE_EVERY", 0.0)
-    monkeypatch.setattr(lesson, "EVALUATE_EVERY", 3)
+    """Interrupted in every call of the loss: in steps and evaluations, the initial one included."""
+    monkeypatch.setattr(trainer, "SAVE_EVERY", 0.0)
+    monkeypatch.setattr(trainer, "EVALUATE_EVERY", 3)
     net = tiny()
     converted = nn.Sequential(pn_compiler.transform(net), Noise() if noise else nn.Identity())
     before = state_of(converted)
     whole, report = distill(converted, net, images[:64], **OPTIONS)
     assert report.best_step == STEPS
-    calls = 1 + STEPS + 3  # grades at 0, 3, 6 and 7, of one batch each
+    calls = 1 + STEPS + 3  # evaluations at 0, 3, 6 and 7, of one batch each
     for call in range(1, calls + 1):
         path = tmp_path / f"{call}.pt"
         for number in (call, 2) if call % 4 == 0 else (call,):  # some are interrupted twice
@@ -545,7 +547,7 @@ def test_a_finished_run_is_read_back(tmp_path: Path, images: Tensor) -> None:
     converted = pn_compiler.transform(net)
     path = tmp_path / "checkpoint"
     one, report = distill(converted, net, images[:64], **OPTIONS, checkpoint=path)
-    loss = stopping_loss(2, interrupt)  # only the grade at the start is taken again
+    loss = stopping_loss(2, interrupt)  # only the initial evaluation is repeated
     two, other = distill(converted, net, images[:64], **OPTIONS, checkpoint=path, loss=loss)
     assert same(state_of(one), state_of(two))
     assert without_seconds(other) == without_seconds(report)
@@ -554,13 +556,13 @@ def test_a_finished_run_is_read_back(tmp_path: Path, images: Tensor) -> None:
 def test_a_run_that_went_back_goes_on_bit_for_bit(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, images: Tensor
 ) -> None:
-    monkeypatch.setattr(lesson, "SAVE_EVERY", 0.0)
-    monkeypatch.setattr(lesson, "EVALUATE_EVERY", 2)
+    monkeypatch.setattr(trainer, "SAVE_EVERY", 0.0)
+    monkeypatch.setattr(trainer, "EVALUATE_EVERY", 2)
     net = tiny()
     converted = pn_compiler.transform(net)
     options = {**OPTIONS, "lr": 0.5}
     whole, report = distill(converted, net, images[:64], **options)
-    assert 0 < report.retreats < report.best_step
+    assert 0 < report.rollbacks < report.best_step
     for call in range(3, 1 + STEPS + 4 + 1):
         path = tmp_path / f"{call}.pt"
         with pytest.raises(KeyboardInterrupt):
@@ -575,12 +577,12 @@ def test_a_run_that_went_back_goes_on_bit_for_bit(
 KILLED = """
 import os, signal, sys, torch
 from pn_compiler import distill, output_loss, transform
-from pn_compiler.recovery import lesson
+from pn_compiler.recovery import trainer
 from pn_compiler.testing import randomize_batch_norms
 from torch import nn
 
 torch.set_num_threads(1)
-lesson.SAVE_EVERY = 0.0
+trainer.SAVE_EVERY = 0.0
 path, where, count = sys.argv[1], sys.argv[2], int(sys.argv[3])
 calls = []
 

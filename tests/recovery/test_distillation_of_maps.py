@@ -25,11 +25,11 @@ def test_the_loss_of_pixels_is_that_of_samples_at_temperature_1(
 ) -> None:
     generator = torch.Generator().manual_seed(0)
     s, t = torch.randn(2, *shape, dtype=torch.float64, generator=generator)
-    found = output_loss(s, t, "all")
+    result = output_loss(s, t, "all")
     shares = losses.agreement(s, t, "all")
     monkeypatch.setattr(losses, "TEMPERATURE", 1.0)
     s, t = (x.movedim(1, -1).reshape(-1, 7) for x in (s, t))
-    torch.testing.assert_close(found, output_loss(s, t))
+    torch.testing.assert_close(result, output_loss(s, t))
     torch.testing.assert_close(relative_l2(s, t), output_loss(s, t, "none"))
     assert shares == losses.agreement(s, t) == float((s.argmax(1) == t.argmax(1)).double().mean())
     assert losses.agreement(s, t, "none") is None
@@ -55,9 +55,9 @@ def test_a_segmentation_network_learns_the_class_of_each_pixel(images: Tensor) -
     assert report.agreement_after > report.agreement_before + 0.02
     assert report.outputs == {"output": "logits of 3 classes"}
     with torch.no_grad():
-        wanted = net(images[320:]).argmax(1)
+        expected = net(images[320:]).argmax(1)
         before, after = (
-            float((network(images[320:]).argmax(1) == wanted).double().mean())
+            float((network(images[320:]).argmax(1) == expected).double().mean())
             for network in (converted.eval(), student)
         )
     assert report.agreement_before == pytest.approx(before, abs=0.03)
@@ -79,19 +79,19 @@ class Trap(nn.Module):
 
 
 def test_a_map_that_may_hold_logits_is_no_worse_as_either(images: Tensor) -> None:
-    """Only who says what it holds gets a result for which the other loss is higher."""
-    found = {}
+    """The result is worse by the other loss only if the user says what the output holds."""
+    results = {}
     for logits in ("auto", "all", "none"):
         student, report = distill(Trap(0.0), Trap(None), images[:64], steps=50, lr=0.05, logits=logits)
-        found[logits] = float(student.p.detach()), report
-    p, report = found["none"]
+        results[logits] = float(student.p.detach()), report
+    p, report = results["none"]
     assert p > 0.5
     assert (report.agreement_after, report.outputs) == (None, {"output": "values"})
     assert report.loss_after < 0.3 * report.loss_before
-    p, report = found["all"]
+    p, report = results["all"]
     assert abs(p) < 1e-3
     assert (report.agreement_after, report.outputs) == (1, {"output": "logits of 2 classes"})
-    p, report = found["auto"]
+    p, report = results["auto"]
     assert abs(p) < 1e-3
     assert "output is taken for values; if it holds logits of 2 classes, say so: logits='all'" in str(report)
 

@@ -63,8 +63,8 @@ def held_out(total: int, share: float = 0.25) -> tuple[Tensor, Tensor]:
     return order[: round(share * total)], order[round(share * total) :]
 
 
-def relative_l2(got: Tensor, wanted: Tensor) -> float:
-    return float((got - wanted).double().norm() / wanted.double().norm())
+def relative_l2(actual: Tensor, expected: Tensor) -> float:
+    return float((actual - expected).double().norm() / expected.double().norm())
 
 
 @pytest.mark.parametrize("padding", ["activation", "output"])
@@ -165,9 +165,9 @@ def test_error_and_agreement_are_those_of_the_result_on_the_held_out_samples(bud
     held, rest = held_out(24)
     assert (report.estimation, report.held_out, report.unit) == (len(rest), len(held), "samples")
     with torch.no_grad():
-        got, wanted = frozen(SAMPLES[held]), network.eval()(SAMPLES[held])
-    assert report.error == pytest.approx(relative_l2(got, wanted), rel=1e-3)
-    assert report.agreement == pytest.approx(float((got.argmax(1) == wanted.argmax(1)).double().mean()))
+        actual, expected = frozen(SAMPLES[held]), network.eval()(SAMPLES[held])
+    assert report.error == pytest.approx(relative_l2(actual, expected), rel=1e-3)
+    assert report.agreement == pytest.approx(float((actual.argmax(1) == expected.argmax(1)).double().mean()))
     assert report.frozen > 0
 
 
@@ -228,8 +228,8 @@ def test_the_longest_prefix_within_the_budget(total: int) -> None:
             errors.add(before * (1 if length == 0 else 1.1 if length <= longest else 2), before)
             return _Frozen(nn.Identity(), errors)
 
-        best, found = _longest(total, freeze, 0.5)
-        assert found == longest
+        best, result = _longest(total, freeze, 0.5)
+        assert result == longest
         assert best.errors.relative_l2 <= 0.5
         assert len(lengths) <= 3 + math.ceil(math.log2(total + 1))
 

@@ -146,8 +146,8 @@ def test_an_eval_of_the_model_that_returns_nothing_or_raises(tmp_path: Path) -> 
 def test_a_batch_of_no_samples_and_sparse_outputs() -> None:
     class Sparse(nn.Sequential):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
-            found: torch.Tensor = super().forward(x).relu().to_sparse()
-            return found
+            result: torch.Tensor = super().forward(x).relu().to_sparse()
+            return result
 
     parts = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 2, 1)
     for images in (torch.randn(0, 3, 6, 6), torch.randn(2, 3, 6, 6)):

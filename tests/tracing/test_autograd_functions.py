@@ -167,8 +167,8 @@ def gradients(net: nn.Module) -> list[Tensor]:
     y = net(x)
     (y * torch.linspace(0.5, 1.5, y.numel(), dtype=y.dtype).view_as(y)).sum().backward()
     assert x.grad is not None
-    found = [net.get_parameter(name).grad for name in ("conv.weight", "bn.weight", "bn.bias", "scale")]
-    return [y.detach(), x.grad, *(torch.zeros(1) if g is None else g for g in found)]
+    gradients = [net.get_parameter(name).grad for name in ("conv.weight", "bn.weight", "bn.bias", "scale")]
+    return [y.detach(), x.grad, *(torch.zeros(1) if g is None else g for g in gradients)]
 
 
 def by_hand(net: nn.Module, converted: nn.Module) -> nn.Module:
@@ -316,8 +316,8 @@ def stepped(net: Any, y: Tensor) -> Tensor:
 
 
 def inner(net: Any, y: Tensor) -> Tensor:
-    (found,) = torch.autograd.grad((y + net.scale).pow(3).sum(), y, create_graph=True)
-    return found
+    (result,) = torch.autograd.grad((y + net.scale).pow(3).sum(), y, create_graph=True)
+    return result
 
 
 def enabled(net: Any, y: Tensor) -> Tensor:

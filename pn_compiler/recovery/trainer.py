@@ -1,4 +1,4 @@
-"""A distillation while it goes on: its steps, the best of them on held-out samples, and its checkpoint."""
+"""The training loop of a distillation: its steps, the best held-out result, and its checkpoint."""
 
 import dataclasses
 import io
@@ -18,23 +18,23 @@ from pn_compiler.data.samples import Outputs, Samples, digest
 from pn_compiler.running.evaluation import run
 from pn_compiler.running.losses import Logits, agreement
 
-Loss = Callable[[Any, Any], Tensor]  # of (outputs of the student, outputs of the teacher)
+Loss = Callable[[Any, Any], Tensor]  # (student's outputs, teacher's outputs) -> scalar
 
 EVALUATE_EVERY = 25  # steps
 SAVE_EVERY = 5.0  # seconds
-SLOWER = 0.25  # of the learning rate is left after a retreat
+BACKOFF = 0.25  # factor on the learning rate at each rollback
 _KIND = "pn_compiler.distill, version 2"
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Grade:
+class EvalResult:
     """How well the student does on the held-out samples.
 
     Attributes:
-        step: after which step.
+        step: the step after which it was evaluated.
         loss: mean over the samples.
-        agreement: share of them, or of their pixels, to which it gives the class of the teacher; None without
-            logits.
+        agreement: share of samples, or of their pixels, where student and teacher predict the same class;
+            None without logits.
         watched: mean of a second loss; 0 without one.
     """
 
@@ -44,29 +44,29 @@ class Grade:
     watched: float
 
 
-class Lesson:
-    """Adam from some state of the student to the best one.
+class Trainer:
+    """Trains the student with Adam and keeps its best state.
 
-    A grade worse than that at the start says that the steps are too long: it goes back to the best state, and
-    on from there with a new Adam at a quarter of the learning rate.
+    If an evaluation is worse than the initial one, the steps are too long: the trainer rolls back to the best
+    state and continues with a new Adam at a quarter of the learning rate.
 
     Args:
-        student: trained in place, in the mode in which it is.
-        teacher, samples: what it has to give, and for what.
-        loss: a scalar.
-        watched: another one, by which the result is no worse than the start either; or None.
-        lr: learning rate at first; it falls to zero along a cosine.
+        student: trained in place, in its current mode.
+        teacher, samples: the target outputs, and the samples that they belong to.
+        loss: returns a scalar.
+        watched: a second loss, by which the result must be no worse than the start either; or None.
+        lr: initial learning rate; it falls to zero along a cosine.
         logits: which outputs `agreement` compares.
         seed: of torch's random numbers, for a student that draws some.
         batches: the samples of each step.
-        held_out: samples that grade it, in batches.
+        held_out: the samples for evaluation, in batches.
 
     Attributes:
-        step: how many steps are done.
-        start, result: grade of the student as it was given, and the best one so far.
-        retreats: how often it went back.
-        seconds: time in steps and grades.
-        stopped: why it ended before its time, or "".
+        step: number of steps done.
+        start, result: evaluation of the initial student, and the best one so far.
+        rollbacks: how often it rolled back.
+        seconds: time spent in steps and evaluations.
+        stopped: why it stopped early, or "".
 
     Raises:
         ConfigError: the student does not fit its teacher or the samples.
@@ -92,13 +92,13 @@ class Lesson:
         self._parameters = [p for p in student.parameters() if p.requires_grad]
         self._optimizer = torch.optim.Adam(self._parameters)
         self._best = self._copies()
-        self.step, self.retreats, self.seconds, self.stopped = 0, 0, 0.0, ""
-        self.start = self.result = self._grade()
+        self.step, self.rollbacks, self.seconds, self.stopped = 0, 0, 0.0, ""
+        self.start = self.result = self._evaluate()
         if not math.isfinite(self.start.loss):
             raise ConfigError("the loss is nan or infinite before the first step: so are the model's outputs")
 
     def train(self, checkpoint: "Checkpoint | None" = None) -> None:
-        """Makes the steps that are left, and leaves the student in its best state."""
+        """Runs the remaining steps and leaves the student in its best state."""
         total = len(self._batches)
         with tqdm(total=total, initial=self.step, desc="distillation", disable=None, leave=False) as bar:
             while self.step < total and not self.stopped:
@@ -113,9 +113,9 @@ class Lesson:
         self._assign(self._best)
 
     def _advance(self) -> None:
-        """One step, and a grade if it is time."""
+        """Runs one step, and evaluates if it is due."""
         number = self.step + 1
-        torch.manual_seed(self._seed + number)  # so that a resumed run draws the same
+        torch.manual_seed(self._seed + number)  # so that a resumed run draws the same numbers
         self._optimizer.zero_grad()
         with torch.enable_grad():
             loss = self._loss_on(self._batches[self.step])[0]
@@ -132,44 +132,44 @@ class Lesson:
         self.step = number
         if number % EVALUATE_EVERY and number < len(self._batches):
             return
-        grade = self._grade()
-        if not math.isfinite(grade.loss):
+        evaluated = self._evaluate()
+        if not math.isfinite(evaluated.loss):
             self.stopped = f"the held-out loss is nan or infinite after step {number}"
-        elif grade.loss < self.result.loss and grade.watched <= self.start.watched:
-            self.result, self._best = grade, self._copies()
-        elif grade.loss > self.start.loss or grade.watched > self.start.watched:
-            self.retreats += 1
+        elif evaluated.loss < self.result.loss and evaluated.watched <= self.start.watched:
+            self.result, self._best = evaluated, self._copies()
+        elif evaluated.loss > self.start.loss or evaluated.watched > self.start.watched:
+            self.rollbacks += 1
             self._assign(self._best)
             self._optimizer = torch.optim.Adam(self._parameters)
 
     def _rate(self) -> float:
         """Learning rate of the next step."""
         share = (1 + math.cos(math.pi * self.step / len(self._batches))) / 2
-        return self._lr * SLOWER**self.retreats * share
+        return self._lr * BACKOFF**self.rollbacks * share
 
     def _loss_on(self, rows: Tensor) -> tuple[Tensor, Any, Any]:
-        """Loss on the samples `rows`, and the outputs of student and teacher."""
+        """Loss on the samples `rows`, and the outputs of the student and the teacher."""
         numbers = rows.tolist()
-        wanted = self._teacher(numbers)
+        expected = self._teacher(numbers)
         outputs = run(self._student, self._samples.inputs(numbers), "a batch for the student")
-        loss = self._loss(outputs, wanted)
+        loss = self._loss(outputs, expected)
         if not (isinstance(loss, Tensor) and loss.numel() == 1 and loss.is_floating_point()):
             raise ConfigError("the loss function must return one floating-point number, as a tensor")
-        return loss, outputs, wanted
+        return loss, outputs, expected
 
     @torch.no_grad()
-    def _grade(self) -> Grade:
+    def _evaluate(self) -> EvalResult:
         total = watched = same = 0.0
         count = sum(map(len, self._held_out))
         classes = True
         for rows in self._held_out:
-            loss, outputs, wanted = self._loss_on(rows)
-            share = agreement(outputs, wanted, self._logits)
+            loss, outputs, expected = self._loss_on(rows)
+            share = agreement(outputs, expected, self._logits)
             total += float(loss) * len(rows)
-            watched += float(self._watched(outputs, wanted)) * len(rows) if self._watched else 0.0
+            watched += float(self._watched(outputs, expected)) * len(rows) if self._watched else 0.0
             same += (share or 0.0) * len(rows)
             classes = share is not None
-        return Grade(self.step, total / count, same / count if classes else None, watched / count)
+        return EvalResult(self.step, total / count, same / count if classes else None, watched / count)
 
     def _copies(self) -> list[Tensor]:
         return [p.detach().clone() for p in self._parameters]
@@ -188,25 +188,25 @@ class Lesson:
             "optimizer": self._optimizer.state_dict(),
             "start": dataclasses.astuple(self.start),
             "result": dataclasses.astuple(self.result),
-            "retreats": self.retreats,
+            "retreats": self.rollbacks,  # its name in files of version 2
             "seconds": self.seconds,
             "stopped": self.stopped,
         }
 
     def load_state(self, state: Mapping[str, Any]) -> None:
-        """Goes on from what `state` returned in another run of the same lesson."""
+        """Restores what `state` returned in an earlier run of the same training."""
         self._assign(state["parameters"])
         self._best = [value.to(p.device) for value, p in zip(state["best"], self._parameters, strict=True)]
         self._optimizer.load_state_dict(state["optimizer"])
-        watched = self.start.watched  # the file may be from another loss of equal values
-        self.start, self.result = Grade(*state["start"]), Grade(*state["result"])
+        watched = self.start.watched  # the file may come from another loss with equal values
+        self.start, self.result = EvalResult(*state["start"]), EvalResult(*state["result"])
         self.start = dataclasses.replace(self.start, watched=watched)
-        self.step, self.retreats = state["step"], state["retreats"]
+        self.step, self.rollbacks = state["step"], state["retreats"]
         self.seconds, self.stopped = state["seconds"], state["stopped"]
 
 
 class Checkpoint:
-    """The file of a lesson.
+    """The file that a trainer saves its state to.
 
     Raises:
         ExportError: it cannot be written.
@@ -220,15 +220,15 @@ class Checkpoint:
         self._identity: dict[str, Any] = {}
         self._saved = time.monotonic()
 
-    def resume(self, lesson: Lesson, identity: Mapping[str, Any]) -> None:
-        """Brings `lesson` to where the file is, if there is one.
+    def resume(self, trainer: Trainer, identity: Mapping[str, Any]) -> None:
+        """Restores `trainer` from the file, if there is one.
 
         Args:
-            lesson: at its start.
-            identity: what makes it this lesson and no other; name -> a number or text.
+            trainer: before its first step.
+            identity: what identifies this training; name -> a number or text.
 
         Raises:
-            ConfigError: the file is of another lesson.
+            ConfigError: the file belongs to another training.
             LoadError: it cannot be read.
         """
         self._identity = dict(identity)
@@ -241,33 +241,33 @@ class Checkpoint:
                 f"{self._path} is the checkpoint of another distillation, which differs in "
                 f"{', '.join(other)}: give the same, or another file"
             )
-        if not math.isclose(stored["start"][1], lesson.start.loss, rel_tol=1e-3, abs_tol=1e-9):
+        if not math.isclose(stored["start"][1], trainer.start.loss, rel_tol=1e-3, abs_tol=1e-9):
             raise ConfigError(
                 f"{self._path} is the checkpoint of another distillation: its loss began at "
-                f"{stored['start'][1]:.4g}, here it is {lesson.start.loss:.4g}"
+                f"{stored['start'][1]:.4g}, here it is {trainer.start.loss:.4g}"
             )
-        lesson.load_state(stored)
+        trainer.load_state(stored)
 
     def _read(self) -> dict[str, Any]:
         try:
             stored: Any = torch.load(self._path, map_location="cpu", weights_only=True)
         except OSError as error:
             raise LoadError(f"cannot read {self._path}: {error.strerror or error}") from error
-        except Exception as error:  # whatever a damaged file provokes
-            raise LoadError(f"{self._path} is damaged or no checkpoint: remove it to begin anew") from error
+        except Exception as error:  # a damaged file can raise anything
+            raise LoadError(f"{self._path} is damaged or no checkpoint: remove it to start over") from error
         if not isinstance(stored, dict) or stored.get("kind") != _KIND:
             raise LoadError(f"{self._path} is no checkpoint of a distillation: give another file")
-        if stored.pop("digest", "") != digest(pytree.tree_leaves(stored)):  # torch.load does not look
-            raise LoadError(f"{self._path} is damaged: remove it to begin anew")
+        if stored.pop("digest", "") != digest(pytree.tree_leaves(stored)):  # torch.load does not check
+            raise LoadError(f"{self._path} is damaged: remove it to start over")
         return stored
 
-    def save(self, lesson: Lesson, *, last: bool) -> None:
-        """Writes the file if it is the last time, or some seconds have passed."""
+    def save(self, trainer: Trainer, *, last: bool) -> None:
+        """Writes the file on the last call, or if a few seconds have passed."""
         from pn_compiler.base.files import write_atomically
 
         if last or time.monotonic() - self._saved >= SAVE_EVERY:
             content = io.BytesIO()
-            stored = {"kind": _KIND, "identity": self._identity, **lesson.state()}
+            stored = {"kind": _KIND, "identity": self._identity, **trainer.state()}
             torch.save({**stored, "digest": digest(pytree.tree_leaves(stored))}, content)
             write_atomically(self._path, content.getvalue())
             self._saved = time.monotonic()

@@ -1,4 +1,4 @@
-"""One name for one operator, however a graph spells it: function, method or ATen overload."""
+"""One name per operator, however a graph spells it: function, method or ATen overload."""
 
 import operator
 from collections.abc import Iterable
@@ -16,8 +16,8 @@ _NAMESPACES = (F, torch, torch._C._nn, torch.special, operator, in_place)
 def operator_name(node: fx.Node) -> str:
     """Name of the torch function, tensor method or ATen operator that `node` calls.
 
-    ``F.relu(x)``, ``torch.relu(x)``, ``x.relu()`` and ``aten.relu.default(x)`` are all "relu"; those in
-    place end in an underscore, and ``x += y`` is "iadd". Empty for anything else, such as a user's function.
+    ``F.relu(x)``, ``torch.relu(x)``, ``x.relu()`` and ``aten.relu.default(x)`` are all "relu"; in-place
+    operators end in an underscore, and ``x += y`` is "iadd". Anything else, such as a user's function, is "".
     """
     target = node.target
     if node.op == "call_method":
@@ -41,7 +41,7 @@ _MOVING = frozenset(
 
 
 def moves_values(node: fx.Node, module: nn.Module | None) -> bool:
-    """Whether `node`, a call of `module` if it calls one, rearranges its input and changes no value."""
+    """Whether `node`, a call of `module` if not None, rearranges its input without changing any value."""
     if module is not None:
         return isinstance(module, nn.Flatten | nn.Unflatten | nn.PixelShuffle | nn.ChannelShuffle)
     reinterprets = any(isinstance(value, torch.dtype) for value in (*node.args, *node.kwargs.values()))
@@ -49,7 +49,7 @@ def moves_values(node: fx.Node, module: nn.Module | None) -> bool:
 
 
 def reads_shape(node: fx.Node) -> bool:
-    """Whether `node` reads the shape of its input, and no value: x.size(0), x.shape, len(x)."""
+    """Whether `node` reads only the shape of its input, no value: x.size(0), x.shape, len(x)."""
     if node.target is getattr:
         return node.args[1:] in (("shape",), ("ndim",))
     names = ("size", "sym_size", "dim", "ndimension", "numel", "nelement")
@@ -68,12 +68,12 @@ def counts_batches(node: fx.Node) -> bool:
 
 
 def operands(node: fx.Node, *names: str) -> dict[str, Any]:
-    """The operands of `node` after its input, by name: those in `names` order, then keywords."""
+    """The operands of `node` after its input, by name: positional ones in the order of `names`, keywords."""
     return dict(zip(names, node.args[1:], strict=False)) | dict(node.kwargs)
 
 
 def listed_sizes(node: fx.Node) -> tuple[Any, ...] | None:
-    """The sizes in ``x.view(2, -1)``, ``x.view((2, -1))`` and their like; None if they are not listed."""
+    """The sizes in ``x.view(2, -1)``, ``x.view((2, -1))`` and the like; None if they are not listed."""
     sizes: Any = node.args[1:] or tuple(v for k, v in node.kwargs.items() if k in ("shape", "size"))
     if len(sizes) == 1 and isinstance(sizes[0], list | tuple):
         return tuple(sizes[0])

@@ -10,11 +10,13 @@ from pn_compiler.base.errors import ConfigError
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Names:
-    """What the user calls the inputs and outputs. Empty: as the parameters of forward; and "output", or
-    "output_0" and so on.
+    """The user's names of the inputs and outputs.
+
+    By default, inputs are named after the parameters of forward, and outputs "output", or "output_0" and so
+    on.
 
     Raises:
-        ConfigError: a name is empty or there twice.
+        ConfigError: a name is empty or occurs twice.
     """
 
     inputs: tuple[str, ...] = ()
@@ -33,21 +35,21 @@ class Names:
 
 
 def rename(graph: onnx_ir.Graph, names: Names) -> None:
-    """Gives the inputs and outputs of `graph` their names; an inner value of such a name gets another.
+    """Renames the inputs and outputs of `graph`; an inner value with a conflicting name is renamed.
 
     Raises:
-        ConfigError: there are more or fewer of them.
+        ConfigError: there are more or fewer names than values.
     """
     inputs = names.inputs or tuple(str(value.name) for value in graph.inputs)
     outputs = names.outputs or _default_outputs(graph, inputs)
-    wanted = {**_pair("input", graph.inputs, inputs), **_pair("output", graph.outputs, outputs)}
-    taken = {*wanted.values()}
+    new_names = {**_pair("input", graph.inputs, inputs), **_pair("output", graph.outputs, outputs)}
+    taken = {*new_names.values()}
     inner = [*graph.inputs, *graph.initializers.values()]
     inner += [value for node in graph.all_nodes() for value in node.outputs]
     for value in inner:
-        if value.name in taken and wanted.get(value) != value.name:
+        if value.name in taken and new_names.get(value) != value.name:
             value.name = f"{value.name}.inner"
-    for value, name in wanted.items():
+    for value, name in new_names.items():
         value.name = name
 
 
