@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Literal
 
-import onnx
+import onnx_ir
 
 from pn_compiler.base.errors import ConfigError
 from pn_compiler.export.rewrites.depthwise_affine import use_depthwise_affines
@@ -34,22 +34,17 @@ class Target:
     def oldest_opset(self) -> int:
         return GROUP_NORM_OPSET if self.norms == "group" else 18
 
-    def lower(self, model: onnx.ModelProto, folder: str = "") -> None:
-        """Writes normalizers and PRelu of what torch.onnx gave in this way; the layout is not changed yet.
-
-        Args:
-            model: edited in place.
-            folder: where the files of external data lie.
-        """
-        use_leaky_relus(model, folder)
+    def lower(self, model: onnx_ir.Model) -> None:
+        """Writes normalizers and PRelu of what torch.onnx gave in this way; the layout is not changed yet."""
+        use_leaky_relus(model)
         if self.norms == "group":
             return
-        expand_group_norms(model, folder)
+        expand_group_norms(model)
         if self.norms == "two-stage":
             use_two_stage_sums(model)
         if self.affines == "conv":
-            use_depthwise_affines(model, folder)
-            expand_prelus(model, folder)
+            use_depthwise_affines(model)
+            expand_prelus(model)
 
 
 PORTABLE = Target("portable")

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import onnx
+import onnx_ir
 from torch import nn
 
 from pn_compiler.base.errors import ExportError, PnCompilerError, VerificationError
@@ -95,7 +96,7 @@ def write_onnx(
                 reference = reference.in_dtype(folded, DTYPES[options.dtype])
             compare = functools.partial(verify_onnx, model=reference, tolerance=tolerance, path=staged)
         with timed(report, "export", say):
-            proto = export_graph(folded, inputs, options, staged)
+            model = export_graph(folded, inputs, options, staged)
         report.parameters_after = count_parameters(folded)
         if staged is not None:
             for module in (given, folded):
@@ -103,11 +104,11 @@ def write_onnx(
             gc.collect()  # torch.onnx leaves cycles that hold the weights
         if options.target == "auto":
             assert compare is not None
-            target = _choose_target(proto, inputs, options, compare, report, say)
+            target = _choose_target(model, inputs, options, compare, report, say)
         else:
             target = TARGETS[options.target]
         report.target = target.name
-        proto = _finish(proto, target, staged, compare, report, say)
+        proto = _finish(model, target, staged, compare, report, say)
         with timed(report, "write", say):
             _write(proto, path, staged, report)
     report.opset_version, report.ir_version = options.opset_version, proto.ir_version
@@ -140,7 +141,7 @@ def _write(proto: onnx.ModelProto, path: Path, staged: Path | None, report: Repo
 
 
 def _finish(
-    proto: onnx.ModelProto,
+    model: onnx_ir.Model,
     target: Target,
     staged: Path | None,
     compare: Callable[[onnx.ModelProto], Verification] | None,
@@ -149,24 +150,23 @@ def _finish(
 ) -> onnx.ModelProto:
     """What torch.onnx gave, written for `target`, checked and, by `compare`, verified.
 
-    Where the normalizers are too far off, their sums are made in two stages. `proto` cannot be used
-    afterwards; the report notes the result.
+    Where the normalizers are too far off, their sums are made in two stages. `model` is edited in place;
+    the report notes the result.
     """
-    folder = str(staged.parent) if staged else ""
     with timed(report, "lower", say):
-        target.lower(proto, folder)
+        target.lower(model)
     try:
-        return _verified(proto, target, staged, compare, report, say)
+        return _verified(model, target, staged, compare, report, say)
     except VerificationError as error:
-        if not use_two_stage_sums(proto, folder):
+        if not use_two_stage_sums(model):
             raise
         logger.info("%s; trying again with two-stage sums in the normalizers", error)
         report.norms = "two-stage sums, for InstanceNormalization was too far off"
-        return _verified(proto, target, staged, compare, report, say)
+        return _verified(model, target, staged, compare, report, say)
 
 
 def _verified(
-    proto: onnx.ModelProto,
+    model: onnx_ir.Model,
     target: Target,
     staged: Path | None,
     compare: Callable[[onnx.ModelProto], Verification] | None,
@@ -174,6 +174,7 @@ def _verified(
     say: Progress,
 ) -> onnx.ModelProto:
     with timed(report, "check", say):
+        proto = onnx_ir.to_proto(model)
         _check(proto, staged)
     if target.blocked:
         with timed(report, "lay out", say):
@@ -188,7 +189,7 @@ def _verified(
 
 
 def _choose_target(
-    proto: onnx.ModelProto,
+    model: onnx_ir.Model,
     inputs: Inputs,
     options: ExportOptions,
     compare: Callable[[onnx.ModelProto], Verification],
@@ -196,6 +197,7 @@ def _choose_target(
     say: Progress,
 ) -> Target:
     """The candidate that is the fastest on this machine, as measured now or earlier; else portable."""
+    proto = onnx_ir.to_proto(model)
     names = [value.name for value in proto.graph.input]
     feed = dict(zip(names, (tensor.numpy() for tensor in inputs.tensors()), strict=True))
     candidates = {
@@ -207,10 +209,9 @@ def _choose_target(
         with tempfile.TemporaryDirectory() as folder:
             files: dict[str, Path] = {}
             for name, target in candidates.items():
-                candidate = onnx.ModelProto()
-                candidate.CopyFrom(proto)
                 try:
-                    candidate = _finish(candidate, target, None, compare, Report(), say)
+                    copy = onnx_ir.from_proto(proto)
+                    candidate = _finish(copy, target, None, compare, Report(), say)
                 except PnCompilerError as error:
                     logger.info("candidate %s is left out: %s", name, error)
                     continue

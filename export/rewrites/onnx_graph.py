@@ -15,12 +15,10 @@ class GraphView:
         producers: the node that makes a value.
         readers: the nodes that read a value; one that reads it twice is there twice.
         outputs: names of the outputs of the graph.
-        types, shapes: of each value; sizes are -1 where unknown. Values of unknown rank are missing.
+        shapes: of each value; sizes are -1 where unknown. Values of unknown rank are missing.
     """
 
-    def __init__(self, graph: onnx.GraphProto, folder: str = "") -> None:
-        """`folder` is where the files of external data lie."""
-        self._folder = folder
+    def __init__(self, graph: onnx.GraphProto) -> None:
         self.constants = {tensor.name: tensor for tensor in graph.initializer}
         self.producers = {name: node for node in graph.node for name in node.output}
         self.readers: dict[str, list[onnx.NodeProto]] = {}
@@ -28,20 +26,16 @@ class GraphView:
             for name in node.input:
                 self.readers.setdefault(name, []).append(node)
         self.outputs = {value.name for value in graph.output}
-        self.types = {
-            value.name: value.type
-            for value in (*graph.value_info, *graph.input, *graph.output)
-            if value.type.tensor_type.HasField("shape")
-        }
         self.shapes = {
-            name: [d.dim_value if d.HasField("dim_value") else -1 for d in kind.tensor_type.shape.dim]
-            for name, kind in self.types.items()
+            value.name: [d.dim_value if d.HasField("dim_value") else -1 for d in kind.shape.dim]
+            for value in (*graph.value_info, *graph.input, *graph.output)
+            if (kind := value.type.tensor_type).HasField("shape")
         }
 
     def values(self, name: str) -> np.ndarray[Any, Any] | None:
         """Those of an initializer; None if `name` is none."""
         tensor = self.constants.get(name)
-        return None if tensor is None else onnx.numpy_helper.to_array(tensor, self._folder)
+        return None if tensor is None else onnx.numpy_helper.to_array(tensor)
 
     def only_reader(self, name: str) -> onnx.NodeProto | None:
         """The node that reads a value, if it is one, and the value is no output of the graph."""
