@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import onnx
+import onnx_ir
 import torch
+from onnx_ir.passes.common import ClearMetadataAndDocStringPass
 from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
@@ -27,7 +29,7 @@ from pn_compiler.running.inputs import Inputs
 
 def export_graph(
     model: nn.Module, inputs: Inputs, options: ExportOptions, staged: Path | None
-) -> onnx.ModelProto:
+) -> onnx_ir.Model:
     """The ONNX model that torch.onnx makes, with the IR version of its opset and no traces of source."""
     dynamic_shapes = None
     # torch.export takes a batch of 1 for a constant, and one tensor in two places for one input
@@ -68,20 +70,20 @@ def export_graph(
     assert program is not None
     if not program.model.graph.outputs:
         raise ExportError("the forward returns no tensor: an ONNX file would have no outputs")
-    rename(program.model.graph, options.names)
+    result = program.model
+    rename(result.graph, options.names)
+    _strip(result)
     if staged is not None:
-        move_weights_out(program.model, staged)
-    proto: onnx.ModelProto = program.model_proto
-    _strip(proto)
+        move_weights_out(result, staged)
     if options.dynamic_batch:
-        _name_batch(proto)
-    freeze_reshapes(proto)
-    proto.ir_version = min(
-        proto.ir_version, max(8, onnx.helper.OP_SET_ID_VERSION_MAP[("ai.onnx", options.opset)])
+        _name_batch(result.graph)
+    freeze_reshapes(result)
+    result.ir_version = min(
+        result.ir_version, max(8, onnx.helper.OP_SET_ID_VERSION_MAP[("ai.onnx", options.opset)])
     )
-    proto.producer_name = "pn_compiler"
-    proto.producer_version = importlib.metadata.version("pn-compiler")
-    return proto
+    result.producer_name = "pn_compiler"
+    result.producer_version = importlib.metadata.version("pn-compiler")
+    return result
 
 
 class _DataWatch(TorchFunctionMode):
@@ -118,28 +120,38 @@ def _no_tensor(model: nn.Module, inputs: Inputs) -> str:
     return ""
 
 
-def _strip(proto: onnx.ModelProto) -> None:
-    """Removes stack traces and module paths, which name files of the machine that compiled."""
-    del proto.metadata_props[:]
-    for part in (proto.graph, *proto.graph.node, *proto.graph.value_info, *proto.graph.initializer):
-        part.doc_string = ""
-        del part.metadata_props[:]
-    for value in (*proto.graph.input, *proto.graph.output):
-        value.doc_string = ""
-        del value.metadata_props[:]
+def _strip(model: onnx_ir.Model) -> None:
+    """Removes stack traces and module paths, which name files of the machine that compiled.
+
+    The traced graph goes as well: it would hold the weights in memory.
+    """
+    ClearMetadataAndDocStringPass()(model)
+    parts: list[Any] = [model, model.graph, *model.graph.all_nodes(), *_values(model.graph)]
+    for part in parts:
+        part.doc_string = None
+        part.metadata_props.clear()
+        part.meta.clear()
 
 
-def _name_batch(proto: onnx.ModelProto) -> None:
+def _values(graph: onnx_ir.Graph) -> list[onnx_ir.Value]:
+    """All that have a name in a file, those of subgraphs included."""
+    made = [value for node in graph.all_nodes() for value in node.outputs]
+    return [*graph.inputs, *graph.initializers.values(), *made]
+
+
+def _name_batch(graph: onnx_ir.Graph) -> None:
     """Calls the batch axis "batch"; torch.onnx names it s31 or the like when several inputs have it."""
-    shapes = [value.type.tensor_type.shape for value in proto.graph.input]
-    symbols = {shape.dim[0].dim_param for shape in shapes if len(shape.dim)} - {""}
+    firsts = [value.shape[0] for value in graph.inputs if value.shape]
+    symbols = {first.value for first in firsts if isinstance(first, onnx_ir.SymbolicDim) and first.value}
     if not symbols:
         return
     symbol = re.compile(rf"\b({'|'.join(map(re.escape, symbols))})\b")
-    for value in (*proto.graph.input, *proto.graph.output, *proto.graph.value_info):
-        for dim in value.type.tensor_type.shape.dim:
-            if dim.dim_param:
-                dim.dim_param = symbol.sub("batch", dim.dim_param)
+    for value in _values(graph):
+        if value.shape is not None:
+            value.shape = onnx_ir.Shape(
+                size if isinstance(size, int) else size.value and symbol.sub("batch", size.value)
+                for size in value.shape
+            )
 
 
 @contextlib.contextmanager

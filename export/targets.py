@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Literal
 
-import onnx
+import onnx_ir
 
 from pn_compiler.base.config import ExportConfig
 from pn_compiler.base.errors import ConfigError
@@ -34,22 +34,17 @@ class Target:
     def oldest_opset(self) -> int:
         return GROUP_NORM_OPSET if self.norms == "group" else 18
 
-    def lower(self, model: onnx.ModelProto, folder: str = "") -> None:
-        """Rewrites the normalizers and PRelu in torch.onnx's output for this target, not yet the layout.
-
-        Args:
-            model: edited in place.
-            folder: the folder with the files of external data.
-        """
-        use_leaky_relus(model, folder)
+    def lower(self, model: onnx_ir.Model) -> None:
+        """Rewrites the normalizers and PRelu in torch.onnx's output for this target, not yet the layout."""
+        use_leaky_relus(model)
         if self.norms == "group":
             return
-        expand_group_norms(model, folder)
+        expand_group_norms(model)
         if self.norms == "two-stage":
             use_two_stage_sums(model)
         if self.affines == "conv":
-            use_depthwise_affines(model, folder)
-            expand_prelus(model, folder)
+            use_depthwise_affines(model)
+            expand_prelus(model)
 
 
 PORTABLE = Target("portable")

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import onnx
+import onnx_ir
 from torch import nn
 
 from pn_compiler.base.errors import ExportError, PnCompilerError, VerificationError
@@ -111,7 +112,7 @@ def write_onnx(
                 reference = reference.in_dtype(folded, DTYPES[options.dtype])
             compare = functools.partial(verify_onnx, model=reference, tolerance=tolerance, path=staged)
         with stopwatch("export"):
-            proto = export_graph(folded, inputs, options, staged)
+            model = export_graph(folded, inputs, options, staged)
         parameters_after = count_parameters(folded)
         if staged is not None:
             for module in (given, folded):
@@ -120,10 +121,10 @@ def write_onnx(
         tuning: Mapping[str, float] = {}
         if options.target == "auto":
             assert compare is not None
-            target, tuning = _choose_target(proto, inputs, options, compare, stopwatch)
+            target, tuning = _choose_target(model, inputs, options, compare, stopwatch)
         else:
             target = TARGETS[options.target]
-        lowered = _lower(proto, target, staged, compare, stopwatch)
+        lowered = _lower(model, target, staged, compare, stopwatch)
         with stopwatch("write"):
             sizes = _write(lowered.proto, path, staged)
     return _report(path, options, lowered, tuning, parameters_after, sizes, stopwatch)
@@ -188,7 +189,7 @@ def _write(proto: onnx.ModelProto, path: Path, staged: Path | None) -> tuple[int
 
 
 def _lower(
-    proto: onnx.ModelProto,
+    model: onnx_ir.Model,
     target: Target,
     staged: Path | None,
     compare: Callable[[onnx.ModelProto], Verification] | None,
@@ -196,24 +197,22 @@ def _lower(
 ) -> Lowered:
     """What torch.onnx gave, written for `target`, checked and, by `compare`, verified.
 
-    Where the normalizers are too far off, their sums are made in two stages. `proto` cannot be used
-    afterwards.
+    Where the normalizers are too far off, their sums are made in two stages. `model` is edited in place.
     """
-    folder = str(staged.parent) if staged else ""
     with stopwatch("lower"):
-        target.lower(proto, folder)
+        target.lower(model)
     try:
-        return _verified(proto, target, staged, compare, stopwatch)
+        return _verified(model, target, staged, compare, stopwatch)
     except VerificationError as error:
-        if not use_two_stage_sums(proto, folder):
+        if not use_two_stage_sums(model):
             raise
         logger.info("%s; trying again with two-stage sums in the normalizers", error)
-        lowered = _verified(proto, target, staged, compare, stopwatch)
+        lowered = _verified(model, target, staged, compare, stopwatch)
         return dataclasses.replace(lowered, norms="two-stage sums, for InstanceNormalization was too far off")
 
 
 def _verified(
-    proto: onnx.ModelProto,
+    model: onnx_ir.Model,
     target: Target,
     staged: Path | None,
     compare: Callable[[onnx.ModelProto], Verification] | None,
@@ -221,6 +220,7 @@ def _verified(
 ) -> Lowered:
     blocked, verification = 0, None
     with stopwatch("check"):
+        proto = onnx_ir.to_proto(model)
         _check(proto, staged)
     if target.blocked:
         with stopwatch("lay out"):
@@ -232,7 +232,7 @@ def _verified(
 
 
 def _choose_target(
-    proto: onnx.ModelProto,
+    model: onnx_ir.Model,
     inputs: Inputs,
     options: ExportOptions,
     compare: Callable[[onnx.ModelProto], Verification],
@@ -242,6 +242,7 @@ def _choose_target(
 
     They were measured now or earlier; none, if there are none.
     """
+    proto = onnx_ir.to_proto(model)
     names = [value.name for value in proto.graph.input]
     feed = dict(zip(names, (tensor.numpy() for tensor in inputs.tensors()), strict=True))
     candidates = {
@@ -253,10 +254,9 @@ def _choose_target(
         with tempfile.TemporaryDirectory() as folder:
             files: dict[str, Path] = {}
             for name, target in candidates.items():
-                candidate = onnx.ModelProto()
-                candidate.CopyFrom(proto)
                 try:
-                    candidate = _lower(candidate, target, None, compare, Stopwatch(stopwatch.announce)).proto
+                    copy = onnx_ir.from_proto(proto)
+                    candidate = _lower(copy, target, None, compare, Stopwatch(stopwatch.announce)).proto
                 except PnCompilerError as error:
                     logger.info("candidate %s is left out: %s", name, error)
                     continue

@@ -11,14 +11,18 @@ import dataclasses
 import tempfile
 from collections.abc import Iterator, Set
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
+import onnx_ir
 import onnxruntime
 from onnx.helper import make_node, make_opsetid
+from onnx_ir.convenience import replace_all_uses_with
+from onnx_ir.passes.common import RemoveUnusedNodesPass, RemoveUnusedOpsetsPass
 
 from pn_compiler.base.errors import ExportError, first_line
-from pn_compiler.export.rewrites.onnx_graph import GraphView, attribute, drop_unread, substitute
+from pn_compiler.export.rewrites.rules import contents, is_constant, sizes
 from pn_compiler.export.sessions import make_session, session_options
 
 DOMAIN = "com.microsoft.nchwc"
@@ -66,32 +70,24 @@ def in_blocked_layout(model: onnx.ModelProto) -> tuple[onnx.ModelProto, int]:
     """
     block = block_size()
     result = _optimized(model)
-    graph = result.graph
-    view = GraphView(graph)
-    changed: dict[str, list[onnx.NodeProto]] = {}
     entries = []
-    for reorder in [node for node in graph.node if node.op_type == "ReorderOutput"]:
-        normalizer = _normalizer_behind(reorder, view)
-        if normalizer is None or attribute(reorder, "channels") // normalizer.groups % block:
+    for reorder in [node for node in result.graph if node.op_type == "ReorderOutput"]:
+        normalizer = _normalizer_behind(reorder)
+        if normalizer is None or reorder.attributes["channels"].as_int() // normalizer.groups % block:
             continue
-        normalizer.entry.input[0] = reorder.input[0]
-        for name in normalizer.blocked:
-            for reader in view.readers[name]:
-                reader.input[:] = [normalizer.exit if source == name else source for source in reader.input]
-            changed[name] = []
-        changed[reorder.output[0]] = []
+        normalizer.entry.replace_input_with(0, reorder.inputs[0])
+        for value in normalizer.blocked:
+            replace_all_uses_with(value, normalizer.exit)
         entries.append(normalizer.entry)
     if not entries:
         raise ExportError("no normalizer can run in the blocked layout: use target portable")
-    substitute(graph, changed)
-    _guard(graph, entries, block)
-    drop_unread(graph)
-    del graph.value_info[:]
-    used = {node.domain for node in graph.node}
-    for entry in [entry for entry in result.opset_import if entry.domain not in used]:
-        result.opset_import.remove(entry)
+    _guard(result.graph, entries, block)
+    RemoveUnusedNodesPass()(result)
+    RemoveUnusedOpsetsPass()(result)
+    for value in (value for node in result.graph for value in node.outputs if not value.is_graph_output()):
+        value.type = value.shape = None  # blocks are not what was inferred
     result.producer_name, result.producer_version = model.producer_name, model.producer_version
-    return result, len(entries)
+    return onnx_ir.to_proto(result), len(entries)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -105,46 +101,57 @@ class _Normalizer:
         blocked: the same as `exit`, reordered to the blocked layout.
     """
 
-    entry: onnx.NodeProto
-    exit: str
+    entry: onnx_ir.Node
+    exit: onnx_ir.Value
     groups: int
-    blocked: tuple[str, ...]
+    blocked: tuple[onnx_ir.Value, ...]
 
 
-def _normalizer_behind(reorder: onnx.NodeProto, view: GraphView) -> _Normalizer | None:
+def _normalizer_behind(reorder: onnx_ir.Node) -> _Normalizer | None:
     """That which alone reads what `reorder` gives, and is only read in the blocked layout itself."""
-    entry = view.only_reader(reorder.output[0])
+    entry = _only_reader(reorder.outputs[0])
     if entry is None or entry.op_type != "Reshape":
         return None
-    inner = {node.output[0]: node for node in _until_reshape(entry, view)}
-    exits = [node for node in inner.values() if node.op_type == "Reshape"]
-    shape = view.values(entry.input[1])
+    inner = dict.fromkeys(_until_reshape(entry))
+    exits = [node for node in inner if node.op_type == "Reshape"]
+    shape = _constant_input(entry, 1)
     if shape is None or len(shape) < 3 or shape[0] != 0 or len(exits) != 1:
         return None
     (last,) = exits
-    restored, sizes = view.values(last.input[1]), view.shapes.get(reorder.output[0])
-    if restored is None or sizes is None or list(restored)[1:] != sizes[1:]:
+    restored = _constant_input(last, 1)
+    if restored is None or list(restored)[1:] != sizes(reorder.outputs[0])[1:]:
         return None
-    del inner[last.output[0]]
-    if not all(
-        _ignores_order(node, inner.keys() | {entry.output[0]}, len(shape), view) for node in inner.values()
-    ):
+    del inner[last]
+    inside = {entry.outputs[0], *(node.outputs[0] for node in inner)}
+    if not all(_ignores_order(node, inside, len(shape)) for node in inner):
         return None
-    readers = view.readers.get(last.output[0], [])
-    if last.output[0] in view.outputs or any(node.op_type != "ReorderInput" for node in readers):
+    result = last.outputs[0]
+    readers = [node for node, _ in result.uses()]
+    if result.is_graph_output() or any(node.op_type != "ReorderInput" for node in readers):
         return None
-    return _Normalizer(entry, last.output[0], int(shape[1]), tuple(node.output[0] for node in readers))
+    return _Normalizer(entry, result, int(shape[1]), tuple(node.outputs[0] for node in readers))
 
 
-def _until_reshape(node: onnx.NodeProto, view: GraphView) -> Iterator[onnx.NodeProto]:
+def _only_reader(value: onnx_ir.Value) -> onnx_ir.Node | None:
+    """The node that reads a value, if it is one, and the value is no output of the graph."""
+    readers = [node for node, _ in value.uses()]
+    return readers[0] if len(readers) == 1 and not value.is_graph_output() else None
+
+
+def _constant_input(node: onnx_ir.Node, index: int) -> np.ndarray[Any, Any] | None:
+    value = node.inputs[index] if index < len(node.inputs) else None
+    return None if value is None or not is_constant(value) else contents(value)
+
+
+def _until_reshape(node: onnx_ir.Node) -> Iterator[onnx_ir.Node]:
     """The nodes that depend on `node`, up to the next Reshape of each path; some may come twice."""
-    for reader in view.readers.get(node.output[0], []):
+    for reader, _ in node.outputs[0].uses():
         yield reader
         if reader.op_type in _STATISTICS:
-            yield from _until_reshape(reader, view)
+            yield from _until_reshape(reader)
 
 
-def _ignores_order(node: onnx.NodeProto, inside: Set[str], dims: int, view: GraphView) -> bool:
+def _ignores_order(node: onnx_ir.Node, inside: Set[onnx_ir.Value], dims: int) -> bool:
     """Whether `node` treats all elements of a group alike, [N, G, L] or [N, G, C / G, S].
 
     Args:
@@ -154,18 +161,21 @@ def _ignores_order(node: onnx.NodeProto, inside: Set[str], dims: int, view: Grap
     if node.op_type == "InstanceNormalization":
         return dims == 3
     if node.op_type == "ReduceMean":
-        axes = view.values(node.input[1]) if len(node.input) > 1 else None
-        if axes is None or len(axes) != 1:
+        axes, source = _constant_input(node, 1), node.inputs[0]
+        if axes is None or len(axes) != 1 or source is None:
             return False
         if dims == 3 or axes[0] == 2:  # the mean of a group, of all its elements or of its channels
-            return axes[0] == 2 and (dims == 3 or view.producers[node.input[0]].op_type == "ReduceMean")
-        reader = view.only_reader(node.output[0])  # means of channels are for nothing else
-        return axes[0] == 3 and reader is not None and reader.op_type == "ReduceMean"
-    constants = [view.values(name) for name in node.input if name not in inside]
+            maker = source.producer()
+            of_channels = maker is not None and maker.op_type == "ReduceMean"
+            return bool(axes[0] == 2) and (dims == 3 or of_channels)
+        reader = _only_reader(node.outputs[0])  # means of channels are for nothing else
+        return bool(axes[0] == 3) and reader is not None and reader.op_type == "ReduceMean"
+    places = [place for place, value in enumerate(node.inputs) if value not in inside]
+    constants = [_constant_input(node, place) for place in places]
     return node.op_type in _STATISTICS and all(c is not None and c.size == 1 for c in constants)
 
 
-def _optimized(model: onnx.ModelProto) -> onnx.ModelProto:
+def _optimized(model: onnx.ModelProto) -> onnx_ir.Model:
     """The graph that onnxruntime runs on this machine."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "optimized.onnx")
@@ -177,10 +187,10 @@ def _optimized(model: onnx.ModelProto) -> onnx.ModelProto:
             )
         except Exception as error:  # whatever onnxruntime raises
             raise ExportError(f"onnxruntime cannot load the model: {first_line(error)}") from error
-        return onnx.load(path)
+        return onnx_ir.from_proto(onnx.load(path))
 
 
-def _guard(graph: onnx.GraphProto, entries: list[onnx.NodeProto], block: int) -> None:
+def _guard(graph: onnx_ir.Graph, entries: list[onnx_ir.Node], block: int) -> None:
     """Makes the shape of each of `entries` depend on nodes that fail where blocks have another size.
 
     Four channels are reordered to a block, which is reshaped to `block` values, zeros whose largest is added
@@ -189,22 +199,19 @@ def _guard(graph: onnx.GraphProto, entries: list[onnx.NodeProto], block: int) ->
     message = (
         f"this file is for onnxruntime with blocks of {block} channels: compile it again on this machine"
     )
-    constants = {
-        "probe": np.zeros((1, _PROBED, 1, 1), np.float32),
-        "expected": np.array([block]),
-        "axis": np.array([0]),
-    }
-    names = {name: f"block_size_{name}" for name in (*constants, "block", "values", "largest", "zero")}
-    graph.initializer.extend(onnx.numpy_helper.from_array(v, names[k]) for k, v in constants.items())
-    nodes = [
-        make_node("ReorderInput", [names["probe"]], [names["block"]], domain=DOMAIN, channels_last=0),
-        make_node("Reshape", [names["block"], names["expected"]], [names["values"]], name=message),
-        make_node("ReduceMax", [names["values"], names["axis"]], [names["largest"]]),
-        make_node("Cast", [names["largest"]], [names["zero"]], to=onnx.TensorProto.INT64),
-    ]
-    shapes = sorted({entry.input[1] for entry in entries})
-    nodes += [make_node("Add", [shape, names["zero"]], [f"{shape}_checked"]) for shape in shapes]
+    tape = onnx_ir.tape.Tape(graph)
+    probe, expected, axis = (
+        tape.initializer(onnx_ir.tensor(values), f"block_size_{name}")
+        for name, values in {
+            "probe": np.zeros((1, _PROBED, 1, 1), np.float32),
+            "expected": np.array([block]),
+            "axis": np.array([0]),
+        }.items()
+    )
+    reordered = tape.op("ReorderInput", [probe], {"channels_last": 0}, domain=DOMAIN)
+    largest = tape.op("ReduceMax", [tape.op("Reshape", [reordered, expected], name=message), axis])
+    zero = tape.op("Cast", [largest], {"to": onnx.TensorProto.INT64})
+    checked = {shape: tape.op("Add", [shape, zero]) for shape in {entry.inputs[1]: None for entry in entries}}
     for entry in entries:
-        entry.input[1] = f"{entry.input[1]}_checked"
-    first = graph.node[0]
-    substitute(graph, {first.output[0]: [*nodes, first]})
+        entry.replace_input_with(1, checked[entry.inputs[1]])
+    graph.sort()  # the new nodes are at its end

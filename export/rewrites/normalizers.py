@@ -4,67 +4,29 @@ torch.onnx gives Reshape to [N, G, L], InstanceNormalization, Reshape, Mul and A
 GroupNormalization from there on.
 """
 
+from typing import Any
+
 import numpy as np
-import onnx
-from onnx.helper import make_node
+import onnx_ir
 
-from pn_compiler.export.rewrites.onnx_graph import GraphView, attribute, drop_unread, substitute
+from pn_compiler.export.rewrites.rules import apply_rule, contents, is_constant, sizes
 
 
-def expand_group_norms(model: onnx.ModelProto, folder: str = "") -> int:
+def expand_group_norms(model: onnx_ir.Model) -> int:
     """Replaces each GroupNormalization by what torch.onnx gives below opset 21.
 
     onnxruntime has no CPU kernel for it, and expands it into some twenty small operators.
 
     Args:
-        model: edited in place; its value_info tells the shapes.
-        folder: where the files of external data lie.
+        model: edited in place; its shapes must be known.
 
     Returns:
         How many were replaced: those with constant weight and bias and one unknown size at most.
     """
-    graph = model.graph
-    view = GraphView(graph, folder)
-    replacements: dict[str, list[onnx.NodeProto]] = {}
-    for norm in [node for node in graph.node if node.op_type == "GroupNormalization"]:
-        (x, *parameters), y = norm.input, norm.output[0]
-        weight, bias = (view.values(name) for name in parameters)
-        shape = view.shapes.get(x, [])
-        if weight is None or bias is None or not shape or shape.count(-1) > 1:
-            continue
-        groups = attribute(norm, "num_groups")
-        per_channel = (shape[1], *[1] * (len(shape) - 2))
-        constants = {
-            "flat": np.array([0, groups, -1]),
-            "ones": np.ones(groups, weight.dtype),
-            "zeros": np.zeros(groups, weight.dtype),
-            "shape": np.array(shape),
-            "scale": weight.reshape(per_channel),
-            "shift": bias.reshape(per_channel),
-        }
-        names = {part: f"{y}_{part}" for part in (*constants, "grouped", "normalized", "restored", "scaled")}
-        graph.initializer.extend(onnx.numpy_helper.from_array(v, names[k]) for k, v in constants.items())
-        steps = [
-            ("Reshape", (x, names["flat"]), "grouped", {}),
-            (
-                "InstanceNormalization",
-                (names["grouped"], names["ones"], names["zeros"]),
-                "normalized",
-                {"epsilon": attribute(norm, "epsilon")},
-            ),
-            ("Reshape", (names["normalized"], names["shape"]), "restored", {}),
-            ("Mul", (names["restored"], names["scale"]), "scaled", {}),
-        ]
-        nodes = [make_node(kind, reads, [names[makes]], **extra) for kind, reads, makes, extra in steps]
-        nodes.append(make_node("Add", [names["scaled"], names["shift"]], [y], name=norm.name))
-        replacements[y] = nodes
-        graph.value_info.add(name=names["restored"]).type.CopyFrom(view.types[x])
-    substitute(graph, replacements)
-    drop_unread(graph)
-    return len(replacements)
+    return apply_rule(model, _group_norm, _is_known, _instance_norm_and_affine)
 
 
-def use_two_stage_sums(model: onnx.ModelProto, folder: str = "") -> int:
+def use_two_stage_sums(model: onnx_ir.Model) -> int:
     """Replaces each InstanceNormalization of [N, G, L] by means over each channel, then over its group.
 
     onnxruntime's InstanceNormalization adds a group up in one run of float32: off by 1e-5 for 10^6 values,
@@ -72,51 +34,91 @@ def use_two_stage_sums(model: onnx.ModelProto, folder: str = "") -> int:
     thread, and share it among several, which InstanceNormalization never does.
 
     Args:
-        model: edited in place; its value_info tells the shapes.
-        folder: where the files of external data lie.
+        model: edited in place; its shapes must be known.
 
     Returns:
-        How many were replaced: those with weight 1 and bias 0 whose input is reshaped from [N, C, ...].
+        How many were replaced: those with weight 1 and bias 0 between a Reshape of [N, C, ...] and another.
     """
-    graph = model.graph
-    view = GraphView(graph, folder)
-    axes = {axis: f"two_stage_axis_{axis}" for axis in (2, 3)}
-    replacements: dict[str, list[onnx.NodeProto]] = {}
-    for norm in [node for node in graph.node if node.op_type == "InstanceNormalization"]:
-        (x, *parameters), y = norm.input, norm.output[0]
-        flat = view.producers.get(x)
-        if flat is None or flat.op_type != "Reshape" or x in view.outputs or len(view.readers[x]) > 1:
-            continue
-        weight, bias = (view.values(name) for name in parameters)
-        shape = view.shapes.get(flat.input[0], [])
-        if weight is None or bias is None or (weight != 1).any() or bias.any() or len(shape) < 2:
-            continue
-        groups = len(weight)
-        grouped, epsilon = np.array([0, groups, shape[1] // groups, -1]), attribute(norm, "epsilon")
-        graph.initializer.extend([
-            onnx.numpy_helper.from_array(grouped, f"{y}_shape"),
-            onnx.numpy_helper.from_array(np.array([epsilon], weight.dtype), f"{y}_epsilon"),
-        ])  # fmt: skip
-        steps = [
-            ("Reshape", (flat.input[0], f"{y}_shape"), "grouped"),
-            ("ReduceMean", (f"{y}_grouped", axes[3]), "channel_means"),
-            ("ReduceMean", (f"{y}_channel_means", axes[2]), "mean"),
-            ("Sub", (f"{y}_grouped", f"{y}_mean"), "centered"),
-            ("Mul", (f"{y}_centered", f"{y}_centered"), "squares"),
-            ("ReduceMean", (f"{y}_squares", axes[3]), "channel_variances"),
-            ("ReduceMean", (f"{y}_channel_variances", axes[2]), "variance"),
-            ("Add", (f"{y}_variance", f"{y}_epsilon"), "stable"),
-            ("Sqrt", (f"{y}_stable",), "deviation"),
-        ]
-        nodes = [make_node(kind, reads, [f"{y}_{makes}"]) for kind, reads, makes in steps]
-        nodes.append(make_node("Div", [f"{y}_centered", f"{y}_deviation"], [y], name=norm.name))
-        replacements |= {y: nodes, x: []}
-    if replacements:
-        graph.initializer.extend(
-            onnx.numpy_helper.from_array(np.array([axis]), name) for axis, name in axes.items()
-        )
-        for value in [value for value in graph.value_info if value.name in replacements]:
-            graph.value_info.remove(value)  # of another rank now, or gone
-    substitute(graph, replacements)
-    drop_unread(graph)
-    return len(replacements) // 2
+    return apply_rule(model, _reshaped_instance_norm, _is_plain_group_norm, _two_stage_norm)
+
+
+def _group_norm(op: Any, x: Any, weight: Any, bias: Any) -> Any:
+    return op.GroupNormalization(x, weight, bias, _outputs=["y"])
+
+
+def _is_known(context: Any, x: onnx_ir.Value, weight: onnx_ir.Value, bias: onnx_ir.Value, **_: Any) -> bool:
+    shape = sizes(x)
+    return is_constant(weight) and is_constant(bias) and bool(shape) and shape.count(-1) <= 1
+
+
+def _instance_norm_and_affine(
+    op: Any, x: onnx_ir.Value, weight: onnx_ir.Value, bias: onnx_ir.Value, y: onnx_ir.Value
+) -> Any:
+    scale, shift, shape = contents(weight), contents(bias), sizes(x)
+    attributes = _attributes(y)
+    groups = attributes["num_groups"].as_int()
+    per_channel = (-1, *[1] * (len(shape) - 2))
+
+    def stored(values: Any, name: str) -> Any:
+        return op.initializer(onnx_ir.tensor(values), f"{y.name}_{name}")
+
+    normalized = op.InstanceNormalization(
+        op.Reshape(x, stored(np.array([0, groups, -1]), "flat")),
+        stored(np.ones(groups, scale.dtype), "ones"),
+        stored(np.zeros(groups, scale.dtype), "zeros"),
+        epsilon=attributes["epsilon"],
+    )
+    restored = op.Reshape(normalized, stored(np.array(shape), "shape"))
+    restored.type, restored.shape = x.type, x.shape
+    scaled = op.Mul(restored, stored(scale.reshape(per_channel), "scale"))
+    return op.Add(scaled, stored(shift.reshape(per_channel), "shift"))
+
+
+def _reshaped_instance_norm(op: Any, x: Any, flat: Any, weight: Any, bias: Any, shape: Any) -> Any:
+    grouped = op.Reshape(x, flat)
+    return op.Reshape(op.InstanceNormalization(grouped, weight, bias, _outputs=["y"]), shape)
+
+
+def _is_plain_group_norm(
+    context: Any, x: onnx_ir.Value, flat: onnx_ir.Value, weight: onnx_ir.Value, bias: onnx_ir.Value, **_: Any
+) -> bool:
+    channels = [*sizes(x), -1, -1][1]
+    if channels < 1 or not all(is_constant(value) for value in (flat, weight, bias)):
+        return False
+    ones = contents(weight)
+    by_groups = contents(flat).tolist() == [0, len(ones), -1]
+    return by_groups and bool((ones == 1).all() and not contents(bias).any())
+
+
+def _two_stage_norm(
+    op: Any,
+    x: onnx_ir.Value,
+    weight: onnx_ir.Value,
+    shape: onnx_ir.Value,
+    y: onnx_ir.Value,
+    **_: Any,
+) -> Any:
+    ones = contents(weight)
+    epsilon = np.array([_attributes(y)["epsilon"].as_float()], ones.dtype)
+
+    def stored(values: Any, name: str) -> Any:
+        return op.initializer(onnx_ir.tensor(values), f"{y.name}_{name}")
+
+    axes = [stored(np.array([axis]), f"axis_{axis}") for axis in (3, 2)]
+
+    def mean(value: onnx_ir.Value) -> Any:
+        return op.ReduceMean(op.ReduceMean(value, axes[0]), axes[1])
+
+    sizes_in_groups = np.array([0, len(ones), sizes(x)[1] // len(ones), -1])
+    grouped = op.Reshape(x, stored(sizes_in_groups, "shape"))
+    centered = op.Sub(grouped, mean(grouped))
+    variance = mean(op.Mul(centered, centered))
+    deviation = op.Sqrt(op.Add(variance, stored(epsilon, "epsilon")))
+    return op.Reshape(op.Div(centered, deviation), shape)
+
+
+def _attributes(value: onnx_ir.Value) -> Any:
+    """Those of the node that makes `value`."""
+    node = value.producer()
+    assert node is not None
+    return node.attributes

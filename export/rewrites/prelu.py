@@ -1,72 +1,55 @@
 """PRelu in operators that onnxruntime runs fast: its own kernel takes 50 times as long as a Relu."""
 
-import functools
+from typing import Any
 
 import numpy as np
-import onnx
-from onnx.helper import make_node
+import onnx_ir
 
-from pn_compiler.export.rewrites.onnx_graph import GraphView, drop_unread, substitute
-
-
-def use_leaky_relus(model: onnx.ModelProto, folder: str = "") -> int:
-    """Replaces each PRelu with one constant slope by a LeakyRelu.
-
-    Args:
-        model: edited in place.
-        folder: where the files of external data lie.
-
-    Returns:
-        How many were replaced.
-    """
-    graph = model.graph
-    view = GraphView(graph, folder)
-    replacements = {}
-    for node in [node for node in graph.node if node.op_type == "PRelu"]:
-        slope = view.values(node.input[1])
-        if slope is not None and slope.size and (slope == slope.flat[0]).all():
-            replacements[node.output[0]] = [
-                make_node(
-                    "LeakyRelu", node.input[:1], node.output, name=node.name, alpha=float(slope.flat[0])
-                )
-            ]
-    substitute(graph, replacements)
-    drop_unread(graph)
-    return len(replacements)
+from pn_compiler.export.rewrites.rules import apply_rule, contents, is_constant, sizes
 
 
-def expand_prelus(model: onnx.ModelProto, folder: str = "") -> int:
+def use_leaky_relus(model: onnx_ir.Model) -> int:
+    """Replaces each PRelu with one constant slope by a LeakyRelu, in place. Returns how many."""
+    return apply_rule(model, _prelu, _has_one_slope, _leaky_relu)
+
+
+def expand_prelus(model: onnx_ir.Model) -> int:
     """Replaces PRelu of [N, C, H, W] with a constant slope for each channel by convolutions and a Relu.
 
     PRelu(x) = slope x + (1 - slope) Relu(x), both products being depthwise 1x1 convolutions, which stay in
     the blocked layout and of which the second adds the first.
 
     Args:
-        model: edited in place; its value_info tells the shapes.
-        folder: where the files of external data lie.
+        model: edited in place; its shapes must be known.
 
     Returns:
         How many were replaced.
     """
-    graph = model.graph
-    view = GraphView(graph, folder)
-    replacements = {}
-    for node in [node for node in graph.node if node.op_type == "PRelu"]:
-        (x, name), y = node.input, node.output[0]
-        slope, shape = view.values(name), view.shapes.get(x, [])
-        if slope is None or len(shape) != 4 or slope.shape[-3:] != (shape[1], 1, 1):
-            continue
-        weights = {f"{y}_slope": slope, f"{y}_rest": 1 - slope}
-        graph.initializer.extend(
-            onnx.numpy_helper.from_array(np.asarray(w).reshape(-1, 1, 1, 1), k) for k, w in weights.items()
-        )
-        depthwise = functools.partial(make_node, "Conv", group=shape[1], kernel_shape=[1, 1])
-        replacements[y] = [
-            depthwise([x, f"{y}_slope"], [f"{y}_line"]),
-            make_node("Relu", [x], [f"{y}_positive"]),
-            depthwise([f"{y}_positive", f"{y}_rest"], [f"{y}_bend"]),
-            make_node("Add", [f"{y}_line", f"{y}_bend"], [y], name=node.name),
-        ]
-    substitute(graph, replacements)
-    drop_unread(graph)
-    return len(replacements)
+    return apply_rule(model, _prelu, _has_slopes_of_channels, _line_and_bend)
+
+
+def _prelu(op: Any, x: Any, slope: Any) -> Any:
+    return op.PRelu(x, slope, _outputs=["y"])
+
+
+def _has_one_slope(context: Any, slope: onnx_ir.Value, **_: Any) -> bool:
+    return is_constant(slope) and len(np.unique(contents(slope))) == 1
+
+
+def _leaky_relu(op: Any, x: onnx_ir.Value, slope: onnx_ir.Value, **_: Any) -> Any:
+    return op.LeakyRelu(x, alpha=float(contents(slope).flat[0]))
+
+
+def _has_slopes_of_channels(context: Any, x: onnx_ir.Value, slope: onnx_ir.Value, **_: Any) -> bool:
+    shape = sizes(x)
+    return is_constant(slope) and len(shape) == 4 and contents(slope).shape[-3:] == (shape[1], 1, 1)
+
+
+def _line_and_bend(op: Any, x: onnx_ir.Value, slope: onnx_ir.Value, y: onnx_ir.Value) -> Any:
+    values = contents(slope).reshape(-1, 1, 1, 1)
+
+    def depthwise(x: onnx_ir.Value, weight: Any, name: str) -> Any:
+        weight = op.initializer(onnx_ir.tensor(weight), f"{y.name}_{name}")
+        return op.Conv(x, weight, group=len(values), kernel_shape=[1, 1])
+
+    return op.Add(depthwise(x, values, "slope"), depthwise(op.Relu(x), 1 - values, "rest"))

@@ -1,40 +1,44 @@
 """Small rewrites of an ONNX model that the exporter leaves undone."""
 
 import numpy as np
-import onnx
+import onnx_ir
 
-from pn_compiler.export.rewrites.onnx_graph import GraphView, substitute
+from pn_compiler.export.rewrites.rules import sizes
 
 
-def freeze_reshapes(model: onnx.ModelProto) -> int:
+def freeze_reshapes(model: onnx_ir.Model) -> int:
     """Replaces Reshape(x, Shape(y)) by a Reshape to a constant, where y has one unknown axis at most.
 
     The exporter restores the shape behind a normalizer with such a pair; with only the batch unknown the
-    constant is [-1, C, H, W].
+    constant is [-1, C, H, W]. onnxscript's MaterializeReshapeShape needs to know the shape of the result,
+    which the exporter did not infer.
 
     Args:
-        model: edited in place; its value_info tells the shapes.
+        model: edited in place; its shapes must be known.
 
     Returns:
         How many Shape nodes went.
     """
-    graph = model.graph
-    view = GraphView(graph)
-    frozen: dict[str, list[onnx.NodeProto]] = {}
-    for node in [n for n in graph.node if _is_whole_shape(n)]:
-        source, result = node.input[0], node.output[0]
-        dims, readers = view.shapes.get(source), view.readers.get(result, [])
-        only_reshapes = all(n.op_type == "Reshape" and n.input[0] != result for n in readers)
-        if dims is None or dims.count(-1) > 1 or 0 in dims or not only_reshapes or result in view.outputs:
+    tape = onnx_ir.tape.Tape(model.graph)
+    frozen = 0
+    for node in [node for node in model.graph if _is_whole_shape(node)]:
+        source, result = node.inputs[0], node.outputs[0]
+        assert source is not None
+        shape, uses = sizes(source), list(result.uses())
+        only_reshapes = all(reader.op_type == "Reshape" and place == 1 for reader, place in uses)
+        if source.shape is None or shape.count(-1) > 1 or 0 in shape:
             continue
-        graph.initializer.append(onnx.numpy_helper.from_array(np.array(dims, np.int64), result))
-        for reshape in readers:
-            if reshape.output[0] in view.types:  # so far of unknown sizes
-                view.types[reshape.output[0]].CopyFrom(view.types[source])
-        frozen[result] = []
-    substitute(graph, frozen)
-    return len(frozen)
+        if not only_reshapes or result.is_graph_output():
+            continue
+        for reader, _ in uses:
+            reader.outputs[0].shape = source.shape.copy()  # so far of unknown sizes
+        constant = tape.initializer(onnx_ir.tensor(np.array(shape, np.int64)), result.name)
+        onnx_ir.convenience.replace_all_uses_with(result, constant)
+        model.graph.remove(node, safe=True)
+        frozen += 1
+    return frozen
 
 
-def _is_whole_shape(node: onnx.NodeProto) -> bool:
-    return node.op_type == "Shape" and all((a.name, a.i) == ("start", 0) for a in node.attribute)
+def _is_whole_shape(node: onnx_ir.Node) -> bool:
+    attributes = node.attributes.values()
+    return node.op_type == "Shape" and all((a.name, a.value) == ("start", 0) for a in attributes)

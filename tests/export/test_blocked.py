@@ -18,6 +18,7 @@ from pn_compiler.export.rewrites import blocked
 from pn_compiler.export.rewrites.blocked import DOMAIN, block_size, in_blocked_layout
 from pn_compiler.export.rewrites.normalizers import use_two_stage_sums
 from pn_compiler.testing import randomize_batch_norms
+from tests.export.rewriting import apply
 
 BLOCK = block_size()
 
@@ -68,7 +69,7 @@ def test_normalizers_of_whole_blocks_need_no_reordering(
     x = np.random.default_rng(0).normal(size=(batch, 3, 9, 7)).astype(np.float32)
     expected = run(proto, x)
     if two_stage:
-        use_two_stage_sums(proto)
+        apply(use_two_stage_sums, proto)
     result, count = in_blocked_layout(proto)
     assert count == 2
     assert operators(result)["ReorderOutput"] == 1  # before the mean over pixels

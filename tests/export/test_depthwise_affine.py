@@ -9,6 +9,7 @@ from torch import nn
 import pn_compiler
 from pn_compiler.export import make_session
 from pn_compiler.export.rewrites.depthwise_affine import use_depthwise_affines
+from tests.export.rewriting import apply
 
 
 def model(
@@ -52,7 +53,7 @@ def test_scale_and_shift_become_one_convolution(size: tuple[int, ...], swapped: 
     proto = model(size, size, swapped=swapped)
     before = onnx.ModelProto()
     before.CopyFrom(proto)
-    assert use_depthwise_affines(proto) == 1
+    assert apply(use_depthwise_affines, proto) == 1
     onnx.checker.check_model(proto, full_check=True)
     assert [node.op_type for node in proto.graph.node] == ["Conv", "Relu"]
     assert len(proto.graph.initializer) == 2  # the old ones are gone
@@ -60,7 +61,7 @@ def test_scale_and_shift_become_one_convolution(size: tuple[int, ...], swapped: 
     (expected,) = ReferenceEvaluator(before).run(None, {"x": x})
     (got,) = make_session(proto.SerializeToString(), threads=1).run(None, {"x": x})
     np.testing.assert_allclose(got, expected, rtol=1e-6, atol=1e-6)
-    assert use_depthwise_affines(proto) == 0
+    assert apply(use_depthwise_affines, proto) == 0
 
 
 @pytest.mark.parametrize(
@@ -79,7 +80,7 @@ def test_scale_and_shift_become_one_convolution(size: tuple[int, ...], swapped: 
 def test_the_rest_is_left_alone(options: dict[str, object]) -> None:
     proto = model(**options)  # type: ignore[arg-type]
     before = proto.SerializeToString()
-    assert use_depthwise_affines(proto) == 0
+    assert apply(use_depthwise_affines, proto) == 0
     assert proto.SerializeToString() == before
 
 

@@ -13,6 +13,7 @@ from torch import nn
 import pn_compiler
 from pn_compiler.export import make_session
 from pn_compiler.export.rewrites.normalizers import expand_group_norms, use_two_stage_sums
+from tests.export.rewriting import apply
 
 CHANNELS = 8
 
@@ -56,22 +57,22 @@ def test_both_rewrites_keep_the_values(groups: int, rank: int) -> None:
     proto = group_norm(groups, ("batch", CHANNELS, *sizes))
     x = np.random.default_rng(1).normal(2, 3, size=(3, CHANNELS, *sizes)).astype(np.float32)
     expected = reference(proto, x)
-    assert expand_group_norms(proto) == 1
+    assert apply(expand_group_norms, proto) == 1
     assert [n.op_type for n in proto.graph.node] == [
         "Reshape", "InstanceNormalization", "Reshape", "Mul", "Add",
     ]  # fmt: skip
     np.testing.assert_allclose(onnxruntime(proto, x), expected, rtol=1e-5, atol=1e-5)
-    assert use_two_stage_sums(proto) == 1
+    assert apply(use_two_stage_sums, proto) == 1
     assert "InstanceNormalization" not in {node.op_type for node in proto.graph.node}
     np.testing.assert_allclose(onnxruntime(proto, x), expected, rtol=1e-5, atol=1e-5)
-    assert expand_group_norms(proto) == use_two_stage_sums(proto) == 0
+    assert apply(expand_group_norms, proto) == apply(use_two_stage_sums, proto) == 0
 
 
 def test_zero_variance_gives_the_bias() -> None:
     proto = group_norm(2)
     bias = onnx.numpy_helper.to_array(proto.graph.initializer[1]).reshape(-1, 1, 1)
-    expand_group_norms(proto)
-    use_two_stage_sums(proto)
+    apply(expand_group_norms, proto)
+    apply(use_two_stage_sums, proto)
     y = onnxruntime(proto, np.full((1, CHANNELS, 5, 4), 7, np.float32))
     np.testing.assert_allclose(y[0], np.broadcast_to(bias, y[0].shape), atol=1e-5)
 
@@ -81,16 +82,39 @@ def test_zero_variance_gives_the_bias() -> None:
 )
 def test_what_is_not_known_is_left_alone(proto: onnx.ModelProto) -> None:
     before = proto.SerializeToString(deterministic=True)
-    assert expand_group_norms(proto) == 0
+    assert apply(expand_group_norms, proto) == 0
     assert proto.SerializeToString(deterministic=True) == before
 
 
 def test_an_instance_norm_with_a_weight_keeps_it() -> None:
     proto = group_norm(1)
-    expand_group_norms(proto)
+    apply(expand_group_norms, proto)
     (ones,) = [t for t in proto.graph.initializer if t.name == "y_ones"]
     ones.CopyFrom(onnx.numpy_helper.from_array(np.array([2], np.float32), "y_ones"))
-    assert use_two_stage_sums(proto) == 0
+    assert apply(use_two_stage_sums, proto) == 0
+
+
+@pytest.mark.parametrize(("flat", "channels"), [([0, 4, -1], 4), ([-1, 4, 20], 8), ([0, 4, -1], "channels")])
+def test_an_instance_norm_of_other_slices_keeps_its_sums(flat: list[int], channels: int | str) -> None:
+    """[-1, 4, 20] makes two instances of a sample with 8 channels; the number of channels may be unknown."""
+    shape = ["batch", channels, 5, 4]
+    constants = {"flat": np.array(flat), "ones": np.ones(4, np.float32), "zeros": np.zeros(4, np.float32)}
+    graph = helper.make_graph(
+        [
+            helper.make_node("Reshape", ["x", "flat"], ["a"]),
+            helper.make_node("InstanceNormalization", ["a", "ones", "zeros"], ["b"], epsilon=1e-5),
+            helper.make_node("Reshape", ["b", "restored"], ["y"]),
+        ],
+        "g",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, shape)],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, None)],
+        [
+            onnx.numpy_helper.from_array(v, k)
+            for k, v in (constants | {"restored": np.array([-1, 4, 5, 4])}).items()
+        ],
+    )
+    proto = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=9)
+    assert apply(use_two_stage_sums, proto) == (flat[0] == 0 and channels == 4)
 
 
 def test_two_stages_are_more_exact() -> None:
@@ -106,9 +130,9 @@ def test_two_stages_are_more_exact() -> None:
         [onnx.numpy_helper.from_array(np.full(64, v, np.float32), n) for v, n in ((1, "w"), (0, "b"))],
     )
     proto = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
-    expand_group_norms(proto)
+    apply(expand_group_norms, proto)
     one_run = np.abs(onnxruntime(proto, x.numpy()) - expected).max()
-    use_two_stage_sums(proto)
+    apply(use_two_stage_sums, proto)
     assert np.abs(onnxruntime(proto, x.numpy()) - expected).max() < one_run / 3
 
 

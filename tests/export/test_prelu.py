@@ -15,6 +15,7 @@ from torch import nn
 import pn_compiler
 from pn_compiler.export import make_session
 from pn_compiler.export.rewrites.prelu import expand_prelus, use_leaky_relus
+from tests.export.rewriting import apply
 
 X = np.random.default_rng(0).normal(size=(2, 3, 5, 4)).astype(np.float32)
 
@@ -39,7 +40,7 @@ def run(proto: onnx.ModelProto, x: np.ndarray) -> np.ndarray:
 def test_slopes_of_channels_become_convolutions(slopes: list[float]) -> None:
     proto = model(np.array(slopes).reshape(3, 1, 1))
     expected = np.where(X > 0, X, X * np.array(slopes, np.float32).reshape(3, 1, 1))
-    assert expand_prelus(proto) == 1
+    assert apply(expand_prelus, proto) == 1
     assert [node.op_type for node in proto.graph.node] == ["Conv", "Relu", "Conv", "Add"]
     np.testing.assert_allclose(run(proto, X), expected, rtol=1e-5, atol=1e-6)
 
@@ -47,7 +48,7 @@ def test_slopes_of_channels_become_convolutions(slopes: list[float]) -> None:
 @pytest.mark.parametrize("size", [(1,), (1, 1, 1), (1, 3, 1, 1)])
 def test_one_slope_becomes_a_leaky_relu(size: tuple[int, ...]) -> None:
     proto = model(np.full(size, 0.3))
-    assert use_leaky_relus(proto) == 1
+    assert apply(use_leaky_relus, proto) == 1
     assert [node.op_type for node in proto.graph.node] == ["LeakyRelu"]
     assert not proto.graph.initializer
     np.testing.assert_allclose(run(proto, X), np.where(X > 0, X, X * np.float32(0.3)), rtol=1e-6)
@@ -58,7 +59,7 @@ def test_one_slope_becomes_a_leaky_relu(size: tuple[int, ...]) -> None:
     [model(np.arange(4.0)), model(np.ones((3, 5, 4))), model(np.arange(3.0).reshape(3, 1), ("batch", 3, 5))],
 )
 def test_the_rest_is_left_alone(proto: onnx.ModelProto) -> None:
-    assert expand_prelus(proto) == 0
+    assert apply(expand_prelus, proto) == 0
     assert [node.op_type for node in proto.graph.node] == ["PRelu"]
 
 
@@ -80,7 +81,7 @@ def test_it_is_faster() -> None:
     slow = model(np.linspace(0.1, 0.4, 32).reshape(32, 1, 1), shape)
     fast = onnx.ModelProto()
     fast.CopyFrom(slow)
-    expand_prelus(fast)
+    apply(expand_prelus, fast)
     seconds = []
     for proto in (slow, fast):
         session = make_session(proto.SerializeToString(), threads=1)

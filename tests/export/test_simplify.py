@@ -3,6 +3,7 @@ import pytest
 from onnx import TensorProto, helper
 
 from pn_compiler.export.rewrites.simplify import freeze_reshapes
+from tests.export.rewriting import apply
 
 
 def model(shape: list[int | str], *, gathered: bool = False) -> onnx.ModelProto:
@@ -24,11 +25,11 @@ def model(shape: list[int | str], *, gathered: bool = False) -> onnx.ModelProto:
 
 def test_one_unknown_axis_is_frozen() -> None:
     proto = model(["batch", 3, 4])
-    assert freeze_reshapes(proto) == 1
+    assert apply(freeze_reshapes, proto) == 1
     onnx.checker.check_model(proto, full_check=True)
     (constant,) = [t for t in proto.graph.initializer if t.name == "shape"]
     assert onnx.numpy_helper.to_array(constant).tolist() == [-1, 3, 4]
-    assert freeze_reshapes(proto) == 0
+    assert apply(freeze_reshapes, proto) == 0
 
 
 @pytest.mark.parametrize(
@@ -38,5 +39,5 @@ def test_one_unknown_axis_is_frozen() -> None:
 def test_the_rest_is_left_alone(shape: list[int | str], gathered: bool) -> None:
     proto = model(shape, gathered=gathered)
     before = proto.SerializeToString()
-    assert freeze_reshapes(proto) == 0
+    assert apply(freeze_reshapes, proto) == 0
     assert proto.SerializeToString() == before
