@@ -122,7 +122,7 @@ def test_what_the_caller_sees_stays_a_write(write: Callable[[Tensor], Tensor]) -
 
 def test_a_sum_in_place_of_another_dtype_stays() -> None:
     def widened(y: Tensor) -> Tensor:
-        z = y.float()
+        z = y.float() + 1
         z += y
         return z
 

@@ -86,6 +86,7 @@ OTHERS: dict[str, tuple[int, Callable[[Tensor], Any]]] = {
     "LPPool2d": (2, nn.LPPool2d(2, 2)),
     "Flatten of pixels": (2, nn.Flatten(2)),
     "mean over channels": (2, lambda y: y.mean(1)),
+    "mean over channels that stay": (2, lambda y: y.mean(1, keepdim=True)),
     "mean over rows that go": (2, lambda y: y.mean(2)),
     "mean of all": (2, lambda y: y.mean()),
     "adaptive_max_pool2d with indices": (2, lambda y: F.adaptive_max_pool2d(y, 2, return_indices=True)),
