@@ -120,7 +120,7 @@ def _by_nodes(
     f: Callable[[Tensor], Tensor], m: Tensor, s: Tensor, t: Tensor, w: Tensor, *, slopes: bool
 ) -> Moments:
     """Sums over the last axis. Slopes need no f': d/dm E f = E f t / s and d/ds E f = E f (t^2 - 1) / s."""
-    center = f(m).detach()  # any center gives the same mean and variance
+    center = f(m.clone()).detach()  # f may work in place; any center gives the same mean and variance
     g = f(m[..., None] + s[..., None] * t) - center[..., None]
     weights = [w, w * t, w * (t * t - 1)] if slopes else [w]
     mean, *mean_by = _weighted(g, weights)

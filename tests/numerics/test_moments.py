@@ -3,6 +3,7 @@
 import functools
 import itertools
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -298,3 +299,13 @@ def test_quadrature_has_the_gradient_of_a_jump(activation: nn.Module) -> None:
     assert torch.autograd.gradcheck(
         lambda m, s: pn_compiler.proxy_moments(activation, m, s, method="quadrature"), (m, s), rtol=1e-4
     )
+
+
+@pytest.mark.parametrize("kind", [nn.SiLU, nn.Mish, nn.ELU, nn.CELU, nn.SELU, nn.ReLU, nn.Hardswish])
+@pytest.mark.parametrize("method", ["exact", "quadrature"])
+def test_activations_that_work_in_place_leave_their_arguments_alone(kind: Any, method: str) -> None:
+    mean, std = torch.tensor([-1.0, 0.5], dtype=torch.float64), torch.ones(2, dtype=torch.float64)
+    actual = pn_compiler.proxy_moments(kind(inplace=True), mean, std, method=method)  # type: ignore[arg-type]
+    expected = pn_compiler.proxy_moments(kind(), mean, std, method=method)  # type: ignore[arg-type]
+    torch.testing.assert_close(actual, expected, rtol=0, atol=0)
+    assert mean.tolist() == [-1.0, 0.5]

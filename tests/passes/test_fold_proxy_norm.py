@@ -33,7 +33,14 @@ CLIPS = [
     nn.Hardtanh(-0.5, float("inf")),
 ]
 HOMOGENEOUS = [nn.LeakyReLU(0.2, inplace=True), nn.PReLU(), nn.PReLU(3)]
-OTHERS = [nn.Hardswish(inplace=True), nn.SiLU(), nn.GELU(), nn.Softplus(), nn.Threshold(0.2, 0.2), nn.Tanh()]
+OTHERS = [
+    nn.Hardswish(inplace=True),
+    nn.SiLU(inplace=True),
+    nn.GELU(),
+    nn.Softplus(),
+    nn.Threshold(0.2, 0.2),
+    nn.Tanh(),
+]
 
 
 def routed(model: SiteNet) -> fx.GraphModule:
