@@ -84,10 +84,10 @@ def in_blocked_layout(model: onnx.ModelProto) -> tuple[onnx.ModelProto, int]:
     _guard(result.graph, entries, block)
     RemoveUnusedNodesPass()(result)
     RemoveUnusedOpsetsPass()(result)
-    for value in (value for node in result.graph for value in node.outputs if not value.is_graph_output()):
-        value.type = value.shape = None  # blocks are not what was inferred
     result.producer_name, result.producer_version = model.producer_name, model.producer_version
-    return onnx_ir.to_proto(result), len(entries)
+    proto = onnx_ir.to_proto(result)
+    del proto.graph.value_info[:]  # of the plain layout
+    return proto, len(entries)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
