@@ -2,7 +2,7 @@
 
 import copy
 import functools
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -12,7 +12,6 @@ from torch.utils import _pytree as pytree
 from pn_compiler.base.errors import ConfigError
 from pn_compiler.base.option_checks import one_of
 
-DType = Literal["float32", "float16", "bfloat16"]
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 _CONV_OPSET = 22  # the first whose Conv takes bfloat16
 _NORMALIZERS = (nn.GroupNorm, nn.LayerNorm, _NormBase)
