@@ -77,7 +77,7 @@ _MODULES = {
     "serving": ("export_model_repository",),
     "recovery.static_statistics": ("freeze_statistics",),
 }
-sys.meta_path.append(RenamedModules())
+sys.meta_path.insert(0, RenamedModules())
 _HOMES = {name: module for module, names in _MODULES.items() for name in names}
 
 
