@@ -267,7 +267,7 @@ def test_what_does_not_fit_at_other_sizes_is_not_logged(
 
 
 def test_each_layer_runs_once_for_an_answer(monkeypatch: pytest.MonkeyPatch) -> None:
-    from pn_compiler.proxies import traced_ranks
+    from pn_compiler.tracing import traced_ranks
 
     runs: list[Any] = []
     original = traced_ranks._Run._execute
