@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import fx, nn
 
-from pn_compiler.graph.graph_utils import called_module, operator_of, traits_of
+from pn_compiler.graph.graph_utils import attribute_of, called_module, operator_of, traits_of
 from pn_compiler.graph.ranks import flattened_axes, rank, reads_batch, size_of
 from pn_compiler.nn import ProxyNormAct
 from pn_compiler.operators.spelling import input_of, listed_sizes, operands, operator_name
@@ -60,10 +60,8 @@ def _channels_of_broadcast(gm: fx.GraphModule, node: fx.Node) -> int | None:
 
 def _size_along_channels(gm: fx.GraphModule, node: fx.Node, dims: int) -> int | None:
     """How many channels `node` has where it meets tensors of `dims` dimensions, to which it broadcasts."""
-    if node.op == "get_attr":
-        owner, _, name = str(node.target).rpartition(".")
-        shape = getattr(gm.get_submodule(owner), name).shape
-        return int(shape[1 - dims]) if len(shape) >= dims - 1 > 0 else 1
+    if (attribute := attribute_of(gm, node)) is not None:
+        return int(attribute.shape[1 - dims]) if attribute.dim() >= dims - 1 > 0 else 1
     return channels_of(gm, node) if rank(node) == dims else None
 
 

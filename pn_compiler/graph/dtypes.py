@@ -8,11 +8,11 @@ import operator
 import torch
 from torch import Tensor, fx, nn
 
-from pn_compiler.graph.graph_utils import called_module
+from pn_compiler.graph.graph_utils import attribute_of, called_module
 from pn_compiler.graph.ranks import dtype
 from pn_compiler.inspection.hooks import may_change_calls
-from pn_compiler.operators.spelling import operator_name, reads_shape
-from pn_compiler.operators.traits import traits_named
+from pn_compiler.operators.spelling import reads_shape
+from pn_compiler.operators.traits import function_name, traits_named
 
 
 def is_floating(gm: fx.GraphModule, node: fx.Node) -> bool | None:
@@ -46,15 +46,14 @@ def _sources(gm: fx.GraphModule, node: fx.Node) -> list[fx.Node] | None:
     if module is not None:
         return _sources_of_module(module, first)
     if node.op == "get_attr":
-        owner, _, name = str(node.target).rpartition(".")
-        value = getattr(gm.get_submodule(owner), name, None)
-        return None if isinstance(value, Tensor) and value.is_floating_point() and value.dim() else []
+        value = attribute_of(gm, node)
+        return None if value is not None and value.is_floating_point() and value.dim() else []
     casts = any(isinstance(value, torch.dtype) for value in (*node.args, *node.kwargs.values()))
     if node.op not in ("call_function", "call_method") or casts or reads_shape(node):
         return []
     if node.target is operator.getitem:
-        return [] if _gives_indices(gm, first[0]) else first
-    name = operator_name(node).removesuffix("_")
+        return first
+    name = function_name(node).removesuffix("_")
     if name == "where":
         return node.all_input_nodes[1:]
     dtype_of = traits_named(name).dtype
@@ -65,15 +64,11 @@ def _sources(gm: fx.GraphModule, node: fx.Node) -> list[fx.Node] | None:
     return first if dtype_of == "first" else []
 
 
-def _gives_indices(gm: fx.GraphModule, pool: fx.Node) -> bool:
-    """Whether `pool` gives the places of its maxima, too."""
-    of_module = getattr(called_module(gm, pool), "return_indices", False)
-    return bool(of_module or pool.kwargs.get("return_indices") or "max_pool" in operator_name(pool))
-
-
 def _sources_of_module(module: nn.Module, first: list[fx.Node]) -> list[fx.Node] | None:
     own = type(module).__module__
     if not own.startswith(("torch.nn.modules.", "pn_compiler.")) or may_change_calls(module):
+        return []
+    if getattr(module, "return_indices", False):
         return []
     parameter = next(module.parameters(), None)
     if isinstance(module, nn.modules.batchnorm._BatchNorm) or parameter is not None:

@@ -16,6 +16,15 @@ def called_module(graph: nn.Module, node: fx.Node) -> nn.Module | None:
     return graph.get_submodule(str(node.target)) if node.op == "call_module" else None
 
 
+def attribute_of(gm: fx.GraphModule, node: fx.Node) -> torch.Tensor | None:
+    """The parameter or buffer that `node` reads, or None."""
+    if node.op != "get_attr":
+        return None
+    owner, _, name = str(node.target).rpartition(".")
+    value = getattr(gm.get_submodule(owner), name, None)
+    return value if isinstance(value, torch.Tensor) else None
+
+
 def operator_of(gm: fx.GraphModule, node: fx.Node) -> str:
     """The name, in the table of traits, of the function, method or layer that `node` calls; "" if unknown."""
     module = called_module(gm, node)

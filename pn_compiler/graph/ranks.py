@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from pn_compiler.graph.graph_utils import called_module, operator_of, traits_of
+from pn_compiler.graph.graph_utils import attribute_of, called_module, operator_of, traits_of
 from pn_compiler.inspection.captured import copy_with_functions
 from pn_compiler.inspection.module_state import ModuleState
 from pn_compiler.nn import ProxyNormAct
@@ -149,13 +149,13 @@ def _fits_batch(gm: fx.GraphModule, operand: fx.Node, known: int | None) -> bool
     """Whether a sum of `known` axes, with `operand` in it, has the first axis of another operand."""
     if has_batch_of_inputs(operand):
         return True
-    value, before = _attribute(gm, operand), rank(operand)
+    value, before = attribute_of(gm, operand), rank(operand)
     single = value is not None and value.shape[:1] == (1,)
     return single or (known is not None and before is not None and before < known)
 
 
 def _rank_of(gm: fx.GraphModule, node: fx.Node) -> int | None:
-    if (attribute := _attribute(gm, node)) is not None:
+    if (attribute := attribute_of(gm, node)) is not None:
         return attribute.dim()
     if node.op not in ("call_module", "call_function", "call_method"):
         return None
@@ -207,15 +207,6 @@ def _rank_of_shaping(gm: fx.GraphModule, node: fx.Node, first: int | None) -> in
     if dims is None:
         return None
     return first if dims[1] else first - len(dims[0])
-
-
-def _attribute(gm: fx.GraphModule, node: fx.Node) -> torch.Tensor | None:
-    """The parameter or buffer that `node` reads, or None."""
-    if node.op != "get_attr":
-        return None
-    owner, _, name = str(node.target).rpartition(".")
-    value = getattr(gm.get_submodule(owner), name, None)
-    return value if isinstance(value, torch.Tensor) else None
 
 
 def _rank_of_item(gm: fx.GraphModule, node: fx.Node) -> int | None:

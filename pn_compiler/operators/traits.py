@@ -119,6 +119,7 @@ def function_name(node: fx.Node) -> str:
     name = operator_name(node)
     if "max_pool" not in name or name.endswith("_with_indices"):
         return name
-    if name.startswith("adaptive"):  # torch's own returns both
-        return "" if getattr(F, name, None) is node.target else f"{name}_with_indices"
-    return f"{name}_with_indices" if len(node.args) > 6 or node.kwargs.get("return_indices") else name
+    adaptive = name.startswith("adaptive")
+    always = adaptive and getattr(F, name, None) is not node.target  # torch's own returns both
+    positional = (*node.args[2 if adaptive else 6 :], False)
+    return f"{name}_with_indices" if always or node.kwargs.get("return_indices", positional[0]) else name

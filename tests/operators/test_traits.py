@@ -122,6 +122,7 @@ def test_a_max_pool_with_indices_has_a_row_of_its_own() -> None:
     graph = fx.Graph()
     x = graph.placeholder("x")
     assert function_name(graph.call_function(torch.max_pool2d, (x, 2))) == "max_pool2d"
+    assert function_name(graph.call_function(F.adaptive_max_pool1d, (x, 2, False))) == "adaptive_max_pool1d"
     both = (
         graph.call_function(F.max_pool2d, (x, 2), {"return_indices": True}),
         graph.call_function(F.max_pool2d, (x, 2, 2, 0, 1, False, True)),
