@@ -12,7 +12,7 @@ from pn_compiler.graph.ranks import flattens_channels, rank, reads_batch
 from pn_compiler.inspection.hooks import has_hooks
 from pn_compiler.nn import INPUT_AFFINE
 from pn_compiler.numerics.affine import absorb_affine
-from pn_compiler.operators.spelling import operands, operator_name, reads_shape, reduced_dims
+from pn_compiler.operators.op_names import operands, operator_name, reads_shape, reduced_dims
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -13,7 +13,7 @@ from torch import fx, nn
 from pn_compiler.graph.graph_utils import attribute_of, called_module, operator_of, traits_of
 from pn_compiler.graph.ranks import flattened_axes, rank, reads_batch, size_of
 from pn_compiler.nn import ProxyNormAct
-from pn_compiler.operators.spelling import input_of, listed_sizes, operands, operator_name
+from pn_compiler.operators.op_names import input_of, listed_sizes, operands, operator_name
 
 
 def channels_of(gm: fx.GraphModule, node: fx.Node) -> int | None:

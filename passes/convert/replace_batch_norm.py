@@ -30,7 +30,7 @@ from pn_compiler.inspection.batch_norms import (
 from pn_compiler.inspection.fake_tensors import has_values
 from pn_compiler.inspection.functional_norms import NAMES, reaches_batch_norm
 from pn_compiler.inspection.hooks import has_hooks
-from pn_compiler.operators.spelling import operator_name
+from pn_compiler.operators.op_names import operator_name
 from pn_compiler.passes.prepare.canonicalize_modules import CanonicalizeModules
 from pn_compiler.passes.prepare.norm_calls import is_norm_call, norm_operands
 

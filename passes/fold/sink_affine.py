@@ -12,7 +12,7 @@ from pn_compiler.graph.graph_utils import called_module, operator_of
 from pn_compiler.graph.pass_base import GraphPass, PassResult
 from pn_compiler.graph.ranks import flattens_channels, rank
 from pn_compiler.nn import ChannelAffine, ProxyNormAct
-from pn_compiler.operators.spelling import operator_name, reads_shape
+from pn_compiler.operators.op_names import operator_name, reads_shape
 from pn_compiler.passes.absorption import Router, commutes, put_into
 from pn_compiler.passes.channels import (
     channels_of,

@@ -9,7 +9,7 @@ from pn_compiler.graph.pass_base import GraphPass, PassResult
 from pn_compiler.graph.ranks import rank
 from pn_compiler.nn import ConstantAffine
 from pn_compiler.numerics.affine import absorb_output_affine
-from pn_compiler.operators.spelling import reads_shape
+from pn_compiler.operators.op_names import reads_shape
 from pn_compiler.passes.absorption import Router, put_into, set_weight_and_bias
 from pn_compiler.passes.freeze.split_clips import SplitClips
 from pn_compiler.passes.freeze.split_gates import SplitGates

@@ -12,7 +12,7 @@ from pn_compiler.graph.pass_base import GraphPass, PassResult
 from pn_compiler.graph.ranks import dtype
 from pn_compiler.inspection.hooks import has_hooks
 from pn_compiler.operators.activations import activation_of, reading_input
-from pn_compiler.operators.spelling import operator_name
+from pn_compiler.operators.op_names import operator_name
 
 
 class CanonicalizeActivations(GraphPass):

@@ -16,7 +16,7 @@ from pn_compiler.graph.graph_utils import (
 from pn_compiler.graph.pass_base import GraphPass, PassResult
 from pn_compiler.inspection.batch_norms import has_plain_forward
 from pn_compiler.inspection.hooks import has_hooks
-from pn_compiler.operators.spelling import counts_batches, operands, operator_name
+from pn_compiler.operators.op_names import counts_batches, operands, operator_name
 from pn_compiler.passes.prepare.norm_calls import modularize_norms
 
 _CONVS: dict[str, type[nn.Module]] = {"conv1d": nn.Conv1d, "conv2d": nn.Conv2d, "conv3d": nn.Conv3d}

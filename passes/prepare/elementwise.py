@@ -20,8 +20,8 @@ from pn_compiler.inspection.hooks import has_hooks
 from pn_compiler.operators import piecewise
 from pn_compiler.operators.activations import is_activation, kinks_of
 from pn_compiler.operators.known_activations import piecewise_of
+from pn_compiler.operators.op_names import operator_name
 from pn_compiler.operators.piecewise import NotPiecewiseError, Piecewise
-from pn_compiler.operators.spelling import operator_name
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from pn_compiler.graph.pass_base import GraphPass, PassResult
 from pn_compiler.inspection.batch_norms import is_batch_norm
 from pn_compiler.inspection.hooks import has_hooks
 from pn_compiler.operators.activations import is_activation, is_homogeneous
-from pn_compiler.operators.spelling import reads_shape
+from pn_compiler.operators.op_names import reads_shape
 from pn_compiler.passes.prepare.recognize_activations import RecognizeActivations
 
 

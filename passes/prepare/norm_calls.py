@@ -15,7 +15,7 @@ from pn_compiler.inspection.batch_norms import FixedMode
 from pn_compiler.inspection.functional_norms import NAMES
 from pn_compiler.inspection.hooks import has_hooks
 from pn_compiler.nn import ReadTraining
-from pn_compiler.operators.spelling import input_of, operands, operator_name
+from pn_compiler.operators.op_names import input_of, operands, operator_name
 
 _TENSORS = ("weight", "bias", "running_mean", "running_var")
 _ATEN = (*_TENSORS, "training", "momentum", "eps")  # what follows the input

@@ -12,8 +12,8 @@ from pn_compiler.inspection.batch_norms import is_batch_norm
 from pn_compiler.inspection.hooks import has_hooks
 from pn_compiler.operators.activations import is_activation, reading_input
 from pn_compiler.operators.known_activations import known_by_values, known_module, known_piecewise
+from pn_compiler.operators.op_names import reads_shape
 from pn_compiler.operators.piecewise import Piecewise, identity
-from pn_compiler.operators.spelling import reads_shape
 from pn_compiler.passes.prepare.canonicalize_activations import CanonicalizeActivations
 from pn_compiler.passes.prepare.elementwise import Value, constant_of, value_of
 

@@ -19,7 +19,7 @@ from torch import fx, nn
 from pn_compiler.graph.graph_utils import called_module
 from pn_compiler.inspection.hooks import has_hooks
 from pn_compiler.nn import ConstantClamp, ProxyNormAct
-from pn_compiler.operators.spelling import operator_name, reads_shape
+from pn_compiler.operators.op_names import operator_name, reads_shape
 from pn_compiler.operators.traits import traits_named
 
 _IN_PLACE_OPERATORS = frozenset(

@@ -11,7 +11,7 @@ from torch import Tensor, fx, nn
 from pn_compiler.graph.graph_utils import attribute_of, called_module
 from pn_compiler.graph.ranks import dtype
 from pn_compiler.inspection.hooks import may_change_calls
-from pn_compiler.operators.spelling import reads_shape
+from pn_compiler.operators.op_names import reads_shape
 from pn_compiler.operators.traits import function_name, traits_named
 
 

@@ -17,7 +17,7 @@ from pn_compiler.graph.graph_utils import attribute_of, called_module, operator_
 from pn_compiler.inspection.captured import copy_with_functions
 from pn_compiler.inspection.module_state import ModuleState
 from pn_compiler.nn import ProxyNormAct
-from pn_compiler.operators.spelling import (
+from pn_compiler.operators.op_names import (
     input_of,
     listed_sizes,
     operands,

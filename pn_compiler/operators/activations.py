@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from pn_compiler.operators.spelling import operator_name
+from pn_compiler.operators.op_names import operator_name
 
 Coefficient = float | Tensor
 #: Pieces of a piecewise polynomial, in rising order: where the piece begins, and (c0, c1, c2) of

@@ -14,7 +14,7 @@ from typing import Literal
 import torch.nn.functional as F
 from torch import fx
 
-from pn_compiler.operators.spelling import operator_name
+from pn_compiler.operators.op_names import operator_name
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -12,7 +12,7 @@ from torch import fx, nn
 from torch.utils import _pytree as pytree
 
 from pn_compiler.operators import in_place
-from pn_compiler.operators.spelling import operator_name
+from pn_compiler.operators.op_names import operator_name
 from pn_compiler.proxies.autograd_functions import FunctionCall
 
 UNKNOWN: Any = type("Unknown", (), {"__repr__": lambda self: "unknown"})()

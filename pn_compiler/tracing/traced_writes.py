@@ -9,7 +9,7 @@ from torch import fx, nn
 
 from pn_compiler.graph.aliases import tensor_behind, writes
 from pn_compiler.inspection.functional_norms import NAMES
-from pn_compiler.operators.spelling import counts_batches, operator_name
+from pn_compiler.operators.op_names import counts_batches, operator_name
 from pn_compiler.proxies.proxies import PROXIES, is_parameter
 from pn_compiler.proxies.trace_failures import Failure, RefusingTracer
 
