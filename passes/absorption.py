@@ -7,27 +7,12 @@ import torch
 from torch import Tensor, fx, nn
 
 from pn_compiler.graph.aliases import find_aliases
-from pn_compiler.graph.graph_utils import called_module, module_calls
-from pn_compiler.graph.ranks import flattens_channels, flattens_module, rank, reads_batch
+from pn_compiler.graph.graph_utils import called_module, module_calls, operator_of, traits_of
+from pn_compiler.graph.ranks import flattens_channels, rank, reads_batch
 from pn_compiler.inspection.hooks import has_hooks
 from pn_compiler.nn import INPUT_AFFINE
 from pn_compiler.numerics.affine import absorb_affine
 from pn_compiler.operators.op_names import operands, operator_name, reads_shape, reduced_dims
-
-# A scale r > 0 and a shift v per channel commute with an operator L if L(a r + v) = L(a) r + v. Max
-# pooling pads with -inf; dropout belongs here as padding does: what it drops is a, before the shift.
-_COMMUTING_MODULES = (nn.Identity, nn.modules.dropout._DropoutNd)
-_COMMUTING_POOLS = (
-    nn.modules.pooling._MaxPoolNd,
-    nn.modules.pooling._AdaptiveAvgPoolNd,
-    nn.modules.pooling._AdaptiveMaxPoolNd,
-)
-_COMMUTING_NAMES = {
-    "contiguous",
-    *(f"{name}dropout{n}" for name in ("", "feature_") for n in ("", "1d", "2d", "3d")),
-}
-_COMMUTING_POOL_NAMES = tuple(f"{name}_pool{n}d" for name in ("max", "adaptive_avg") for n in (1, 2, 3))
-_AVERAGE_POOLS = tuple(f"avg_pool{n}d" for n in (1, 2, 3))
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -167,23 +152,15 @@ def commutes(gm: fx.GraphModule, user: fx.Node, value: fx.Node, *, through_paddi
     """Whether the affine of `value` can be applied to the output of `user` instead."""
     if not user.args or user.args[0] is not value:
         return False
-    module = called_module(gm, user)
-    if module is not None:
-        if isinstance(module, (nn.modules.pooling._AvgPoolNd, *_COMMUTING_POOLS)):
-            return reads_batch(gm, user, value) and _pool_commutes(module, through_padding=through_padding)
-        return isinstance(module, _COMMUTING_MODULES) or flattens_module(module)
-    name = operator_name(user)
-    if name in _COMMUTING_NAMES:
+    module, traits = called_module(gm, user), traits_of(gm, user)
+    if module is not None and has_hooks(module):
+        return False
+    if not traits.commutes:
+        return flattens_channels(gm, user) or _averages_space(user, value)
+    if not traits.axes:
         return True
-    if name in _COMMUTING_POOL_NAMES:  # return_indices is the seventh argument
-        one_result = len(user.args) < 7 and not user.kwargs.get("return_indices")
-        return one_result and reads_batch(gm, user, value)
-    if name in _AVERAGE_POOLS and reads_batch(gm, user, value):
-        given = operands(user, "kernel_size", "stride", "padding", "ceil_mode", "count_include_pad")
-        padded = given.get("padding", 0) not in (0, (0,), (0, 0), [0, 0], (0, 0, 0), [0, 0, 0])
-        plain = given.get("divisor_override") is None and len(user.args) < 7
-        return plain and (through_padding or not padded or given.get("count_include_pad") is False)
-    return flattens_channels(user) or _averages_space(user, value)
+    even = not operator_of(gm, user).startswith("avg_pool") or _averages_evenly(user, module, through_padding)
+    return even and reads_batch(gm, user, value)
 
 
 def gate_of(gm: fx.GraphModule, user: fx.Node, value: fx.Node) -> fx.Node | None:
@@ -220,12 +197,16 @@ def _pools_globally(gm: fx.GraphModule, node: fx.Node) -> bool:
     return reduced is not None and reduced[1] and set(reduced[0]) in ({2, 3}, {-1, -2})
 
 
-def _pool_commutes(module: nn.Module, *, through_padding: bool) -> bool:
-    if isinstance(module, nn.modules.pooling._AvgPoolNd):
-        padded = any(module.padding) if isinstance(module.padding, tuple) else module.padding
-        plain = getattr(module, "divisor_override", None) is None
-        return plain and (through_padding or not padded or not module.count_include_pad)
-    return not getattr(module, "return_indices", False)
+_AVERAGE = ("kernel_size", "stride", "padding", "ceil_mode", "count_include_pad", "divisor_override")
+
+
+def _averages_evenly(pool: fx.Node, module: nn.Module | None, through_padding: bool) -> bool:
+    """Whether the weights of an average pool add up to 1, or do but for padding that does not count."""
+    given = operands(pool, *_AVERAGE) if module is None else vars(module)
+    padding = given.get("padding", 0)
+    padded = any(padding) if isinstance(padding, list | tuple) else padding != 0
+    plain = given.get("divisor_override") is None
+    return plain and (through_padding or not padded or not given.get("count_include_pad", True))
 
 
 def _averages_space(user: fx.Node, value: fx.Node) -> bool:

@@ -10,27 +10,10 @@ from typing import Any
 
 from torch import fx, nn
 
-from pn_compiler.graph.graph_utils import called_module
-from pn_compiler.graph.ranks import rank, reads_batch, size_of
-from pn_compiler.nn import ChannelAffine, ProxyNormAct
-from pn_compiler.operators.activations import activation_of, is_activation
-from pn_compiler.operators.op_names import listed_sizes, operands, operator_name
-
-_PADS = (
-    nn.modules.padding._ReflectionPadNd,
-    nn.modules.padding._ReplicationPadNd,
-    nn.modules.padding._CircularPadNd,
-)
-_POOLS = (
-    *_PADS,
-    nn.modules.pooling._MaxPoolNd,
-    nn.modules.pooling._AvgPoolNd,
-    nn.modules.pooling._AdaptiveAvgPoolNd,
-    nn.modules.pooling._AdaptiveMaxPoolNd,
-)
-_KEEP_SHAPE = (nn.modules.dropout._DropoutNd, nn.Identity, ChannelAffine)
-_POOL_NAMES = frozenset(f"{kind}_pool{n}d" for kind in ("max", "avg", "adaptive_avg") for n in (1, 2, 3))
-_BROADCASTS = frozenset(["add", "iadd", "sub", "isub", "mul", "imul", "multiply", "div", "truediv"])
+from pn_compiler.graph.graph_utils import attribute_of, called_module, operator_of, traits_of
+from pn_compiler.graph.ranks import flattened_axes, rank, reads_batch, size_of
+from pn_compiler.nn import ProxyNormAct
+from pn_compiler.operators.op_names import input_of, listed_sizes, operands, operator_name
 
 
 def channels_of(gm: fx.GraphModule, node: fx.Node) -> int | None:
@@ -45,9 +28,10 @@ def channels_of(gm: fx.GraphModule, node: fx.Node) -> int | None:
     if (branches := concatenated(node)) is not None:
         sizes = [channels_of(gm, branch) for branch in branches]
         return None if None in sizes else sum(size or 0 for size in sizes)
-    if operator_name(node) in _BROADCASTS:
+    if traits_of(gm, node).rank == "largest":
         return _channels_of_broadcast(gm, node)
-    value = node.all_input_nodes[0]
+    if (value := input_of(node)) is None:
+        return None
     if node.target is operator.getitem and isinstance(called_module(gm, value), ProxyNormAct):
         return channels_of(gm, value)
     if node.target is operator.getitem or operator_name(node) == "narrow":
@@ -57,14 +41,10 @@ def channels_of(gm: fx.GraphModule, node: fx.Node) -> int | None:
 
 def _keeps_channels(gm: fx.GraphModule, node: fx.Node, value: fx.Node) -> bool:
     """Whether the second dimension of `node` is as long as that of `value`, its input."""
-    module, name = called_module(gm, node), operator_name(node)
-    if isinstance(module, _POOLS) or name in _POOL_NAMES:
-        return reads_batch(gm, node, value)
-    if isinstance(module, nn.Upsample) or name == "interpolate":
-        return (rank(value) or 0) > 2
-    if module is not None:
-        return isinstance(module, _KEEP_SHAPE) or is_activation(module)
-    return name == "contiguous" or activation_of(node) is not None
+    traits = traits_of(gm, node)
+    if traits.axes:
+        return traits.channels and reads_batch(gm, node, value)
+    return traits.channels and (not traits.resizes or (rank(value) or 0) > 2)
 
 
 def _channels_of_broadcast(gm: fx.GraphModule, node: fx.Node) -> int | None:
@@ -80,10 +60,8 @@ def _channels_of_broadcast(gm: fx.GraphModule, node: fx.Node) -> int | None:
 
 def _size_along_channels(gm: fx.GraphModule, node: fx.Node, dims: int) -> int | None:
     """How many channels `node` has where it meets tensors of `dims` dimensions, to which it broadcasts."""
-    if node.op == "get_attr":
-        owner, _, name = str(node.target).rpartition(".")
-        shape = getattr(gm.get_submodule(owner), name).shape
-        return int(shape[1 - dims]) if len(shape) >= dims - 1 > 0 else 1
+    if (attribute := attribute_of(gm, node)) is not None:
+        return int(attribute.shape[1 - dims]) if attribute.dim() >= dims - 1 > 0 else 1
     return channels_of(gm, node) if rank(node) == dims else None
 
 
@@ -168,11 +146,9 @@ def resizes(gm: fx.GraphModule, node: fx.Node, value: fx.Node) -> bool:
     """Whether `node` computes averages of values of one channel of `value`, with weights that add up to 1."""
     if not node.args or node.args[0] is not value:
         return False
-    module, dims = called_module(gm, node), rank(value)
-    if isinstance(module, nn.Upsample) or operator_name(node) == "interpolate":
-        return (dims or 0) > 2
-    if isinstance(module, _PADS):
-        return reads_batch(gm, node, value)
+    traits, dims = traits_of(gm, node), rank(value)
+    if traits.resizes:
+        return reads_batch(gm, node, value) if traits.axes else (dims or 0) > 2
     if operator_name(node) != "pad":
         return False
     given = operands(node, "pad", "mode")
@@ -201,11 +177,7 @@ def transposed(node: fx.Node, dims: int) -> list[int] | None:
 
 def joins_pixels(gm: fx.GraphModule, node: fx.Node) -> bool:
     """Whether `node` makes [N, C, S] of [N, C, *]."""
-    module = called_module(gm, node)
-    if isinstance(module, nn.Flatten):
-        return (module.start_dim, module.end_dim) == (2, -1)
-    given = operands(node, "start_dim", "end_dim")
-    return operator_name(node) == "flatten" and (given.get("start_dim"), given.get("end_dim", -1)) == (2, -1)
+    return operator_of(gm, node) == "flatten" and flattened_axes(gm, node) == (2, -1)
 
 
 def shuffled(gm: fx.GraphModule, node: fx.Node) -> tuple[fx.Node, int] | None:
@@ -215,7 +187,7 @@ def shuffled(gm: fx.GraphModule, node: fx.Node) -> tuple[fx.Node, int] | None:
     with N and C read from the value itself.
     """
     module = called_module(gm, node)
-    if isinstance(module, nn.ChannelShuffle):
+    if isinstance(module, nn.ChannelShuffle) and operator_of(gm, node):
         return node, module.groups
     chain = [node]
     for names in (("transpose",), ("contiguous",), ("view", "reshape")):

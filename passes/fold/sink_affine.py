@@ -8,9 +8,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, fx, nn
 
-from pn_compiler.graph.graph_utils import called_module
+from pn_compiler.graph.graph_utils import called_module, operator_of
 from pn_compiler.graph.pass_base import GraphPass, PassResult
-from pn_compiler.graph.ranks import flattens_channels, flattens_module, rank
+from pn_compiler.graph.ranks import flattens_channels, rank
 from pn_compiler.nn import ChannelAffine, ProxyNormAct
 from pn_compiler.operators.op_names import operator_name, reads_shape
 from pn_compiler.passes.absorption import Router, commutes, put_into
@@ -214,9 +214,8 @@ class _Flow:
         elif pair.axis != 1:
             return self._passes_with_channels_elsewhere(node, pair)
         elif commutes(self.gm, node, value, through_padding=False):
-            module = called_module(self.gm, node)
-            flattens = flattens_channels(node) or (module is not None and flattens_module(module))
-            self.pairs[node] = dataclasses.replace(pair, flat=pair.flat or flattens or rank(node) == 2)
+            flattens = flattens_channels(self.gm, node) or rank(node) == 2
+            self.pairs[node] = dataclasses.replace(pair, flat=pair.flat or flattens)
         elif pair.flat:
             return False
         elif resizes(self.gm, node, value) or joins_pixels(self.gm, node):
@@ -235,8 +234,7 @@ class _Flow:
         return True
 
     def _passes_with_channels_elsewhere(self, node: fx.Node, pair: _Pair) -> bool:
-        module = called_module(self.gm, node)
-        if not isinstance(module, nn.Identity | nn.Dropout) and operator_name(node) != "contiguous":
+        if operator_of(self.gm, node) not in ("identity", "dropout", "contiguous"):
             return False
         self.pairs[node] = pair
         return True

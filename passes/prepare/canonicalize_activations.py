@@ -7,7 +7,7 @@ from torch import fx, nn
 
 from pn_compiler.graph.aliases import find_aliases, in_place_operator, name_options, returns_target, writes
 from pn_compiler.graph.dtypes import is_floating
-from pn_compiler.graph.graph_utils import add_module, call_module_after, called_module
+from pn_compiler.graph.graph_utils import add_module, call_module_after, called_module, operator_of
 from pn_compiler.graph.pass_base import GraphPass, PassResult
 from pn_compiler.graph.ranks import dtype
 from pn_compiler.inspection.hooks import has_hooks
@@ -33,7 +33,8 @@ class CanonicalizeActivations(GraphPass):
         rewritten = 0
         for node in list(gm.graph.nodes):
             module = called_module(gm, node)
-            if isinstance(module, nn.Identity) and node.args and not has_hooks(module):
+            identity = module is not None and operator_of(gm, node) == "identity" and not has_hooks(module)
+            if identity and node.args:
                 node.replace_all_uses_with(node.all_input_nodes[0])
                 gm.graph.erase_node(node)
                 rewritten += 1

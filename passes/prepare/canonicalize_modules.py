@@ -6,7 +6,13 @@ import torch
 from torch import fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from pn_compiler.graph.graph_utils import add_module, call_module_after, module_calls, replace_module
+from pn_compiler.graph.graph_utils import (
+    add_module,
+    attribute_of,
+    call_module_after,
+    module_calls,
+    replace_module,
+)
 from pn_compiler.graph.pass_base import GraphPass, PassResult
 from pn_compiler.inspection.batch_norms import has_plain_forward
 from pn_compiler.inspection.hooks import has_hooks
@@ -141,11 +147,7 @@ def _conv_like(gm: fx.GraphModule, cls: type[nn.Module], given: dict[str, Any]) 
 
 def _tensor(gm: fx.GraphModule, operand: Any) -> torch.Tensor | None:
     """The parameter or buffer that `operand` reads, or None."""
-    if not isinstance(operand, fx.Node) or operand.op != "get_attr":
-        return None
-    owner, _, name = str(operand.target).rpartition(".")
-    value = getattr(gm.get_submodule(owner), name)
-    return value if isinstance(value, torch.Tensor) else None
+    return attribute_of(gm, operand) if isinstance(operand, fx.Node) else None
 
 
 def _replace_by_module(

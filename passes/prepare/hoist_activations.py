@@ -3,16 +3,13 @@
 from torch import fx, nn
 
 from pn_compiler.graph.aliases import Aliases, find_aliases, writes
-from pn_compiler.graph.graph_utils import call_module_after, called_module
+from pn_compiler.graph.graph_utils import call_module_after, called_module, moves_values, traits_of
 from pn_compiler.graph.pass_base import GraphPass, PassResult
 from pn_compiler.inspection.batch_norms import is_batch_norm
 from pn_compiler.inspection.hooks import has_hooks
 from pn_compiler.operators.activations import is_activation, is_homogeneous
-from pn_compiler.operators.op_names import moves_values, operator_name, reads_shape
+from pn_compiler.operators.op_names import reads_shape
 from pn_compiler.passes.prepare.recognize_activations import RecognizeActivations
-
-_DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
-_DROPOUT_NAMES = ("dropout", "dropout1d", "dropout2d", "dropout3d")
 
 
 class HoistActivations(GraphPass):
@@ -78,11 +75,10 @@ def _passes(gm: fx.GraphModule, node: fx.Node, activation: nn.Module) -> bool:
     module = called_module(gm, node)
     if module is not None and has_hooks(module):
         return False
-    if moves_values(node, module):
+    if moves_values(gm, node):
         return all(parameter.numel() == 1 for parameter in activation.parameters())
-    drops = type(module) in _DROPOUTS or operator_name(node) in _DROPOUT_NAMES
-    in_place = bool(writes(gm, node))  # it would overwrite the activation's output, which the gradient needs
-    return drops and not in_place and is_homogeneous(activation)
+    in_place = bool(writes(gm, node))  # over the output of the activation, which its gradient needs
+    return traits_of(gm, node).drops and not in_place and is_homogeneous(activation)
 
 
 def _read_once(node: fx.Node) -> bool:

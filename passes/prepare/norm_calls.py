@@ -15,7 +15,7 @@ from pn_compiler.inspection.batch_norms import FixedMode
 from pn_compiler.inspection.functional_norms import NAMES
 from pn_compiler.inspection.hooks import has_hooks
 from pn_compiler.nn import ReadTraining
-from pn_compiler.operators.op_names import operands, operator_name
+from pn_compiler.operators.op_names import input_of, operands, operator_name
 
 _TENSORS = ("weight", "bias", "running_mean", "running_var")
 _ATEN = (*_TENSORS, "training", "momentum", "eps")  # the operands after the input
@@ -43,7 +43,7 @@ def is_norm_call(node: fx.Node) -> bool:
     name = operator_name(node)
     if name == "instance_norm" and norm_operands(node).get("training", True) is not False:
         return False
-    return (name in NAMES or name == "instance_norm") and _depends_on_inputs(_input_of(node))
+    return (name in NAMES or name == "instance_norm") and _depends_on_inputs(input_of(node))
 
 
 def norm_operands(node: fx.Node) -> dict[str, Any]:
@@ -61,10 +61,6 @@ def norm_operands(node: fx.Node) -> dict[str, Any]:
 def _is_functional(node: fx.Node) -> bool:
     """F.batch_norm takes (running_mean, running_var, weight, bias); torch's and ATen's take the reverse."""
     return node.target in (F.batch_norm, F.instance_norm)
-
-
-def _input_of(node: fx.Node) -> Any:
-    return node.args[0] if node.args else node.kwargs.get("input")
 
 
 def _depends_on_inputs(value: Any) -> bool:
@@ -215,7 +211,7 @@ def _rewrite(gm: fx.GraphModule, site: _Site, path: str) -> int:
 
 def _call_instead(gm: fx.GraphModule, call: fx.Node, path: str) -> None:
     with gm.graph.inserting_after(call):
-        new = gm.graph.call_module(path, (_input_of(call),))
+        new = gm.graph.call_module(path, (input_of(call),))
     new.meta = dict(call.meta)
     for output in _outputs(call) or ():
         output.replace_all_uses_with(new)
@@ -227,8 +223,8 @@ def _call_instead(gm: fx.GraphModule, call: fx.Node, path: str) -> None:
 def _norm_of(gm: fx.GraphModule, site: _Site) -> _BatchNorm | None:
     """A BatchNorm with the tensors of `site`; None if one of its numbers is unknown."""
     tensors = {key: _value(gm, path) for key, path in site.reads.items()}
-    source = _input_of(site.calls[0])
-    known = rank(source) if isinstance(source, fx.Node) else None
+    source = input_of(site.calls[0])
+    known = None if source is None else rank(source)
     momentum, eps = site.operands.get("momentum", 0.1), site.operands.get("eps", 1e-5)
     if known not in (None, *_NORMS) or not tensors or any(isinstance(o, fx.Node) for o in (momentum, eps)):
         return None

@@ -6,13 +6,13 @@ import torch
 from torch import fx, nn
 
 from pn_compiler.graph.aliases import find_aliases
-from pn_compiler.graph.graph_utils import add_module, call_module_after, called_module
+from pn_compiler.graph.graph_utils import add_module, call_module_after, called_module, moves_values
 from pn_compiler.graph.pass_base import GraphPass, PassResult
 from pn_compiler.inspection.batch_norms import is_batch_norm
 from pn_compiler.inspection.hooks import has_hooks
 from pn_compiler.operators.activations import is_activation, reading_input
 from pn_compiler.operators.known_activations import known_by_values, known_module, known_piecewise
-from pn_compiler.operators.op_names import moves_values, reads_shape
+from pn_compiler.operators.op_names import reads_shape
 from pn_compiler.operators.piecewise import Piecewise, identity
 from pn_compiler.passes.prepare.canonicalize_activations import CanonicalizeActivations
 from pn_compiler.passes.prepare.elementwise import Value, constant_of, value_of
@@ -41,7 +41,7 @@ class RecognizeActivations(GraphPass):
         aliases = find_aliases(gm)
         for node in list(gm.graph.nodes):
             module = called_module(gm, node)
-            moved = moves_values(node, module) and node.all_input_nodes[0] in behind
+            moved = moves_values(gm, node) and node.all_input_nodes[0] in behind
             if moved or (module is not None and is_batch_norm(module)):
                 behind.add(node)
                 rewritten += 0 if node in aliases.pinned else _rewrite(gm, node, aliases.overwritten)

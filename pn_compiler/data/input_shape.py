@@ -7,8 +7,7 @@ import torch
 from torch import fx, nn
 
 from pn_compiler.base.errors import ConfigError, first_line
-from pn_compiler.graph.graph_utils import called_module
-from pn_compiler.operators.activations import is_activation
+from pn_compiler.graph.graph_utils import called_module, traits_of
 from pn_compiler.running.evaluation import untouched
 from pn_compiler.running.inputs import Inputs
 from pn_compiler.running.memory import refuse_giant_tensors, total_memory
@@ -120,10 +119,6 @@ def _first_layer(gm: fx.GraphModule, node: fx.Node) -> nn.Module | None:
         module = called_module(gm, node)
         if isinstance(module, nn.Conv2d | nn.Linear) or module is None:
             return module
-        keeps = isinstance(
-            module,
-            nn.modules.batchnorm._NormBase | nn.GroupNorm | nn.Dropout | nn.Identity | nn.ZeroPad2d,
-        )
-        if not (keeps or is_activation(module)):
+        if not traits_of(gm, node).channels:
             return None
     return None

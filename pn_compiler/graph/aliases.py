@@ -20,6 +20,7 @@ from pn_compiler.graph.graph_utils import called_module
 from pn_compiler.inspection.hooks import has_hooks
 from pn_compiler.nn import ConstantClamp, ProxyNormAct
 from pn_compiler.operators.op_names import operator_name, reads_shape
+from pn_compiler.operators.traits import traits_named
 
 _IN_PLACE_OPERATORS = frozenset(
     f"i{name}"
@@ -192,9 +193,8 @@ def makes_tensor(gm: fx.GraphModule, node: fx.Node) -> bool:
     name = operator_name(node)
     if node.target is operator.getitem:
         source = node.all_input_nodes[0]
-        return makes_tensor(gm, source) or (
-            operator_name(source) in _PIECES and isinstance(node.args[1], int)
-        )
+        pieces = traits_named(operator_name(source)).pieces
+        return makes_tensor(gm, source) or (pieces and isinstance(node.args[1], int))
     if getattr(operator, name, None) is node.target:  # of numbers as well as of tensors
         return any(makes_tensor(gm, source) for source in node.all_input_nodes)
     return _returns_tensor(name)
@@ -221,9 +221,6 @@ def name_options(node: fx.Node) -> None:
         node.kwargs = arguments
 
 
-_PIECES = frozenset(
-    ["chunk", "split", "split_with_sizes", "tensor_split", "unbind", "hsplit", "vsplit", "dsplit"]
-)
 _ONE_TENSOR = (
     nn.modules.conv._ConvNd,
     nn.modules.batchnorm._BatchNorm,

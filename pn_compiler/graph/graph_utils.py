@@ -3,12 +3,56 @@
 from collections import Counter, defaultdict
 from collections.abc import Iterable
 
+import torch
 from torch import fx, nn
+
+from pn_compiler.inspection.hooks import may_change_calls
+from pn_compiler.operators.activations import activation_of, is_activation
+from pn_compiler.operators.traits import SAME, Traits, function_name, layer_name, traits_named
 
 
 def called_module(graph: nn.Module, node: fx.Node) -> nn.Module | None:
     """The module that `node` calls, or None."""
     return graph.get_submodule(str(node.target)) if node.op == "call_module" else None
+
+
+def attribute_of(gm: fx.GraphModule, node: fx.Node) -> torch.Tensor | None:
+    """The parameter or buffer that `node` reads, or None."""
+    if node.op != "get_attr":
+        return None
+    owner, _, name = str(node.target).rpartition(".")
+    value = getattr(gm.get_submodule(owner), name, None)
+    return value if isinstance(value, torch.Tensor) else None
+
+
+def operator_of(gm: fx.GraphModule, node: fx.Node) -> str:
+    """The name, in the table of traits, of the function, method or layer that `node` calls; "" if unknown."""
+    module = called_module(gm, node)
+    if module is None:
+        return function_name(node)
+    if "forward" in vars(module) or may_change_calls(module):
+        return ""
+    name = layer_name(type(module))  # type: ignore[arg-type]  # classes are hashable
+    return f"{name}_with_indices" if getattr(module, "return_indices", False) else name
+
+
+def traits_of(gm: fx.GraphModule, node: fx.Node) -> Traits:
+    """What is known of the operator that `node` calls."""
+    module = called_module(gm, node)
+    if module is None:
+        return (
+            SAME if activation_of(node) is not None else traits_named(function_name(node).removesuffix("_"))
+        )
+    if isinstance(module, nn.modules.batchnorm._BatchNorm):  # or one with an activation in it
+        return traits_named("batch_norm")
+    plain = "forward" not in vars(module) and not may_change_calls(module)
+    return SAME if plain and is_activation(module) else traits_named(operator_of(gm, node))
+
+
+def moves_values(gm: fx.GraphModule, node: fx.Node) -> bool:
+    """Whether `node` rearranges its input and changes no value."""
+    reinterprets = any(isinstance(value, torch.dtype) for value in (*node.args, *node.kwargs.values()))
+    return traits_named(operator_of(gm, node)).moves and bool(node.all_input_nodes) and not reinterprets
 
 
 def module_calls(gm: fx.GraphModule) -> dict[str, list[fx.Node]]:

@@ -8,18 +8,23 @@ ask for ranks, not shapes, so no example input is needed for most networks. What
 import logging
 import math
 import operator
-import re
 from typing import Any
 
 import torch
 from torch import fx, nn
 
-from pn_compiler.graph.graph_utils import called_module
+from pn_compiler.graph.graph_utils import attribute_of, called_module, operator_of, traits_of
 from pn_compiler.inspection.captured import copy_with_functions
 from pn_compiler.inspection.module_state import ModuleState
-from pn_compiler.nn import ChannelAffine, ConstantAffine, ConstantClamp, ProxyNormAct
-from pn_compiler.operators.activations import activation_of, is_activation
-from pn_compiler.operators.op_names import listed_sizes, operands, operator_name, reads_shape, reduced_dims
+from pn_compiler.nn import ProxyNormAct
+from pn_compiler.operators.op_names import (
+    input_of,
+    listed_sizes,
+    operands,
+    operator_name,
+    reads_shape,
+    reduced_dims,
+)
 from pn_compiler.running.inputs import Inputs
 from pn_compiler.running.random_states import RandomStates
 
@@ -27,68 +32,8 @@ logger = logging.getLogger(__name__)
 
 _KEY = "pn_compiler.rank"  # of node.meta
 _BATCH = "pn_compiler.batch"
-_PIXELS = "pn_compiler.pixels"
 _SHAPE = "pn_compiler.shape"
 _DTYPE = "pn_compiler.dtype"
-
-_BROADCASTS = frozenset(
-    [
-        "add",
-        "div",
-        "iadd",
-        "imul",
-        "isub",
-        "itruediv",
-        "maximum",
-        "minimum",
-        "mul",
-        "multiply",
-        "sub",
-        "truediv",
-    ]
-)
-_POOLS = frozenset(
-    f"{kind}pool{n}d" for kind in ("max_", "avg_", "adaptive_avg_", "adaptive_max_") for n in (1, 2, 3)
-)
-_CONVS = frozenset(f"conv{kind}{n}d" for kind in ("", "_transpose") for n in (1, 2, 3))
-_KEEPS_RANK = frozenset(
-    [
-        "alpha_dropout", "batch_norm", "chunk", "clone", "contiguous", "detach", "double", "dropout",
-        "dropout1d", "dropout2d", "dropout3d", "feature_dropout", "flip", "float", "group_norm", "half",
-        "index_select", "instance_norm", "interpolate", "layer_norm", "linear", "log_softmax", "movedim",
-        "moveaxis", "narrow", "neg", "pad", "permute", "pixel_shuffle", "pixel_unshuffle", "roll",
-        "softmax", "split", "split_with_sizes", "swapaxes", "swapdims", "tensor_split", "to", "transpose",
-        "type_as",
-    ]
-)  # fmt: skip
-_PIECES = frozenset(["chunk", "split", "split_with_sizes", "tensor_split"])
-_KEEPS_RANK_MODULES = (
-    nn.Linear,
-    nn.GroupNorm,
-    nn.LayerNorm,
-    nn.Identity,
-    nn.Upsample,
-    nn.PixelShuffle,
-    nn.PixelUnshuffle,
-    nn.ChannelShuffle,
-    nn.Softmax,
-    nn.modules.batchnorm._BatchNorm,
-    nn.modules.instancenorm._InstanceNorm,
-    nn.modules.dropout._DropoutNd,
-    nn.modules.pooling._MaxPoolNd,
-    nn.modules.pooling._AvgPoolNd,
-    nn.modules.pooling._AdaptiveAvgPoolNd,
-    nn.modules.pooling._AdaptiveMaxPoolNd,
-    nn.modules.padding._ConstantPadNd,
-    nn.modules.padding._ReflectionPadNd,
-    nn.modules.padding._ReplicationPadNd,
-    nn.modules.padding._CircularPadNd,
-    ChannelAffine,
-    ConstantAffine,
-    ConstantClamp,
-    ProxyNormAct,
-)
-_KEEPS_BATCH = _BROADCASTS | _POOLS | {"contiguous", "dropout", "interpolate", "pad"}
 
 
 def infer_ranks(gm: fx.GraphModule, inputs: Inputs | None = None) -> None:
@@ -119,7 +64,6 @@ class _Shapes(fx.Interpreter):
     def run_node(self, node: fx.Node) -> Any:
         result = super().run_node(node)
         if isinstance(result, torch.Tensor):
-            node.meta[_PIXELS] = math.prod(result.shape[2:])
             node.meta[_SHAPE] = tuple(result.shape)
             node.meta[_DTYPE] = result.dtype
         return result
@@ -148,8 +92,8 @@ def record_pixels(gm: fx.GraphModule, inputs: Inputs) -> None:
 
 def pixels(node: fx.Node) -> int | None:
     """Number of values of one channel of one instance at `node`, or None if unknown."""
-    known: int | None = node.meta.get(_PIXELS)
-    return known
+    shape = node.meta.get(_SHAPE)
+    return None if shape is None else math.prod(shape[2:])
 
 
 def dtype(node: fx.Node) -> torch.dtype | None:
@@ -173,65 +117,79 @@ def has_batch_of_inputs(node: fx.Node) -> bool:
     return bool(node.meta.get(_BATCH))
 
 
-def spatial_dims(gm: fx.GraphModule, node: fx.Node) -> int | None:
-    """n of an operator over n axes behind [N, C], such as max_pool2d and nn.Conv2d; None if it is no such."""
-    module = called_module(gm, node)
-    names = [operator_name(node)] if module is None else [cls.__name__ for cls in type(module).__mro__]
-    found = (re.search(r"([123])d$", name) for name in names)
-    return next((int(match[1]) for match in found if match), None)
-
-
 def reads_batch(gm: fx.GraphModule, node: fx.Node, value: fx.Node) -> bool:
     """Whether `node`, over n axes, certainly takes `value` for [N, C, *] and not for one sample [C, *]."""
-    dims, known = spatial_dims(gm, node), rank(value)
-    return dims is not None and known == dims + 2
+    axes = traits_of(gm, node).axes
+    return axes > 0 and rank(value) == axes + 2
 
 
 def _keeps_batch(gm: fx.GraphModule, node: fx.Node) -> bool:
-    """Whether the first axis of `node` is that of its inputs, which is that of the inputs of the graph."""
-    if node.op in ("placeholder", "get_attr"):
+    """Whether the first axis of `node` is certainly that of the inputs of the graph."""
+    if node.op == "placeholder":
         return True
-    module, name, known = called_module(gm, node), operator_name(node), rank(node)
-    if module is not None:
-        layer = isinstance(module, (nn.modules.conv._ConvNd, *_KEEPS_RANK_MODULES)) or is_activation(module)
-        keeps = layer and known != (spatial_dims(gm, node) or 0) + 1
-    elif node.target is operator.getitem:
-        keeps = isinstance(called_module(gm, node.all_input_nodes[0]), ProxyNormAct)
-    elif name in ("cat", "concat", "concatenate"):
-        keeps = operands(node, "dim").get("dim") == 1
-    else:
-        keeps = name in _KEEPS_BATCH or name in _CONVS or activation_of(node) is not None
-    return keeps and all(has_batch_of_inputs(source) for source in node.all_input_nodes)
+    name, known, traits = operator_of(gm, node), rank(node), traits_of(gm, node)
+    sources = node.all_input_nodes
+    if traits.rank == "largest":
+        return any(map(has_batch_of_inputs, sources)) and all(_fits_batch(gm, s, known) for s in sources)
+    if name in ("cat", "concat", "concatenate"):
+        tensors = [source for source in sources if source.op != "get_attr"]
+        return operands(node, "dim").get("dim") == 1 and all(map(has_batch_of_inputs, tensors))
+    value = input_of(node)
+    if value is None or not has_batch_of_inputs(value):
+        return False
+    if node.target is operator.getitem:
+        return isinstance(called_module(gm, value), ProxyNormAct)
+    if name == "pad":
+        amounts = operands(node, "pad").get("pad")
+        return isinstance(amounts, list | tuple) and len(amounts) < 2 * (known or 0)
+    return traits.batch and (reads_batch(gm, node, node) if traits.axes else known != 1)
+
+
+def _fits_batch(gm: fx.GraphModule, operand: fx.Node, known: int | None) -> bool:
+    """Whether a sum of `known` axes, with `operand` in it, has the first axis of another operand."""
+    if has_batch_of_inputs(operand):
+        return True
+    value, before = attribute_of(gm, operand), rank(operand)
+    single = value is not None and value.shape[:1] == (1,)
+    return single or (known is not None and before is not None and before < known)
 
 
 def _rank_of(gm: fx.GraphModule, node: fx.Node) -> int | None:
-    if node.op == "get_attr":
-        return _rank_of_attribute(gm, str(node.target))
+    if (attribute := attribute_of(gm, node)) is not None:
+        return attribute.dim()
     if node.op not in ("call_module", "call_function", "call_method"):
         return None
-    module = called_module(gm, node)
-    if module is not None:
-        return _rank_of_module(gm, node, module)
     if reads_shape(node):
         return 0
     if node.target is operator.getitem:
         return _rank_of_item(gm, node)
-    first = rank(node.all_input_nodes[0]) if node.all_input_nodes else None
-    name = operator_name(node)
-    plain = name.removesuffix("_")
-    of_python = getattr(operator, name, None) is node.target and "matmul" not in name
-    if plain in _BROADCASTS or of_python:
+    known = traits_of(gm, node).rank
+    of_python = getattr(operator, operator_name(node), None) is node.target
+    if known == "largest" or (of_python and "matmul" not in operator_name(node)):
         ranks = [rank(source) for source in node.all_input_nodes]
         return None if None in ranks else max((known or 0 for known in ranks), default=None)
-    if name in _CONVS:
-        return first or int(name[-2]) + 2
-    if plain in _KEEPS_RANK or name in _POOLS or activation_of(node) is not None:
-        return first
-    return _rank_of_shaping(node, name, first)
+    first = _rank_of_input(gm, node)
+    return first if known == "first" else _rank_of_shaping(gm, node, first)
 
 
-def _rank_of_shaping(node: fx.Node, name: str, first: int | None) -> int | None:
+def _rank_of_input(gm: fx.GraphModule, node: fx.Node) -> int | None:
+    """The rank of the first input; a convolution without one is taken to read a batch."""
+    module, traits = called_module(gm, node), traits_of(gm, node)
+    value = input_of(node)
+    before = None if value is None else rank(value)
+    if isinstance(module, nn.BatchNorm2d | nn.BatchNorm3d):
+        return 4 if isinstance(module, nn.BatchNorm2d) else 5  # they take nothing else
+    if before is None and isinstance(module, nn.BatchNorm1d) and value is not None:
+        producer = called_module(gm, value)
+        if isinstance(producer, nn.Linear) and producer.out_features == module.num_features:
+            set_rank(value, 2)
+            return 2
+    return before or (traits.axes + 2 if traits.axes and traits.dtype == "float" else before)
+
+
+def _rank_of_shaping(gm: fx.GraphModule, node: fx.Node, first: int | None) -> int | None:
     """The rank behind an operator that may change it; `first` is that of its first input."""
+    name = operator_of(gm, node)
     if name in ("cat", "concat", "concatenate"):  # all have one rank
         return next((known for source in node.all_input_nodes if (known := rank(source))), None)
     if name in ("view", "reshape", "expand"):
@@ -240,9 +198,8 @@ def _rank_of_shaping(node: fx.Node, name: str, first: int | None) -> int | None:
     if name in ("view_as", "reshape_as", "expand_as"):
         return rank(node.all_input_nodes[-1])
     if name == "flatten":
-        given = operands(node, "start_dim", "end_dim")
-        return _rank_flattened(first, given.get("start_dim", 0), given.get("end_dim", -1))
-    if first is None:
+        return _rank_flattened(first, *flattened_axes(gm, node))
+    if first is None or called_module(gm, node) is not None:
         return None
     if name in ("unsqueeze", "select"):
         return first + 1 if name == "unsqueeze" else first - 1
@@ -252,12 +209,6 @@ def _rank_of_shaping(node: fx.Node, name: str, first: int | None) -> int | None:
     return first if dims[1] else first - len(dims[0])
 
 
-def _rank_of_attribute(gm: fx.GraphModule, path: str) -> int | None:
-    owner, _, name = path.rpartition(".")
-    value = getattr(gm.get_submodule(owner), name, None)
-    return value.dim() if isinstance(value, torch.Tensor) else None
-
-
 def _rank_of_item(gm: fx.GraphModule, node: fx.Node) -> int | None:
     """The rank of ``x[...]``, of a result of a site, or of a piece of a split."""
     source, index = node.all_input_nodes[0], node.args[1]
@@ -265,43 +216,37 @@ def _rank_of_item(gm: fx.GraphModule, node: fx.Node) -> int | None:
     if isinstance(site, ProxyNormAct) and len(site.outputs) > 1:
         vector = isinstance(index, int) and site.outputs[index] in ("scale", "shift")
         return 1 if vector else before
-    if before in (None, 0) or operator_name(source) in _PIECES:
+    if before in (None, 0) or _gives_pieces(gm, source):
         return before
     parts = index if isinstance(index, tuple) else (index,)
-    if not all(part is Ellipsis or part is None or isinstance(part, slice | int) for part in parts):
+    if not all(part is Ellipsis or part is None or type(part) in (slice, int) for part in parts):
         return None
     return before + sum(part is None for part in parts) - sum(isinstance(part, int) for part in parts)
 
 
-def _rank_of_module(gm: fx.GraphModule, node: fx.Node, module: nn.Module) -> int | None:
-    before = rank(node.all_input_nodes[0]) if node.all_input_nodes else None
+def _gives_pieces(gm: fx.GraphModule, node: fx.Node) -> bool:
+    """Whether `node` is a list of tensors: the pieces of a split, or some of them."""
+    if operator_of(gm, node) == "identity" or (
+        node.target is operator.getitem and isinstance(node.args[1], slice)
+    ):
+        return _gives_pieces(gm, node.all_input_nodes[0])
+    return traits_of(gm, node).pieces
+
+
+def flattened_axes(gm: fx.GraphModule, node: fx.Node) -> tuple[Any, Any]:
+    """The first and the last of the axes that `node`, a flatten, makes one of."""
+    module = called_module(gm, node)
     if isinstance(module, nn.Flatten):
-        return _rank_flattened(before, module.start_dim, module.end_dim)
-    if isinstance(module, nn.BatchNorm2d | nn.BatchNorm3d):
-        return 4 if isinstance(module, nn.BatchNorm2d) else 5  # they take nothing else
-    if isinstance(module, nn.modules.conv._ConvNd):
-        return before or len(module.kernel_size) + 2
-    if not (isinstance(module, _KEEPS_RANK_MODULES) or is_activation(module)):
-        return None
-    if before is None and isinstance(module, nn.BatchNorm1d) and node.all_input_nodes:
-        producer = called_module(gm, node.all_input_nodes[0])
-        if isinstance(producer, nn.Linear) and producer.out_features == module.num_features:
-            set_rank(node.all_input_nodes[0], 2)
-            return 2
-    return before
+        return module.start_dim, module.end_dim
+    given = operands(node, "start_dim", "end_dim")
+    return given.get("start_dim", 0), given.get("end_dim", -1)
 
 
-def flattens_module(module: nn.Module) -> bool:
-    """Whether `module` makes [N, C * S] of [N, C, *]."""
-    return isinstance(module, nn.Flatten) and (module.start_dim, module.end_dim) == (1, -1)
-
-
-def flattens_channels(node: fx.Node) -> bool:
-    """Whether a function or method node makes [N, C * S] of [N, C, *]."""
-    name = operator_name(node)
+def flattens_channels(gm: fx.GraphModule, node: fx.Node) -> bool:
+    """Whether `node` makes [N, C * S] of [N, C, *]."""
+    name = operator_of(gm, node)
     if name == "flatten":
-        given = operands(node, "start_dim", "end_dim")
-        return (given.get("start_dim"), given.get("end_dim", -1)) == (1, -1)
+        return flattened_axes(gm, node) == (1, -1)
     sizes = listed_sizes(node) if name in ("view", "reshape") else None
     if sizes is None or len(sizes) != 2 or isinstance(sizes[1], fx.Node) or sizes[1] != -1:
         return False

@@ -30,6 +30,12 @@ def has_hooks(module: nn.Module) -> bool:
     return any(getattr(module, hooks) for hooks in HOOKS)
 
 
+def may_change_calls(module: nn.Module) -> bool:
+    """Whether hooks that are not torch's own may change what `module` is called with, or returns."""
+    hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
+    return not all(map(_of_torch, hooks))
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
 class HookedModules:
     """Modules inside a model that hooks keep from being traced into.

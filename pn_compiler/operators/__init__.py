@@ -1,1 +1,1 @@
-"""What operators are: their names in a graph, activations as functions, and their exact pieces."""
+"""What operators are: their names in a graph, their traits, and activations as functions and exact pieces."""

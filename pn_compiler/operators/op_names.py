@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import fx, nn
+from torch import fx
 
 from pn_compiler.operators import in_place
 
@@ -32,22 +32,6 @@ def operator_name(node: fx.Node) -> str:
     return ""
 
 
-_MOVING = frozenset(
-    [
-        "contiguous", "flatten", "movedim", "permute", "reshape", "reshape_as", "squeeze", "swapaxes",
-        "swapdims", "t", "transpose", "unflatten", "unsqueeze", "view", "view_as",
-    ]
-)  # fmt: skip
-
-
-def moves_values(node: fx.Node, module: nn.Module | None) -> bool:
-    """Whether `node`, a call of `module` if not None, rearranges its input without changing any value."""
-    if module is not None:
-        return isinstance(module, nn.Flatten | nn.Unflatten | nn.PixelShuffle | nn.ChannelShuffle)
-    reinterprets = any(isinstance(value, torch.dtype) for value in (*node.args, *node.kwargs.values()))
-    return operator_name(node) in _MOVING and bool(node.all_input_nodes) and not reinterprets
-
-
 def reads_shape(node: fx.Node) -> bool:
     """Whether `node` reads only the shape of its input, no value: x.size(0), x.shape, len(x)."""
     if node.target is getattr:
@@ -65,6 +49,12 @@ def counts_batches(node: fx.Node) -> bool:
         and str(node.args[0].target).endswith("num_batches_tracked")
         and len(node.all_input_nodes) == 1
     )
+
+
+def input_of(node: fx.Node) -> fx.Node | None:
+    """The first operand of a function, method or layer, if a node computes it."""
+    value = node.args[0] if node.args else node.kwargs.get("input")
+    return value if isinstance(value, fx.Node) else None
 
 
 def operands(node: fx.Node, *names: str) -> dict[str, Any]:
@@ -90,4 +80,4 @@ def reduced_dims(node: fx.Node) -> tuple[tuple[int, ...], bool] | None:
         dims = (dims,)
     if not isinstance(dims, Iterable) or not all(isinstance(d, int) for d in dims):
         return None
-    return tuple(dims), bool(given.get("keepdim", False))
+    return (tuple(dims), bool(given.get("keepdim", False))) if dims else None  # () stands for all

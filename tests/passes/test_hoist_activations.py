@@ -1,5 +1,7 @@
 """Views and dropouts between a BatchNorm and its activation."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -41,6 +43,36 @@ def test_dropout_and_relu_commute_in_train_mode() -> None:
     torch.manual_seed(1)
     normalized = hoisted.get_submodule("1")(net[0](X))  # type: ignore[index]
     assert_same_outputs(got, net[4](F.relu(F.dropout(normalized, 0.5))))  # type: ignore[index]
+
+
+@pytest.mark.parametrize(
+    "move", [lambda y: F.pixel_shuffle(y, 2), nn.PixelUnshuffle(2), lambda y: y.moveaxis(2, 3)]
+)
+def test_it_crosses_what_only_moves_values(move: Callable[[Tensor], Tensor]) -> None:
+    class Moves(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.bn = nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)
+            self.move = move
+
+        def forward(self, x: Tensor) -> Tensor:
+            return F.silu(self.move(self.bn(self.conv(x))))
+
+    net = Moves().eval()
+    converted = pn_compiler.transform(net, warm_start="none")
+    assert [site.kind for site in pn_compiler.sites(converted)] == ["pn"]
+    assert_same_outputs(converted(X), move(converted.get_submodule("bn")(net.conv(X))))
+
+
+def test_it_does_not_cross_a_view_with_a_forward_of_its_own() -> None:
+    class Negated(nn.Flatten):
+        def forward(self, x: Tensor) -> Tensor:
+            return x if x.sum() > 1e9 else -super().forward(x)
+
+    net = chain(Negated(), nn.ReLU(), tail=nn.Linear(64, 2))
+    converted = pn_compiler.transform(net, X)
+    assert [site.kind for site in pn_compiler.sites(converted)] == ["norm_only"]
+    assert_same_outputs(converted(X), pn_compiler.transform(net, X, proxy=False)(X))
 
 
 def test_dropout_before_a_smooth_activation_stays() -> None:

@@ -67,6 +67,7 @@ def shuffle(x: Tensor, groups: int) -> Tensor:
 
 
 PASSES: dict[str, tuple[Callable[..., Tensor], int]] = {
+    "cat with a square": (lambda a, b, x: torch.cat([a, b, x.square()], 1), 19),
     "cat": (lambda a, b, x: torch.cat([a, b], 1), 16),
     "cat with others": (lambda a, b, x: torch.cat([a, F.max_pool2d(x, 3, 1, 1), b], dim=1), 19),
     "cat, then pool": (lambda a, b, x: F.max_pool2d(torch.cat([a, b], 1), 3, 2, 1), 16),
@@ -149,7 +150,7 @@ STAYS: dict[str, tuple[Callable[..., Tensor], nn.Module]] = {
         nn.Linear(8, 4),
     ),
     "in place": (lambda a, b, x: torch.cat([a, b], 1).add_(1), nn.Conv2d(16, 4, 1)),
-    "channels unknown": (lambda a, b, x: torch.cat([a, b, x.square()], 1), nn.Conv2d(19, 4, 1)),
+    "channels unknown": (lambda a, b, x: torch.cat([a, b, x.cumsum(1)], 1), nn.Conv2d(19, 4, 1)),
     "transposed": (lambda a, b, x: torch.cat([a, b], 1), nn.ConvTranspose2d(16, 4, 2)),
 }
 
