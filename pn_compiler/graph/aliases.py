@@ -326,6 +326,11 @@ def _flags(schema: Any) -> _Flags:
 def _schemas(name: str) -> tuple[_Flags, ...]:
     """What each overload of the ATen operator `name` does to its arguments, by name; () without overloads."""
     schemas = torch._C._jit_get_schemas_for_operator(f"aten::{name}") if name else []
+    firsts = [str(schema.arguments[0].type) if schema.arguments else "" for schema in schemas]
+    if "Tensor" in firsts:  # TorchScript's own sort of a list works in place, that of a tensor does not
+        schemas = [
+            s for s, first in zip(schemas, firsts, strict=True) if not first.startswith(("List", "Dict"))
+        ]
     return tuple(_flags(schema) for schema in schemas)
 
 

@@ -372,3 +372,13 @@ def test_a_write_that_nothing_sees_is_dead_code() -> None:
     net = randomize_batch_norms(Net(tail)).double().eval()
     converted = pn_compiler.transform(net)
     assert "other" not in {node.target for node in converted.graph.nodes}
+
+
+def test_sorting_a_tensor_is_no_write() -> None:
+    class Sorts(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            values = x.sort(1)[0]
+            return torch.cat([x.roll(1, 1), values], 1)
+
+    x = torch.randn(2, 5)
+    assert torch.equal(pn_compiler.transform(Sorts())(x), Sorts()(x))
