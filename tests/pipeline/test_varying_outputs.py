@@ -167,7 +167,7 @@ def test_varying_outputs_are_a_refusal_with_a_code(tmp_path: Path) -> None:
 #: what no watch sees: only the comparison does
 UNSEEN: dict[str, Callable[[Net, Any], Any]] = {
     "thread": _local,
-    "clock": lambda net, x: x * (1 + time.perf_counter() % 1e3),
+    "clock": lambda net, x: x * (1 + time.perf_counter_ns() % 1_000_003 / 1e6),  # far apart in any two calls
 }
 
 
