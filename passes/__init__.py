@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Mapping
 from torch import Tensor
 
 from pn_compiler.base.config import TransformConfig
-from pn_compiler.base.errors import ConfigError, PassError
+from pn_compiler.base.errors import PassError
 from pn_compiler.graph.pass_base import GraphPass, check_complete, flatten
 from pn_compiler.graph.warm_start import Calibrated
 from pn_compiler.passes.convert.insert_proxy_norm import InsertProxyNorm
@@ -74,13 +74,10 @@ def edited(
     """The two parts of a transform pipeline after a user's `edit`; the second begins at ReplaceBatchNorm.
 
     Raises:
-        ConfigError: `edit` is no function.
         PassError: ReplaceBatchNorm is gone, or a pass stands behind none that it requires.
     """
     if edit is None:
         return prepare, convert
-    if not callable(edit):
-        raise ConfigError(f"pipeline={edit!r:.80}: expected a function from passes to passes")
     passes = tuple(edit((*prepare, *convert)))
     strangers = [graph_pass for graph_pass in passes if not isinstance(graph_pass, GraphPass)]
     if strangers:

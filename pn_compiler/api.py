@@ -7,6 +7,7 @@ from torch import nn
 
 from pn_compiler.base.config import Norm, ProxyPadding, TransformConfig, WarmStart
 from pn_compiler.base.errors import ConfigError
+from pn_compiler.base.option_checks import check_function
 from pn_compiler.base.options import pick
 from pn_compiler.graph.graph_module import is_converted
 from pn_compiler.inspection.fake_tensors import fake_mode
@@ -86,6 +87,8 @@ def transform(
     Source: Labatie et al., NeurIPS 2021 (arXiv 2106.03743).
     """
     config = pick(TransformConfig, locals())
+    check_function("pipeline", pipeline)
+    first, _ = edited(pipeline, preparation_pipeline(), conversion_pipeline(config))
     model = unwrap(model)
     if is_converted(model):
         raise ConfigError("the model is already converted")
@@ -97,7 +100,6 @@ def transform(
     inputs = in_mode_of(model, inputs)
     with fake_mode(model):
         traced = trace(model, inputs, leaves)
-        first, _ = edited(pipeline, preparation_pipeline(), conversion_pipeline(config))
         prepare(traced, model, inputs, passes=first)
         calibrated = None
         if config.warm_start == "calibrate":

@@ -7,7 +7,7 @@ import torch
 from torch import fx, nn
 
 import pn_compiler
-from pn_compiler.base.errors import PassError, TraceError
+from pn_compiler.base.errors import ConfigError, PassError, TraceError
 from pn_compiler.graph.graph_utils import called_module
 from pn_compiler.graph.pass_base import GraphPass, PassGroup, PassResult
 from pn_compiler.passes.convert.insert_proxy_norm import InsertProxyNorm
@@ -84,4 +84,10 @@ def test_a_pass_is_left_out() -> None:
 )
 def test_pipelines_that_cannot_work_are_errors(edit: object, message: str) -> None:
     with pytest.raises(PassError, match=message):
+        pn_compiler.transform(network(), X, pipeline=edit)  # type: ignore[arg-type]  # what a user may write
+
+
+@pytest.mark.parametrize("edit", [3, RemoveDropout, "passes"])
+def test_a_pipeline_is_a_function(edit: object) -> None:
+    with pytest.raises(ConfigError, match="pipeline="):
         pn_compiler.transform(network(), X, pipeline=edit)  # type: ignore[arg-type]  # what a user may write
