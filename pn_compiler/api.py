@@ -9,12 +9,13 @@ from pn_compiler.base.config import Norm, ProxyPadding, TransformConfig, WarmSta
 from pn_compiler.base.errors import ConfigError
 from pn_compiler.base.option_checks import check_function
 from pn_compiler.base.options import pick
+from pn_compiler.base.stopwatch import Stopwatch
 from pn_compiler.graph.graph_module import is_converted
 from pn_compiler.inspection.fake_tensors import fake_mode
 from pn_compiler.passes import PipelineEdit, conversion_pipeline, edited, preparation_pipeline
 from pn_compiler.pipeline.conversion import convert, first_sample, measure_conversion, prepare
 from pn_compiler.recovery.calibration import calibrate_prepared
-from pn_compiler.regions.regions import trace
+from pn_compiler.regions.regions import Trace, trace
 from pn_compiler.running.copying import unwrap
 from pn_compiler.running.evaluation import batches_of, check_values
 from pn_compiler.running.inputs import Inputs, in_mode_of
@@ -88,7 +89,7 @@ def transform(
     """
     config = pick(TransformConfig, locals())
     check_function("pipeline", pipeline)
-    first, _ = edited(pipeline, preparation_pipeline(), conversion_pipeline(config))
+    edited(pipeline, preparation_pipeline(), conversion_pipeline(config))  # raises before the work
     model = unwrap(model)
     if is_converted(model):
         raise ConfigError("the model is already converted")
@@ -100,10 +101,30 @@ def transform(
     inputs = in_mode_of(model, inputs)
     with fake_mode(model):
         traced = trace(model, inputs, leaves)
-        prepare(traced, model, inputs, passes=first)
-        calibrated = None
-        if config.warm_start == "calibrate":
-            calibrated = calibrate_prepared(traced, model, config, calibration, pipeline)
-        convert(traced, model, config, calibrated, strict=strict, edit=pipeline)
+        convert_trace(traced, model, model, inputs, calibration, config, Stopwatch(), pipeline)
     measure_conversion(model, traced.root, inputs, calibration)
     return traced.root
+
+
+def convert_trace(
+    traced: Trace,
+    model: nn.Module,
+    witness: nn.Module,
+    inputs: Inputs | None,
+    calibration: Iterable[Any] | None,
+    config: TransformConfig,
+    stopwatch: Stopwatch,
+    edit: PipelineEdit | None = None,
+) -> None:
+    """Converts the trace of `model` in place, after comparing it with `witness`; see `transform`."""
+    first, _ = edited(edit, preparation_pipeline(), conversion_pipeline(config))
+    with stopwatch("prepare"):
+        prepare(traced, witness, inputs, stopwatch.announce, first)
+    calibrated = None
+    if config.warm_start == "calibrate":
+        with stopwatch("calibrate"):
+            calibrated = calibrate_prepared(traced, model, config, calibration, edit)
+    with stopwatch("transform"):
+        convert(
+            traced, model, config, calibrated, strict=config.strict, progress=stopwatch.announce, edit=edit
+        )

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from pn_compiler.api import convert_trace
 from pn_compiler.base.config import (
     DType,
     ExportConfig,
@@ -22,7 +23,7 @@ from pn_compiler.base.errors import ExportError
 from pn_compiler.base.option_checks import check_function
 from pn_compiler.base.options import pick
 from pn_compiler.base.stopwatch import Stopwatch
-from pn_compiler.graph.graph_module import is_converted
+from pn_compiler.graph.graph_module import is_converted, notes, record, sites
 from pn_compiler.graph.graph_utils import count_parameters
 from pn_compiler.graph.pass_base import Progress
 from pn_compiler.pipeline.conversion import first_sample
@@ -35,7 +36,6 @@ from pn_compiler.stages import (
     check_calibration,
     check_destinations,
     compare,
-    convert_trace,
     export_network,
     has_sites,
     on_cpu,
@@ -197,7 +197,12 @@ def compile(  # noqa: A001  # the name that users of torch.compile look for
         calibration = batches_of(calibration, again=True)
         example = example if example or input_shape else first_sample(calibration)
     traced = trace_model(model, example, input_shape, leaves, stopwatch)
-    convert_trace(traced, model, witness(original, model), calibration, config, stopwatch)
+    if is_converted(model):
+        record(traced.trace.root, sites(model), notes(model))
+    else:
+        convert_trace(
+            traced.trace, model, witness(original, model), traced.inputs, calibration, config, stopwatch
+        )
     recovered = recover(traced.trace.root, model, calibration, recovery, stopwatch)
     fidelity = compare(model, recovered.model, traced.inputs, calibration, distill_logits, stopwatch)
     network = Network(

@@ -15,13 +15,12 @@ from pn_compiler.base.errors import ConfigError, VerificationError
 from pn_compiler.base.option_checks import check_path
 from pn_compiler.base.stopwatch import Stopwatch
 from pn_compiler.data.input_shape import choose_inputs, stated_inputs
-from pn_compiler.graph.graph_module import is_converted, notes, record, sites
+from pn_compiler.graph.graph_module import is_converted, notes, sites
 from pn_compiler.graph.graph_utils import count_operators
 from pn_compiler.nn import ProxyNormAct
-from pn_compiler.pipeline.conversion import convert, measure_conversion, prepare
+from pn_compiler.pipeline.conversion import measure_conversion
 from pn_compiler.pipeline.fidelity import Fidelity
 from pn_compiler.pipeline.folding import fold_in_place
-from pn_compiler.recovery.calibration import calibrate_prepared
 from pn_compiler.recovery.distillation import DistillReport, distill
 from pn_compiler.recovery.freeze_report import FreezeReport
 from pn_compiler.recovery.static_statistics import freeze_statistics
@@ -97,28 +96,6 @@ def trace_model(
         operators = count_operators(region.gm for region in traced.regions)
         inputs, source = choose_inputs(model, traced.root, example, input_shape)
     return Traced(traced, inputs, source, operators)
-
-
-def convert_trace(
-    traced: Traced,
-    model: nn.Module,
-    witness: nn.Module,
-    calibration: Iterable[Any] | None,
-    config: TransformConfig,
-    stopwatch: Stopwatch,
-) -> None:
-    """Converts the trace of `model` in place, after comparing it with `witness`, unless it is converted."""
-    if is_converted(model):
-        record(traced.trace.root, sites(model), notes(model))
-        return
-    with stopwatch("prepare"):
-        prepare(traced.trace, witness, traced.inputs, stopwatch.announce)
-    calibrated = None
-    if config.warm_start == "calibrate":
-        with stopwatch("calibrate"):
-            calibrated = calibrate_prepared(traced.trace, model, config, calibration)
-    with stopwatch("transform"):
-        convert(traced.trace, model, config, calibrated, strict=config.strict, progress=stopwatch.announce)
 
 
 def recover(
