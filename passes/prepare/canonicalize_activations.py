@@ -45,8 +45,8 @@ class CanonicalizeActivations(GraphPass):
         calls = [node for node in gm.graph.nodes if node.op in ("call_function", "call_method")]
         free = [node for node in calls if pinned.isdisjoint(writes(gm, node))]
         rewritten += sum(map(_without_writing, free))
-        overwritten = find_aliases(gm).overwritten
-        return PassResult(rewritten + sum(_rewrite(gm, node, overwritten) for node in free))
+        not_kept = find_aliases(gm).not_kept
+        return PassResult(rewritten + sum(_rewrite(gm, node, not_kept) for node in free))
 
 
 def _redirect_later_users(gm: fx.GraphModule, node: fx.Node) -> int:
@@ -58,12 +58,12 @@ def _redirect_later_users(gm: fx.GraphModule, node: fx.Node) -> int:
     return len(later)
 
 
-def _rewrite(gm: fx.GraphModule, node: fx.Node, overwritten: Collection[fx.Node]) -> int:
+def _rewrite(gm: fx.GraphModule, node: fx.Node, not_kept: Collection[fx.Node]) -> int:
     module = activation_of(node)
+    if module is not None and node in not_kept and "relu" not in operator_name(node):
+        module = reading_input(module)  # as clamp does; a relu cannot be trained there in any case
     if module is None or not _takes(gm, node.all_input_nodes[0], module):
         return 0
-    if node in overwritten and "relu" not in operator_name(node):
-        module = reading_input(module)  # as clamp does; a relu cannot be trained there in any case
     path = add_module(gm, node.name, module.train(gm.training))
     call = call_module_after(gm, node, path, (node.all_input_nodes[0],))
     call.meta = dict(node.meta)

@@ -44,17 +44,17 @@ class RecognizeActivations(GraphPass):
             moved = moves_values(gm, node) and node.all_input_nodes[0] in behind
             if moved or (module is not None and is_batch_norm(module)):
                 behind.add(node)
-                rewritten += 0 if node in aliases.pinned else _rewrite(gm, node, aliases.overwritten)
+                rewritten += 0 if node in aliases.pinned else _rewrite(gm, node, aliases.not_kept)
         return PassResult(rewritten)
 
 
-def _rewrite(gm: fx.GraphModule, source: fx.Node, overwritten: Collection[fx.Node]) -> int:
+def _rewrite(gm: fx.GraphModule, source: fx.Node, not_kept: Collection[fx.Node]) -> int:
     """Replaces an expression that depends only on `source`, if it is an activation."""
     readers = [user for user in source.users if not reads_shape(user)]
     if len(readers) == 1:
         module = called_module(gm, readers[0])
         if module is not None and not is_activation(module):
-            return _rewrite_leaf(gm, readers[0], module)
+            return _rewrite_leaf(gm, readers[0], module, not_kept)
     known = [
         (inside, act)
         for inside, value in _expressions(gm, source)
@@ -65,17 +65,25 @@ def _rewrite(gm: fx.GraphModule, source: fx.Node, overwritten: Collection[fx.Nod
         return 0
     inside, activation = known[-1]
     result = inside[-1]
-    if result in overwritten:
-        if isinstance(activation, _KEEPING_OUTPUT):
-            return 0
-        activation = reading_input(activation)
+    activation = reading_input(activation) if result in not_kept else activation
     path = add_module(gm, result.name, activation.train(gm.training))
     call = call_module_after(gm, result, path, (source,))
     call.meta = dict(source.meta)
     result.replace_all_uses_with(call)
+    _protect(gm, call, activation, needed=result in not_kept)
     for node in reversed(inside):
         gm.graph.erase_node(node)
     return 1
+
+
+def _protect(gm: fx.GraphModule, call: fx.Node, activation: nn.Module, *, needed: bool) -> None:
+    """Gives the readers of `call` a copy, if they may overwrite what `activation` keeps for its gradient."""
+    if not needed or not isinstance(activation, _KEEPING_OUTPUT):
+        return
+    with gm.graph.inserting_after(call):
+        copied = gm.graph.call_function(torch.clone, (call,))
+    copied.meta = dict(call.meta)
+    call.replace_all_uses_with(copied, delete_user_cb=lambda user: user is not copied)
 
 
 def _activation(gm: fx.GraphModule, source: fx.Node, inside: list[fx.Node], value: Value) -> nn.Module | None:
@@ -101,7 +109,7 @@ def _keeps(function: nn.Module, dtype: torch.dtype) -> bool:
         return False
 
 
-def _rewrite_leaf(gm: fx.GraphModule, call: fx.Node, module: nn.Module) -> int:
+def _rewrite_leaf(gm: fx.GraphModule, call: fx.Node, module: nn.Module, not_kept: Collection[fx.Node]) -> int:
     """Replaces a stateless module that was not traced into, if it is an activation."""
     own = not type(module).__module__.startswith("torch.")
     stateless = next(module.parameters(), None) is None and next(module.buffers(), None) is None
@@ -110,8 +118,9 @@ def _rewrite_leaf(gm: fx.GraphModule, call: fx.Node, module: nn.Module) -> int:
     activation = known_module(module)
     if activation is None:
         return 0
-    path = add_module(gm, call.name, activation.train(gm.training))
-    call.target = path
+    activation = reading_input(activation) if call in not_kept else activation
+    call.target = add_module(gm, call.name, activation.train(gm.training))
+    _protect(gm, call, activation, needed=call in not_kept)
     return 1
 
 

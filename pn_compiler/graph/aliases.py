@@ -72,10 +72,17 @@ class Aliases:
         overwritten: all such values.
         pinned: those that are read afterwards under another name, or that the caller can see. The graph has
             no edge for that effect, so it is only preserved if nothing around them changes.
+        returned: values whose memory the caller is given, and may overwrite before the backward.
     """
 
     overwritten: frozenset[fx.Node]
     pinned: frozenset[fx.Node]
+    returned: frozenset[fx.Node]
+
+    @property
+    def not_kept(self) -> frozenset[fx.Node]:
+        """Values that may be gone when the backward runs: a gradient must not need them."""
+        return self.overwritten | self.returned
 
 
 def find_aliases(gm: fx.GraphModule) -> Aliases:
@@ -83,7 +90,10 @@ def find_aliases(gm: fx.GraphModule) -> Aliases:
     group_of: dict[fx.Node, set[fx.Node]] = {}
     overwritten: set[fx.Node] = set()
     pinned: set[fx.Node] = set()
+    returned: set[fx.Node] = set()
     for node in gm.graph.nodes:
+        if node.op == "output":
+            returned.update(*(group_of[value] for value in node.all_input_nodes))
         targets = writes(gm, node)
         for target in targets:
             group = group_of[target]
@@ -96,7 +106,7 @@ def find_aliases(gm: fx.GraphModule) -> Aliases:
             group |= group_of[source]
         for member in group:
             group_of[member] = group
-    return Aliases(frozenset(overwritten), frozenset(pinned))
+    return Aliases(frozenset(overwritten), frozenset(pinned), frozenset(returned))
 
 
 def _is_seen_after(value: fx.Node, write: fx.Node) -> bool:

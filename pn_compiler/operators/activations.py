@@ -161,7 +161,7 @@ def is_homogeneous(activation: nn.Module) -> bool:
 
 
 def reading_input(activation: nn.Module) -> nn.Module:
-    """The same activation with a gradient that does not need its output, for outputs overwritten later.
+    """The same activation with a gradient that does not need its output, for outputs that may be overwritten.
 
     Among the activations that a graph can spell in other ways, only ReLU keeps its output for the gradient.
     """

@@ -239,3 +239,54 @@ def test_one_sided_bounds_are_exported(name: str, tmp_path: Path) -> None:
         session = onnxruntime.InferenceSession(path)
         (actual,) = session.run(None, {session.get_inputs()[0].name: X.numpy()})
         assert_same_outputs(torch.from_numpy(actual), converted(X))
+
+
+class Part(nn.Module):
+    """A convolution, a BatchNorm and an activation, for a caller that overwrites what it returns."""
+
+    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.conv, self.bn, self.function = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), function
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(self.bn(self.conv(x)))
+
+
+class Overwriting(nn.Module):
+    """Stays whole, for it branches on values; and writes to what its child returns, if `in_place`."""
+
+    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.part, self.in_place = Part(function), True
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.part(x) if x.sum() < 1e9 else x
+        return F.leaky_relu(y, 0.2, inplace=self.in_place)
+
+
+NOT_KEEPING_OUTPUT: dict[str, Callable[[Tensor], Tensor]] = {
+    "x (x > 0)": lambda y: y * (y > 0),
+    "where": lambda y: torch.where(y > 0, y, 0.0),
+    "clamp": lambda y: y.clamp(min=0),
+    "a view of it": lambda y: torch.clamp_min(y, 0).flatten(1),
+    "sigmoid": lambda y: 1 / (1 + torch.exp(-y)) * 1,
+    "tanh": lambda y: 2 / (1 + torch.exp(-2 * y)) - 1,
+}
+
+
+@pytest.mark.parametrize("inside", [True, False])
+@pytest.mark.parametrize("name", NOT_KEEPING_OUTPUT)
+def test_a_caller_may_overwrite_the_result(name: str, inside: bool) -> None:
+    """It trains, as the original does: some activations of torch.nn need for the gradient what is gone."""
+    net = randomize_batch_norms(Overwriting(NOT_KEEPING_OUTPUT[name])).double().eval()
+    net(X.double()).square().sum().backward()  # the original can be trained
+    if inside:
+        net = pn_compiler.transform(net, proxy=False)
+    else:
+        net.part = pn_compiler.transform(net.part)
+    gradients = []
+    for net.in_place in (True, False):
+        net.zero_grad()
+        net(X.double()).square().sum().backward()
+        gradients.append(net.get_parameter("part.conv.weight").grad)
+    assert_same_outputs(*gradients)
