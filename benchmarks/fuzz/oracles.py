@@ -195,9 +195,13 @@ class _Checker:
             named = sites.keys() & {name, f"{name}.norm"}  # the latter of a functional batch_norm
             if isinstance(getattr(module, "running_mean", None), Tensor) and not named:
                 self.late.append(_WrongError("no record", name))
-        for name, module in converted.named_modules():
-            if isinstance(module, _BatchNorm) and (name not in sites or sites[name].kind != "skipped"):
-                self.late.append(_WrongError("BatchNorm left without a record", name))
+        left: dict[nn.Module, list[str]] = {}  # with all its names: the record has the first in the original
+        for name, module in converted.named_modules(remove_duplicate=False):
+            if isinstance(module, _BatchNorm):
+                left.setdefault(module, []).append(name)
+        for names in left.values():
+            if not any(name in sites and sites[name].kind == "skipped" for name in names):
+                self.late.append(_WrongError("BatchNorm left without a record", names[0]))
 
     def check_gradients(self, plain: nn.Module, by_hand: ByHand, limit: float) -> None:
         """Gradients of what the conversion does not touch, in eval mode."""

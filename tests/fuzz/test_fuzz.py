@@ -200,3 +200,15 @@ def test_a_border_that_is_inexact_is_not_compared_in_onnxruntime() -> None:
     declarations = (*program.declarations, ("m4", "self.m4 = nn.Conv2d(4, 4, 3, padding=1)"))
     verdict = check(dataclasses.replace(program, declarations=declarations), onnx=True)
     assert verdict.outcome == "ok", verdict
+
+
+def test_a_shared_norm_needs_one_record() -> None:
+    """The part stays whole and lists the BatchNorm first in the result, the network itself in the original."""
+    program = conv_norm(
+        Statement("norm", "$o = self.$m($a)", ("h2",), ("h3",), ("m2",), block="parthooked1"),
+        Statement(
+            "scalar", "with torch.enable_grad():\n    $o = $a * 2.0", ("h3",), ("h4",), block="parthooked1"
+        ),
+    )
+    verdict = check(program)
+    assert (verdict.outcome, verdict.codes) == ("ok", ("PN101",)), verdict
