@@ -21,7 +21,8 @@ from pn_compiler import Site
 class ByHand(nn.Module):
     """`model` with the batch norms that `sites` report as converted, converted by hand.
 
-    `noise`, relative to its outputs, disturbs each normalizer, to see how much the network magnifies it.
+    `noise`, relative to its outputs, disturbs each normalizer, to see how much the network magnifies it. It
+    does so as rounding would: its gradient is disturbed as much, not by the slope of the noise.
     """
 
     noise = 0.0
@@ -61,7 +62,7 @@ class _Answer(TorchFunctionMode):
             site = self.sites.get(id(call["running_mean"]))
             if site is not None:
                 y = _normalized(call, site)
-                return y * (1 + self.noise * torch.cos(1e3 * y)) if self.noise else y
+                return y * (1 + self.noise * torch.cos(1e3 * y.detach())) if self.noise else y
         return function(*args, **kwargs)
 
 

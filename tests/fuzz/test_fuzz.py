@@ -203,12 +203,51 @@ def test_a_border_that_is_inexact_is_not_compared_in_onnxruntime() -> None:
 
 
 def test_a_shared_norm_needs_one_record() -> None:
-    """The part stays whole and lists the BatchNorm first in the result, the network itself in the original."""
-    program = conv_norm(
-        Statement("norm", "$o = self.$m($a)", ("h2",), ("h3",), ("m2",), block="parthooked1"),
-        Statement(
-            "scalar", "with torch.enable_grad():\n    $o = $a * 2.0", ("h3",), ("h4",), block="parthooked1"
-        ),
+    """The result lists it first in the part, which is called first and stays whole; the original does not."""
+    program = conv_norm(Statement("norm", "$o = self.$m($a)", ("h2",), ("h3",), ("m2",)))
+    conv, norm, again = program.statements
+    norm = dataclasses.replace(
+        norm, template=f"with torch.enable_grad():\n    {norm.template}", block="part1"
     )
-    verdict = check(program)
+    verdict = check(dataclasses.replace(program, statements=(conv, norm, again)))
     assert (verdict.outcome, verdict.codes) == ("ok", ("PN101",)), verdict
+
+
+NORMS = (("m3", "self.m3 = nn.BatchNorm2d(4)"), ("m4", "self.m4 = nn.BatchNorm2d(4)"))
+
+
+def test_gradients_that_cancel_are_not_compared() -> None:
+    """Three instance norms in a row: those of the convolution are zero, and 1e-11 from rounding."""
+    norms = [
+        Statement("norm", "$o = self.$m($a)", (a,), (o,), (m,))
+        for a, o, m in (("h2", "h3", "m3"), ("h3", "h4", "m4"))
+    ]
+    program = conv_norm(*norms, options=Options(norm="instance", gain=1e3))
+    program = dataclasses.replace(program, declarations=(*program.declarations, *NORMS))
+    verdict = check(program)
+    assert verdict.outcome == "ok", verdict
+
+
+def test_gradients_that_overflow_in_the_original_are_not_compared() -> None:
+    """Those of SiLU, which it becomes, are finite: outputs reach -88, beyond which exp is infinite."""
+    silu = Statement("act", "$o = $a / (1 + torch.exp(-$a))", ("h2",), ("h3",))
+    verdict = check(conv_norm(silu, options=Options(gain=100.0, dtype="float32")))
+    assert verdict.outcome == "ok", verdict
+
+
+def test_what_a_network_keeps_of_a_training_step_does_not_stop_the_export() -> None:
+    kept = Statement("python", "self.kept = $a\n$o = self.kept.relu()", ("h2",), ("h3",))
+    assert check(conv_norm(kept), onnx=True).outcome == "ok"
+
+
+@pytest.mark.parametrize("factor", [1.0, 1 + 1e-4])
+def test_a_wrong_gradient_is_found(factor: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    transform = pn_compiler.transform
+
+    def changed(model: nn.Module, *args: object, **kwargs: object) -> nn.Module:
+        converted = transform(model, *args, **kwargs)
+        converted.m1.weight.register_hook(lambda gradient: gradient * factor)
+        return converted
+
+    monkeypatch.setattr(pn_compiler, "transform", changed)
+    assert check(conv_norm()).cause == ("" if factor == 1 else "gradient")
