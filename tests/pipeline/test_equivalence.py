@@ -10,7 +10,12 @@ from torch import Tensor, nn
 
 import pn_compiler
 from pn_compiler.base.errors import ConfigError, TraceError, VerificationError
-from pn_compiler.pipeline.equivalence import check_equivalent, largest_difference, likely_cause
+from pn_compiler.pipeline.equivalence import (
+    ChaoticOutputsError,
+    check_equivalent,
+    largest_difference,
+    likely_cause,
+)
 from pn_compiler.running.inputs import Inputs
 from pn_compiler.testing import randomize_batch_norms
 
@@ -279,3 +284,26 @@ def test_a_chaotic_network_is_reported_as_such_and_not_refused() -> None:
 
     converted = pn_compiler.transform(ready(Chaotic()), X)
     assert "PN211" in {note.code for note in pn_compiler.notes(converted)}
+
+
+class AlmostConstant(nn.Module):
+    """A BatchNorm over values that differ by `spread` only, behind an operator whose last digits vary."""
+
+    def __init__(self, spread: float) -> None:
+        super().__init__()
+        self.bn, self.pattern = nn.BatchNorm2d(3, affine=False), 1 + spread * torch.cos(X.double() * 1e3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.bn(torch.sigmoid(x * 0 + 1.1) * self.pattern)
+
+
+@pytest.mark.parametrize(
+    ("spread", "error"), [(-4e-16, ChaoticOutputsError), (-4e-14, TraceError), (-1e-9, TraceError)]
+)
+def test_rounding_inside_a_network_explains_what_is_as_small_as_it(
+    spread: float, error: type[Exception]
+) -> None:
+    """In train mode the output is nothing but last digits, whatever the input: only more counts."""
+    model, graph = AlmostConstant(4e-16), AlmostConstant(spread)
+    with pytest.raises(error):
+        check_equivalent(model.train(), graph.train(), Inputs((X.double(),)), own_modes=True)
