@@ -153,7 +153,7 @@ def _rounding_decides(
     if largest_difference(runner(model, runner.cast(values).map(_nudge)), expected) >= difference / 10:
         return True
     try:
-        with OtherLastDigits():
+        with OtherLastDigits():  # type: ignore[no-untyped-call]
             moved = runner(model, values)
     except ConfigError:
         return False

@@ -23,7 +23,7 @@ _ROUNDING = frozenset(
 )  # fmt: skip
 
 
-class OtherLastDigits(TorchDispatchMode):
+class OtherLastDigits(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's own __init_subclass__
     """While active, moves results of operators that round by a few units in the last place."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
