@@ -240,6 +240,11 @@ def test_what_a_network_keeps_of_a_training_step_does_not_stop_the_export() -> N
     assert check(conv_norm(kept), onnx=True).outcome == "ok"
 
 
+def test_where_rounding_decides_in_float32_no_file_is_expected() -> None:
+    """The last BatchNorm sees constants, in train mode, so that the output consists of last digits."""
+    assert check(generate(700142), onnx=True).outcome == "ok"
+
+
 @pytest.mark.parametrize("factor", [1.0, 1 + 1e-4])
 def test_a_wrong_gradient_is_found(factor: float, monkeypatch: pytest.MonkeyPatch) -> None:
     transform = pn_compiler.transform
