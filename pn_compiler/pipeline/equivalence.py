@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from pn_compiler.base.errors import ConfigError, TraceError
+from pn_compiler.inspection.captured import nested_codes
 from pn_compiler.inspection.hooks import has_hooks
 from pn_compiler.running.evaluation import run, seed_everything, untouched
 from pn_compiler.running.float64 import Float64
@@ -261,18 +262,14 @@ def likely_cause(module: nn.Module) -> str:
     if has_hooks(module) or any(has_hooks(child) for child in module.children()):
         return "a hook changes or keeps values"
     code = getattr(inspect.getattr_static(module, "forward", None), "__code__", None)
-    names = _names(code) if isinstance(code, CodeType) else set()
+    codes = nested_codes(code) if isinstance(code, CodeType) else ()
+    names = {name for nested in codes for name in nested.co_names}
     for suspects, reason in _SUSPECTS:
         if suspects & names:
             return reason
     if isinstance(code, CodeType) and _writes_in_place(code):
         return "it writes in place to a tensor that has two names (y = x; y /= 2)"
     return "Python state or control flow that depends on values is a likely cause"
-
-
-def _names(code: CodeType) -> set[str]:
-    inner = (names for c in code.co_consts if isinstance(c, CodeType) for names in _names(c))
-    return {*code.co_names, *inner}
 
 
 def _writes_in_place(code: CodeType) -> bool:

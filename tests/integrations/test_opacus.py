@@ -32,7 +32,7 @@ pytestmark = [
 
 
 class SqueezeExcitation(nn.Module):
-    """A gate that takes in scale and shift, and a residual addition that needs them applied."""
+    """A gate that absorbs scale and shift, and a residual addition that needs them applied."""
 
     def __init__(self) -> None:
         super().__init__()
