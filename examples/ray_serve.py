@@ -20,7 +20,7 @@ from ray import serve
 from ray_client import Client, ask_all, ask_until
 
 ROOT = Path(__file__).resolve().parent.parent
-TEMPLATE = ROOT / "export" / "templates" / "ray_app.py"
+TEMPLATE = ROOT / "pn_compiler" / "repository" / "templates" / "ray_app.py"
 DEMO = ROOT / "demo_output"
 PORT = 8000
 USERS = 60

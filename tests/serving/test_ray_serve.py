@@ -29,7 +29,7 @@ from tests.serving.ray_cluster import ROOT, Cluster, cluster, free_port, wait_fo
 serve: Any = importlib.import_module("ray.serve")
 REPLICA = "ServeReplica:default:Models"
 USERS = 16  # of each client process
-TEMPLATE = ROOT / "export" / "templates" / "ray_app.py"
+TEMPLATE = ROOT / "pn_compiler" / "repository" / "templates" / "ray_app.py"
 
 
 class Served(NamedTuple):
