@@ -17,7 +17,8 @@ from torch import nn
 
 import pn_compiler
 from pn_compiler.testing import randomize_batch_norms
-from tests.serving.ray_cluster import MARK, ROOT, kill, wait_for
+from tests.serving.ray_cluster import MARK, ROOT, wait_for
+from tests.serving.ray_watchdog import kill
 
 pa = pytest.importorskip("pyarrow")  # Ray brings it
 dataset = pytest.importorskip("pyarrow.dataset")
@@ -52,7 +53,7 @@ class Run:
         return self
 
     def __exit__(self, *_: object) -> None:
-        kill(self.mark, self.process)
+        kill(MARK, self.mark, self.process)
         self.process.communicate()
 
     def finish(self) -> tuple[int, str]:
@@ -92,7 +93,7 @@ def test_killed_midway_and_resumed(model, tmp_path) -> None:
 
     with Run(*arguments) as run:
         wait_for(lambda: len(committed(output)) > 1, 120)
-        kill(run.mark, run.process)
+        kill(MARK, run.mark, run.process)
         assert run.process.returncode == -9
     last, *kept = committed(output)
     before = sum(pq.read_metadata(path).num_rows for path in kept)
