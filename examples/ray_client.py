@@ -88,8 +88,8 @@ class Client:
         version, about = header["model_version"], header["parameters"]
         self.served[version, about["replica"]] += 1
         self.largest_batch = max(self.largest_batch, about["requests_in_batch"])
-        wanted = self.sessions[int(version) - 1].run(None, {self.input.name: images})[0]
-        error = float(np.abs(logits - wanted).max()) if logits.shape == wanted.shape else np.inf
+        expected = self.sessions[int(version) - 1].run(None, {self.input.name: images})[0]
+        error = float(np.abs(logits - expected).max()) if logits.shape == expected.shape else np.inf
         self.largest_error = max(self.largest_error, error)
         self.counts["wrong"] += error > TOLERANCE
 

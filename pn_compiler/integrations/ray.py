@@ -64,8 +64,8 @@ class RayBatches(Shards):
             raise ConfigError(f"the Dataset has no column {column}: it has {', '.join(columns)}")
         self.column = columns[0] if len(columns) == 1 else column
         self.batch_size, self.cpus = batch_size, cpus
-        wanted = workers or int(ray.cluster_resources().get("CPU", 1)) // cpus or 1
-        size = batch_size * math.ceil(rows / batch_size / wanted)  # whole batches, as in one process
+        count = workers or int(ray.cluster_resources().get("CPU", 1)) // cpus or 1
+        size = batch_size * math.ceil(rows / batch_size / count)  # whole batches, as in one process
         cuts = list(range(size, rows, size))
         self.dataset = dataset
         self.shards = dataset.split_at_indices(cuts) if cuts else [dataset]
