@@ -84,12 +84,14 @@ class RayBatches(Shards):
         try:
             return list(ray.get(tasks))
         except ray.exceptions.RayTaskError as error:
+            # the other shards go on to their end: to cancel a task that is just ending crashes Ray
             if isinstance(error.cause, PnCompilerError):
                 raise error.cause from None
             raise
-        finally:
+        except KeyboardInterrupt:
             for task in tasks:
                 ray.cancel(task)
+            raise
 
 
 def static_statistics(network: nn.Module, batches: RayBatches) -> Constants:
