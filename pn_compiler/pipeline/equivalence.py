@@ -101,7 +101,7 @@ class VaryingOutputsError(ConfigError):
 
 
 class ChaoticOutputsError(ConfigError):
-    """A model returns other outputs for inputs that differ by less than rounding."""
+    """A model gives other outputs for inputs that differ by less than rounding."""
 
 
 class _Runner:
