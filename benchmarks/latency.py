@@ -148,7 +148,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     found = compare(arguments)
     if arguments.plot is not None:
-        latency_plot.plot([dataclasses.asdict(row) for row in found], arguments.plot)
+        latency_plot.plot([dataclasses.asdict(row) for row in found]).savefig(arguments.plot, dpi=150)
     return 0
 
 

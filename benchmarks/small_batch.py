@@ -228,7 +228,7 @@ def chosen_recipes(arguments: argparse.Namespace) -> list[Recipe]:
     return [dataclasses.replace(RECIPES[name], **changes) for name in names]
 
 
-def main() -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--dataset", choices=(*RECIPES, "all"), default="all")
     parser.add_argument("--json", type=Path, help="where cells are kept; those that it has are not run again")
@@ -239,7 +239,7 @@ def main() -> int:
     parser.add_argument("--train", type=int, help="training samples")
     parser.add_argument("--jobs", type=int, default=2, help="processes of one thread each")
     parser.add_argument("--device", default="cpu")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     start = time.perf_counter()
     recipes = chosen_recipes(arguments)
     if arguments.json is not None:
