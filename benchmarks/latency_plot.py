@@ -1,4 +1,4 @@
-"""The rows of `benchmarks.latency` as a picture: how many times as long as BatchNorm."""
+"""The rows of `benchmarks.latency` as a bar chart of latencies relative to BatchNorm."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -11,7 +11,7 @@ _FILLED = 0.8  # of the distance between networks, by the bars of one
 
 
 def file_types() -> list[str]:
-    """Endings of files that can be drawn. Raises ImportError without matplotlib."""
+    """File types that matplotlib can write. Raises ImportError without matplotlib."""
     from matplotlib.figure import Figure
 
     return sorted(Figure().canvas.get_supported_filetypes())

@@ -41,7 +41,7 @@ from pn_compiler.base.files import check_writable, write_atomically
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Recipe:
-    """What all cells of one table have in common."""
+    """The settings that all cells of one table share."""
 
     dataset: str
     widths: tuple[int, ...]  # channels of each stage
@@ -170,7 +170,7 @@ def run_cell(recipe: Recipe, name: str, batch_size: int, device: str) -> Row:
 
 
 def _key(recipe: Recipe) -> Row:
-    """What a finished cell must have in common with `recipe` to stand for one of its own, as JSON has it."""
+    """What must be equal for a finished cell to be reused for `recipe`, as JSON stores it."""
     rows_and_columns = {"batch_sizes": None, "groups": None, "paddings": None}  # no cell depends on them
     stored: Row = json.loads(json.dumps(dataclasses.asdict(recipe) | rows_and_columns))
     return stored
@@ -201,7 +201,7 @@ def _cell_text(row: Row | None) -> str:
 
 
 def caption(recipe: Recipe, rows: list[Row]) -> str:
-    """What the table was measured with."""
+    """The settings that the table was measured with."""
     rates = ", ".join(f"{rate:g}" for rate in recipe.rates)
     depth, widths = 2 + 2 * len(recipe.widths) * recipe.blocks, "-".join(map(str, recipe.widths))
     return (

@@ -212,7 +212,7 @@ def _plain_export_fails(model: nn.Module, inputs: tuple[Any, ...], path: Path) -
 
 
 def _training_step(model: nn.Module) -> str:
-    """ "ok", or what is wrong with a step of SGD in train mode at batch 1."""
+    """ "ok", or what fails in a step of SGD in train mode at batch 1."""
     try:
         converted = pn_compiler.transform(model.train())
         outputs = torch.utils._pytree.tree_leaves(converted(*training_inputs(model)))

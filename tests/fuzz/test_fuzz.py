@@ -85,10 +85,10 @@ def wrong_epsilon(monkeypatch: pytest.MonkeyPatch) -> None:
     """A conversion that loses the eps of the BatchNorm where a ReLU follows a flip."""
     rewrite = replace_batch_norm.ReplaceBatchNorm._rewrite
 
-    def forgetful(self, graph, path, norm, num_groups):
-        site = rewrite(self, graph, path, norm, num_groups)
-        if any("flip" in str(node.target) for node in graph.graph.nodes):
-            graph.get_submodule(path).eps = 0.1
+    def forgetful(self, gm, path, norm, num_groups):
+        site = rewrite(self, gm, path, norm, num_groups)
+        if any("flip" in str(node.target) for node in gm.graph.nodes):
+            gm.get_submodule(path).eps = 0.1
         return site
 
     monkeypatch.setattr(replace_batch_norm.ReplaceBatchNorm, "_rewrite", forgetful)
