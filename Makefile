@@ -28,9 +28,12 @@ test-all: lint
 test-serving: $(INSTALLED) triton mlserver kserve test-ray
 	$(BIN)/python -m pytest -m "servers or not servers" tests/serving
 
-# Ray Serve and Ray Data, on a cluster of two nodes on this machine. Ray warns of itself: -W default.
+# Ray Serve and Ray Data, on a cluster of two nodes on this machine. Each file in a process of its own: where Ray
+# fails a check of its own it ends the process. Ray warns of itself: -W default.
 test-ray: $(RAY)/.installed
-	$(RAY)/bin/python -m pytest tests/serving/test_ray_*.py -W default --show-capture=no
+	status=0; for file in tests/serving/test_ray_*.py; do \
+	    $(RAY)/bin/python -m pytest $$file -W default --show-capture=no || status=1; \
+	done; exit $$status
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -1,4 +1,4 @@
-"""Tensors that take long to make, kept between runs in a user's cache."""
+"""Tensors that take long to compute, cached between runs in the user's cache folder."""
 
 import hashlib
 import io
@@ -14,7 +14,7 @@ Tensors = dict[str, Tensor]
 
 
 def cached(kind: str, name: str, source: str, make: Callable[[], Tensors]) -> Tensors:
-    """What `make` returns, made once for each `source`.
+    """Returns the result of `make`, computed once for each `source`.
 
     Args:
         kind: folder of the cache, such as "networks".

@@ -1,6 +1,6 @@
 """Several networks that train at once, as one network with a group for each.
 
-A small batch costs mostly the calls of operators, and these networks share them.
+With small batches most time is call overhead of operators, which these networks share.
 """
 
 import itertools
@@ -69,7 +69,7 @@ class Ensemble(nn.Module):
 
 
 class MemberSGD:
-    """``torch.optim.SGD`` with momentum, with a learning rate of its own for each member of an ensemble.
+    """``torch.optim.SGD`` with momentum, with a separate learning rate for each member of an ensemble.
 
     Parameters and gradients become parts of two flat tensors: a step is a few operators on those.
     """
@@ -134,7 +134,7 @@ def train(
 
 @torch.no_grad()
 def accuracy(network: nn.Module, data: tuple[Tensor, Tensor], members: int) -> list[float]:
-    """Percent right, of each member."""
+    """Accuracy of each member in percent."""
     right = torch.zeros(members)
     for images, labels in zip(*(part.split(128) for part in data), strict=True):
         logits = network(images.unsqueeze(1).expand(-1, members, -1, -1))

@@ -76,7 +76,7 @@ def load(split: Split, size: int, seed: int = 0) -> tuple[Tensor, Tensor]:
 
 
 def cache_folder() -> Path:
-    """Where finished data sets are kept: a user's cache, outside of the repository."""
+    """Where rendered data sets are cached: the user's cache folder, outside of the repository."""
     root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(root) / "pn_compiler" / "glyphs"
 

@@ -1,4 +1,4 @@
-"""How long an ONNX file takes, beside that of the same network with BatchNorm, on a CPU.
+"""Latency of an ONNX file on a CPU, relative to that of the same network with BatchNorm.
 
     python -m benchmarks.latency --mode exact --json latency.json --plot latency.png
     python -m benchmarks.latency --mode static --models resnet50,mobilenet_v2,efficientnet_b0 --openvino
@@ -103,7 +103,7 @@ def rows(
 
 
 def compare(arguments: argparse.Namespace) -> list[Row]:
-    """Measures and prints all that is asked for."""
+    """Measures and prints everything that the arguments ask for."""
     found = []
     print(f"load average {os.getloadavg()[0]:.1f} at the start; what else runs changes ratios, too")
     print(f"{'model':<17}{'batch':>6}{'threads':>8}  {'runtime':<12}{'variant':<34}{'ms':>8}{'ratio':>8}")
@@ -148,12 +148,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     found = compare(arguments)
     if arguments.plot is not None:
-        latency_plot.plot([dataclasses.asdict(row) for row in found], arguments.plot)
+        latency_plot.plot([dataclasses.asdict(row) for row in found]).savefig(arguments.plot, dpi=150)
     return 0
 
 
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    """What was asked for; exits with one line if it cannot be done, before any work."""
+    """Parses and checks the arguments; exits with one line, before any work, if one cannot be satisfied."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--mode", choices=list(MODES), required=True)
     parser.add_argument("--models", type=_names, default=list(NETWORKS))

@@ -1,21 +1,23 @@
-"""The rows of `benchmarks.latency` as a picture: how many times as long as BatchNorm."""
+"""The rows of `benchmarks.latency` as a bar chart of latencies relative to BatchNorm."""
 
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 _WIDTH, _HEAD, _PANEL = 9.0, 0.7, 2.4  # inches
 _FILLED = 0.8  # of the distance between networks, by the bars of one
 
 
 def file_types() -> list[str]:
-    """Endings of files that can be drawn. Raises ImportError without matplotlib."""
+    """File types that matplotlib can write. Raises ImportError without matplotlib."""
     from matplotlib.figure import Figure
 
     return sorted(Figure().canvas.get_supported_filetypes())
 
 
-def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
+def plot(rows: Sequence[dict[str, Any]]) -> "Figure":
     """Bars by network and variant; a panel for each runtime, batch size and number of threads."""
     from matplotlib.figure import Figure  # without pyplot: no global state, no display
 
@@ -34,7 +36,7 @@ def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
         axes.set_ylabel(f"time / {first}")
     column[0].set_ylim(0, 1.2 * max(row["ratio"] for row in rows))
     figure.legend(*column[0].get_legend_handles_labels(), loc="outside upper center", ncols=3, frameon=False)
-    figure.savefig(path, dpi=150)
+    return figure
 
 
 def _draw(

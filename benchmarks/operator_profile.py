@@ -1,4 +1,4 @@
-"""Where the time of a file goes in onnxruntime, by its own profiler."""
+"""Time per operator of an ONNX file, by onnxruntime's own profiler."""
 
 import collections
 import dataclasses
@@ -83,7 +83,7 @@ def _shape(event: dict[str, Any]) -> tuple[int, ...]:
 
 
 def tables(nodes: tuple[Node, ...]) -> str:
-    """Microseconds of a run by operator, and the nodes that take most."""
+    """Microseconds per run by operator, and the slowest nodes."""
     total = sum(node.microseconds for node in nodes)
     groups = collections.defaultdict(list)
     for node in nodes:

@@ -18,7 +18,7 @@ def onnxruntime_session(content: bytes, images: np.ndarray[Any, Any], threads: i
 
 
 def openvino_session(content: bytes, images: np.ndarray[Any, Any], threads: int) -> Callable[[], object]:
-    """In float32, for latency. A file for any batch is told the shape first, which OpenVINO recommends.
+    """In float32, for latency. A file for any batch is reshaped first, as OpenVINO recommends.
 
     Not so with GroupNormalization: of a fixed batch OpenVINO 2026.4 crashes on it (docs/targets.md).
     """

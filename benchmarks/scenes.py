@@ -69,7 +69,7 @@ def scene(random: Generator, fonts: tuple[str, ...]) -> tuple[np.ndarray, np.nda
 
 
 def _in_scene(patch: np.ndarray, random: Generator) -> np.ndarray:
-    """`patch`, [32, 32], at a random place of a scene, [48, 48], beyond whose edges it is cut off."""
+    """`patch`, [32, 32], at a random place in a scene, [48, 48], cropped at its edges."""
     padded = np.zeros((PIXELS + 2 * _MARGIN,) * 2)
     top, left = random.integers(0, PIXELS + 2 * _MARGIN - glyphs.PIXELS + 1, 2)
     padded[top : top + glyphs.PIXELS, left : left + glyphs.PIXELS] = patch

@@ -41,7 +41,7 @@ from pn_compiler.base.files import check_writable, write_atomically
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Recipe:
-    """What all cells of one table have in common."""
+    """The settings that all cells of one table share."""
 
     dataset: str
     widths: tuple[int, ...]  # channels of each stage
@@ -170,7 +170,7 @@ def run_cell(recipe: Recipe, name: str, batch_size: int, device: str) -> Row:
 
 
 def _key(recipe: Recipe) -> Row:
-    """What a finished cell must have in common with `recipe` to stand for one of its own, as JSON has it."""
+    """What must be equal for a finished cell to be reused for `recipe`, as JSON stores it."""
     rows_and_columns = {"batch_sizes": None, "groups": None, "paddings": None}  # no cell depends on them
     stored: Row = json.loads(json.dumps(dataclasses.asdict(recipe) | rows_and_columns))
     return stored
@@ -201,7 +201,7 @@ def _cell_text(row: Row | None) -> str:
 
 
 def caption(recipe: Recipe, rows: list[Row]) -> str:
-    """What the table was measured with."""
+    """The settings that the table was measured with."""
     rates = ", ".join(f"{rate:g}" for rate in recipe.rates)
     depth, widths = 2 + 2 * len(recipe.widths) * recipe.blocks, "-".join(map(str, recipe.widths))
     return (
@@ -228,7 +228,7 @@ def chosen_recipes(arguments: argparse.Namespace) -> list[Recipe]:
     return [dataclasses.replace(RECIPES[name], **changes) for name in names]
 
 
-def main() -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--dataset", choices=(*RECIPES, "all"), default="all")
     parser.add_argument("--json", type=Path, help="where cells are kept; those that it has are not run again")
@@ -239,7 +239,7 @@ def main() -> int:
     parser.add_argument("--train", type=int, help="training samples")
     parser.add_argument("--jobs", type=int, default=2, help="processes of one thread each")
     parser.add_argument("--device", default="cpu")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     start = time.perf_counter()
     recipes = chosen_recipes(arguments)
     if arguments.json is not None:

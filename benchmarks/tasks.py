@@ -1,4 +1,4 @@
-"""Tasks of a benchmark in several processes, and the file that keeps their rows."""
+"""Runs the tasks of a benchmark in several processes, and reads the file that stores their rows."""
 
 import json
 import multiprocessing
@@ -19,7 +19,7 @@ def run(function: Callable[..., Row], costs: dict[tuple[Any, ...], float], jobs:
     """``function(*task)`` for each task of `costs`, as they are ready, in processes of one thread each.
 
     Args:
-        function: of a module, not of a body.
+        function: at module level, so that it can be pickled.
         costs: each task's share of the progress bar, in the order in which they begin.
         jobs: number of processes.
     """

@@ -1,4 +1,4 @@
-"""What proxy normalization costs in training, beside a plain replacement with the same groups.
+"""Cost of proxy normalization in training, against a plain replacement with the same groups.
 
     python -m benchmarks.train_step --models resnet50,mobilenet_v2,efficientnet_b0 --json train_step.json
 
@@ -72,7 +72,7 @@ def ratio(
 
 
 def memory(name: str, arguments: argparse.Namespace, *, proxy: bool) -> int:
-    """Bytes that two steps take beyond the network, in a process of their own."""
+    """Bytes that two steps need beyond the network, measured in a process of their own."""
     sizes = []
     # glibc then gives freed tensors back to the system: what counts is what is in use, not how it lies
     environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}

@@ -81,7 +81,7 @@ def prepare(name: str) -> None:
 
 
 def untrained(recipe: Recipe) -> nn.Module:
-    """A network of `recipe` as it starts, the same in each call."""
+    """A network of `recipe` before training, the same in each call."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         network = recipe.build(_classes(recipe))
@@ -160,7 +160,7 @@ def fit(
 
 @torch.no_grad()
 def score(network: nn.Module, data: Pair) -> float:
-    """Percent of samples that are right; for masks the intersection over union, mean over the classes."""
+    """Accuracy in percent; for masks the mean intersection over union of the classes."""
     counts: Tensor | float = 0.0  # [true class, predicted class]
     for images, labels in zip(*(part.split(256) for part in data), strict=True):
         logits = network(images)

@@ -1,4 +1,4 @@
-"""What `benchmarks.latency` compares: files made from one network, in one way each."""
+"""What `benchmarks.latency` compares: one network, exported in several ways."""
 
 import dataclasses
 import io
@@ -33,7 +33,7 @@ def batch_norm(name: str, pixels: int, batch: int = 1) -> bytes:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Plain:
-    """What `torch.onnx.export` makes of the converted network, with none of our work on it.
+    """What `torch.onnx.export` makes of the converted network, without any rewrite of ours.
 
     Attributes:
         proxy: with proxy normalization, computed from its parameters in each run; else normalizers alone.

@@ -217,14 +217,14 @@ def _names(given: Sequence[str] | None, known: Sequence[str]) -> Sequence[str]:
     return given or known
 
 
-def main() -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", type=Path, help="where rows are kept; those that it has are not run again")
     parser.add_argument("--networks", nargs="+", metavar="NAME", help=f"of {', '.join(trained.RECIPES)}")
     parser.add_argument("--methods", nargs="+", metavar="NAME", help=f"of {', '.join(METHODS)}")
     parser.add_argument("--groups", nargs="+", type=int, metavar="N", default=GROUPS)
     parser.add_argument("--jobs", type=int, default=2, help="processes of one thread each")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     start = time.perf_counter()
     names = _names(arguments.networks, list(trained.RECIPES))
     methods = _names(arguments.methods, list(METHODS))

@@ -101,8 +101,8 @@ def _convert(task: Name, *, compare: bool) -> Row | None:
     start = time.perf_counter()
     try:
         model = build(library, name, meta=True)
-        wanted = [path for path, _ in batch_norms(model)]
-        if not wanted:
+        paths = [path for path, _ in batch_norms(model)]
+        if not paths:
             return None
         if compare:
             converted = _transform_compared(build(library, name, meta=False), row)
@@ -111,12 +111,12 @@ def _convert(task: Name, *, compare: bool) -> Row | None:
         sites = pn_compiler.sites(converted)
         names = {site.name for site in sites}
         left = [path for path, _ in batch_norms(converted)]
-        row["batch_norms"] = len(wanted)
+        row["batch_norms"] = len(paths)
         row["kinds"] = collections.Counter(site.kind for site in sites)
         row["activations"] = sum(site.activation is not None for site in sites)
         row["codes"] = collections.Counter(site.code for site in sites if site.code)
         row["skipped"] = {site.name: site.code for site in sites if site.kind == "skipped"}
-        row["unaccounted"] = sorted(set(wanted) - names) + sorted(set(left) - set(row["skipped"]))
+        row["unaccounted"] = sorted(set(paths) - names) + sorted(set(left) - set(row["skipped"]))
     except Exception as error:
         row["error"] = f"{type(error).__name__}: {error}".splitlines()[0]
         row["traceback"] = traceback.format_exc()
@@ -212,7 +212,7 @@ def _plain_export_fails(model: nn.Module, inputs: tuple[Any, ...], path: Path) -
 
 
 def _training_step(model: nn.Module) -> str:
-    """ "ok", or what is wrong with a step of SGD in train mode at batch 1."""
+    """ "ok", or what fails in a step of SGD in train mode at batch 1."""
     try:
         converted = pn_compiler.transform(model.train())
         outputs = torch.utils._pytree.tree_leaves(converted(*training_inputs(model)))
@@ -280,13 +280,13 @@ def summarize_onnx(rows: list[Row]) -> int:
     ours = 0
     for row in sorted(rows, key=lambda r: r["family"]):
         failed = row.get("failed")
-        told = row["training"] if failed is None else f"{row['training']}; {failed}"
+        outcome = row["training"] if failed is None else f"{row['training']}; {failed}"
         if failed is not None:
             likewise = row["unconverted_fails"]
             ours += likewise is None
-            told += f" | unconverted: {likewise or 'exports'}"
+            outcome += f" | unconverted: {likewise or 'exports'}"
         error = "-" if failed else f"{row['error']:.1e}"
-        print(f"{row['family']:<34}{row['model']:<34}{error:>9}{row['seconds']:>7}  {told[:220]}")
+        print(f"{row['family']:<34}{row['model']:<34}{error:>9}{row['seconds']:>7}  {outcome[:220]}")
     print(f"{len(rows)} families, {sum('failed' not in r for r in rows)} compiled and verified")
     print(f"{ours} fail that export unconverted; {sum(r['training'] != 'ok' for r in rows)} do not train")
     return 1 if ours else 0

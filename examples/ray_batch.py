@@ -4,8 +4,8 @@
 
 INPUT is a folder of images or .npy files, one sample each, whose identifier is the path; or a parquet file,
 or a folder of them, with a column of arrays and one of identifiers, which no two rows share. OUTPUT/rows gets
-parquet files with the identifier and a column for each output. If the run is stopped, by whatever, the same
-command does what is missing: each row is in the output once. With nothing missing it does nothing.
+parquet files with the identifier and a column for each output. If the run is stopped, however, the same
+command processes the rest: each row is in the output once. With nothing left it does nothing.
 
 On the cluster at RAY_ADDRESS, or else on this machine. In a cluster all nodes must see INPUT and OUTPUT.
 """
@@ -88,7 +88,7 @@ def find(source: Path, column: str, identifier: str) -> tuple[list[str], bool, i
 
 @contextlib.contextmanager
 def claimed(output: Path, job: dict[str, str]) -> Iterator[None]:
-    """`output` is for this job and this process alone. Raises ValueError if it is not."""
+    """Locks `output` for this process. Raises ValueError if another process or job uses it."""
     output.mkdir(parents=True, exist_ok=True)
     with (output / "job.json").open("a+") as file:
         try:
@@ -107,7 +107,7 @@ def claimed(output: Path, job: dict[str, str]) -> Iterator[None]:
 
 
 def run(arguments: argparse.Namespace) -> str:
-    """Does what is missing. Returns what became of it; raises ValueError."""
+    """Processes the rows that are missing. Returns a summary; raises ValueError."""
     model = arguments.model.read_bytes()
     try:
         load(model)
@@ -144,7 +144,7 @@ def run(arguments: argparse.Namespace) -> str:
 
 
 def connect() -> None:
-    """To the cluster at RAY_ADDRESS, or to one of this process. Raises ValueError if it is too small."""
+    """Connects to the cluster at RAY_ADDRESS, or starts one. Raises ValueError if it is too small."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     alone: dict[str, Any] = {
         "address": "local",

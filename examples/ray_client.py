@@ -1,4 +1,4 @@
-"""Asks a server for inference in many requests at once, retries, and compares each answer with onnxruntime.
+"""Sends many requests at once to a server, retries, and compares each answer with onnxruntime.
 
     .venv-ray/bin/python examples/ray_client.py http://127.0.0.1:8000 digits demo_output/model.onnx
 
@@ -88,8 +88,8 @@ class Client:
         version, about = header["model_version"], header["parameters"]
         self.served[version, about["replica"]] += 1
         self.largest_batch = max(self.largest_batch, about["requests_in_batch"])
-        wanted = self.sessions[int(version) - 1].run(None, {self.input.name: images})[0]
-        error = float(np.abs(logits - wanted).max()) if logits.shape == wanted.shape else np.inf
+        expected = self.sessions[int(version) - 1].run(None, {self.input.name: images})[0]
+        error = float(np.abs(logits - expected).max()) if logits.shape == expected.shape else np.inf
         self.largest_error = max(self.largest_error, error)
         self.counts["wrong"] += error > TOLERANCE
 
@@ -118,7 +118,7 @@ async def ask_all(client: Client, requests: int, seed: int) -> None:
 
 
 async def ask_until(client: Client, stop: asyncio.Event, *, users: int, seed: int) -> None:
-    """`users` that ask one request after the other until `stop` is set; no request is broken off."""
+    """`users` that send one request after the other until `stop` is set; none is aborted."""
 
     async def user(number: int) -> None:
         random = np.random.default_rng((seed, number))

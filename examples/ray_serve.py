@@ -20,7 +20,7 @@ from ray import serve
 from ray_client import Client, ask_all, ask_until
 
 ROOT = Path(__file__).resolve().parent.parent
-TEMPLATE = ROOT / "export" / "templates" / "ray_app.py"
+TEMPLATE = ROOT / "pn_compiler" / "repository" / "templates" / "ray_app.py"
 DEMO = ROOT / "demo_output"
 PORT = 8000
 USERS = 60
@@ -46,7 +46,7 @@ def replicas() -> str:
     return ", ".join(f"{count} {state.lower()}" for state, count in states.items())
 
 
-def tell(title: str, client: Client) -> None:
+def show_report(title: str, client: Client) -> None:
     report = client.report()
     versions = ", ".join(f"{count} by version {version}" for version, count in report["versions"].items())
     print(
@@ -63,7 +63,7 @@ async def show(repository: Path, app: Any) -> None:
     print(f"replicas: {replicas()}")
     client = new_client()
     await ask_all(client, 200, seed=0)
-    tell("200 requests at once", client)
+    show_report("200 requests at once", client)
 
     client, stop, start = new_client(), asyncio.Event(), time.monotonic()
     load = asyncio.create_task(ask_until(client, stop, users=USERS, seed=1))
@@ -77,7 +77,7 @@ async def show(repository: Path, app: Any) -> None:
     print(f"version 2 in the place of version 1 after {time.monotonic() - start:.0f} s: {replicas()}")
     stop.set()
     await load
-    tell("under this load", client)
+    show_report("under this load", client)
     assert client.counts["lost"] == client.counts["wrong"] == 0
 
 

@@ -17,7 +17,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
-from pn_compiler.base.errors import ExportError, first_line
+from pn_compiler.base.errors import ExportError, root_cause
 from pn_compiler.export.external_data import move_weights_out
 from pn_compiler.export.io_names import rename
 from pn_compiler.export.options import ExportOptions
@@ -65,7 +65,7 @@ def export_graph(
                 "torch.onnx cannot export the model: its forward uses .data of a tensor, which torch.export "
                 "cannot follow: use detach(), and compute weights without storing them"
             ) from error
-        cause = f"{_no_tensor(model, inputs)}{_cause(error)}{hint}"
+        cause = f"{_no_tensor(model, inputs)}{root_cause(error)}{hint}"
         raise ExportError(f"torch.onnx cannot export the model: {cause}") from error
     assert program is not None
     if not program.model.graph.outputs:
@@ -168,10 +168,3 @@ def _quiet() -> Iterator[None]:
         finally:
             for logger, level in zip(loggers, levels, strict=True):
                 logger.setLevel(level)
-
-
-def _cause(error: BaseException) -> str:
-    """Type and first line of the innermost exception."""
-    while error.__cause__ is not None:
-        error = error.__cause__
-    return f"{type(error).__name__}: {first_line(error)}"

@@ -29,7 +29,7 @@ class Route:
     """Where the affine of one site goes.
 
     Attributes:
-        absorbers: linear operators that take it in.
+        absorbers: linear operators that absorb it.
         blocked: edges where it must be applied instead.
     """
 
@@ -41,7 +41,7 @@ class Router:
     """Follows the value of a site to everything that reads it.
 
     Args:
-        graph: with ranks inferred. Rewriting sites does not change what this notes of it.
+        gm: with ranks inferred. Rewriting sites does not change what this notes of it.
         through_padding: whether zero padding stands before the affine (``proxy_padding="activation"``),
             so that a padded operator lets a shift pass.
     """
@@ -84,7 +84,7 @@ class Router:
         return Route(tuple(absorbers), tuple(blocked))
 
     def refusal(self, user: fx.Node, value: fx.Node, num_channels: int) -> str | None:
-        """Why `user` cannot take in the affine of `value`; None if it can."""
+        """Why `user` cannot absorb the affine of `value`; None if it can."""
         module = called_module(self.gm, user)
         if module is None:
             what = "the output of the model" if user.op == "output" else operator_name(user) or user.target

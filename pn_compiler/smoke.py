@@ -40,7 +40,7 @@ def smoke_test(
     Args:
         url: such as ``127.0.0.1:8000``; ``https://`` before it encrypts.
         golden: the file ``golden.npz`` of the version that is served.
-        model: its name on the server, if it is another one than in the repository.
+        model: its name on the server, if that is not its name in the repository.
         timeout: seconds for an answer.
         wait: seconds in which server and model may still become ready.
 
@@ -48,9 +48,9 @@ def smoke_test(
         One line about what was compared.
 
     Raises:
-        ConfigError: `url` is no address, or tritonclient is not installed.
+        ConfigError: `url` is not an address, or tritonclient is not installed.
         LoadError: `golden` is not such a file.
-        SmokeError: the server cannot be reached, is not ready, or answers something else.
+        SmokeError: the server cannot be reached, is not ready, or gives other answers.
     """
     one_of("protocol", protocol, get_args(Protocol))
     check_path("golden", golden)
@@ -75,7 +75,7 @@ def smoke_test(
 
 
 class _Server:
-    """What is asked of a server, the same by HTTP and by gRPC; what goes wrong is a SmokeError."""
+    """A client of a server, the same for HTTP and gRPC; its failures are SmokeErrors."""
 
     def __init__(self, url: str, protocol: Protocol, timeout: float) -> None:
         try:
@@ -94,7 +94,7 @@ class _Server:
             limits |= {"connection_timeout": timeout, "network_timeout": timeout}
         self._library = client
         self._binary = False
-        with self._told("connect"):
+        with self._smoke_errors("connect"):
             self._client = client.InferenceServerClient(address, **limits)
 
     def close(self) -> None:
@@ -103,10 +103,10 @@ class _Server:
 
     def why_not_ready(self, model: str) -> str:
         """Empty if the model is ready; else what the server says of it."""
-        with self._told("is it live?"):
+        with self._smoke_errors("is it live?"):
             if not self._client.is_server_live(**self._limit()):
                 return "the server is not live, or speaks another protocol"
-        with self._told(f"is {model} ready?"):
+        with self._smoke_errors(f"is {model} ready?"):
             if self._client.is_model_ready(model, **self._limit()):
                 return ""
         known = self._index()
@@ -118,7 +118,7 @@ class _Server:
         return f"model {model} is not ready{': ' + reasons[0] if reasons else ', or there is none'}"
 
     def _index(self) -> list[dict[str, Any]]:
-        """Name, version, state and reason of each model; empty if the server does not tell."""
+        """Name, version, state and reason of each model; empty if the server does not list them."""
         try:
             options = {} if self._http else {"as_json": True}
             index = self._client.get_model_repository_index(**options, **self._limit())
@@ -128,7 +128,7 @@ class _Server:
 
     def metadata(self, model: str) -> dict[str, Any]:
         options = {} if self._http else {"as_json": True}
-        with self._told(f"metadata of {model}"):
+        with self._smoke_errors(f"metadata of {model}"):
             server = self._client.get_server_metadata(**options, **self._limit())
             self._binary = _BINARY in server.get("extensions", [])
             found: dict[str, Any] = self._client.get_model_metadata(model, **options, **self._limit())
@@ -136,21 +136,21 @@ class _Server:
 
     def infer(self, model: str, inputs: Arrays, outputs: Arrays) -> Arrays:
         library, binary = self._library, {"binary_data": self._binary} if self._http else {}
-        given = []
+        tensors = []
         for name, value in inputs.items():
             tensor = library.InferInput(name, list(value.shape), _datatype(value))
-            given.append(tensor.set_data_from_numpy(value, **binary))
-        wanted = [library.InferRequestedOutput(name, **binary) for name in outputs]
-        with self._told(f"batch of {len(next(iter(inputs.values())))}"):
-            result = self._client.infer(model, given, outputs=wanted, **self._limit())
+            tensors.append(tensor.set_data_from_numpy(value, **binary))
+        requested = [library.InferRequestedOutput(name, **binary) for name in outputs]
+        with self._smoke_errors(f"batch of {len(next(iter(inputs.values())))}"):
+            result = self._client.infer(model, tensors, outputs=requested, **self._limit())
             return {name: result.as_numpy(name) for name in outputs}
 
     def _limit(self) -> dict[str, float]:
         return {} if self._http else {"client_timeout": self._timeout}
 
     @contextlib.contextmanager
-    def _told(self, what: str) -> Iterator[None]:
-        """Turns whatever the client raises into one line."""
+    def _smoke_errors(self, what: str) -> Iterator[None]:
+        """Turns whatever the client raises into a SmokeError of one line."""
         try:
             yield
         except PnCompilerError:
@@ -168,7 +168,7 @@ class _Server:
 
 
 def _split(url: str) -> tuple[str, str]:
-    """Scheme and address. Raises ConfigError if it is none."""
+    """Scheme and address. Raises ConfigError if `url` is not an address."""
     scheme, _, address = url.rpartition("://")
     try:
         found = urllib.parse.urlsplit(f"//{address}")
@@ -225,13 +225,13 @@ def _check_interface(metadata: dict[str, Any], golden: Golden) -> None:
                 )
 
 
-def _compare(got: Arrays, expected: Arrays, golden: Golden, hint: str) -> float:
+def _compare(actual: Arrays, expected: Arrays, golden: Golden, hint: str) -> float:
     """The largest relative error of an output. Raises SmokeError if it is beyond the tolerance."""
     from pn_compiler.export import relative_error
 
     worst = 0.0
     for name, value in expected.items():
-        answer = got[name]
+        answer = actual[name]
         if answer is None or answer.shape != value.shape:
             found = "nothing" if answer is None else str(list(answer.shape))
             raise SmokeError(f"{golden.model}: output {name} came as {found}, expected {list(value.shape)}")
@@ -265,7 +265,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--timeout", type=float, default=60, metavar="S", help="seconds for an answer")
     parser.add_argument("--wait", type=float, default=0, metavar="S", help="seconds to become ready")
     arguments = parser.parse_args(argv)
-    os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # its own lines; what matters comes as an error
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # gRPC's own log lines; what matters is raised
     try:
         line = smoke_test(**vars(arguments))
     except PnCompilerError as error:

@@ -201,10 +201,10 @@ def check_calibration(
         "distill_steps": recovery.distill_steps > 0,
         "static_statistics": recovery.static_statistics is not None,
     }
-    wanted = [name for name, used in uses.items() if used]
-    if wanted and calibration is None:
-        raise ConfigError(f"{wanted[0]} needs samples: give calibration=, batches of inputs")
-    if calibration is not None and not wanted:
+    needing = [name for name, used in uses.items() if used]
+    if needing and calibration is None:
+        raise ConfigError(f"{needing[0]} needs samples: give calibration=, batches of inputs")
+    if calibration is not None and not needing:
         raise ConfigError(f"calibration data are given, and nothing uses them: {', '.join(uses)} would")
 
 

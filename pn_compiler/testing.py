@@ -13,41 +13,41 @@ from torch.utils import _pytree as pytree
 TOLERANCES = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 
 
-def relative_error(got: Any, expected: Any) -> float:
+def relative_error(actual: Any, expected: Any) -> float:
     """Largest difference of two tensors, or of two structures of them, relative to the largest magnitude.
 
-    It is infinite where a value is not finite, or where what is no tensor differs.
+    It is infinite where a value is not finite, or where leaves that are not tensors differ.
     """
-    return max(_relative_error(g, e) for g, e in _pairs(got, expected))  # no nan: max would pass over it
+    return max(_relative_error(g, e) for g, e in _pairs(actual, expected))  # no nan: max would pass over it
 
 
-def _pairs(got: Any, expected: Any) -> list[tuple[Any, Any]]:
-    """Leaf by leaf what is to be the same. Asserts that both have the same leaves, and any at all."""
-    actual, reference = pytree.tree_leaves(got), pytree.tree_leaves(expected)
-    assert len(actual) == len(reference), f"{len(actual)} outputs instead of {len(reference)}"
-    assert actual, "there are no outputs to compare"
-    return list(zip(actual, reference, strict=True))
+def _pairs(actual: Any, expected: Any) -> list[tuple[Any, Any]]:
+    """Pairs of leaves that must agree. Asserts that there are as many in both, and at least one."""
+    left, right = pytree.tree_leaves(actual), pytree.tree_leaves(expected)
+    assert len(left) == len(right), f"{len(left)} outputs instead of {len(right)}"
+    assert left, "there are no outputs to compare"
+    return list(zip(left, right, strict=True))
 
 
-def _relative_error(got: Any, expected: Any) -> float:
-    if not (isinstance(got, Tensor) and isinstance(expected, Tensor)):
-        return 0.0 if type(got) is type(expected) and got == expected else math.inf
-    assert got.shape == expected.shape, f"{tuple(got.shape)} instead of {tuple(expected.shape)}"
-    if not got.numel():
+def _relative_error(actual: Any, expected: Any) -> float:
+    if not (isinstance(actual, Tensor) and isinstance(expected, Tensor)):
+        return 0.0 if type(actual) is type(expected) and actual == expected else math.inf
+    assert actual.shape == expected.shape, f"{tuple(actual.shape)} instead of {tuple(expected.shape)}"
+    if not actual.numel():
         return 0.0
-    wide = torch.complex128 if got.is_complex() or expected.is_complex() else torch.float64
-    got, expected = got.detach().to(wide), expected.detach().to(wide)
-    if not (got.isfinite().all() and expected.isfinite().all()):
+    dtype = torch.complex128 if actual.is_complex() or expected.is_complex() else torch.float64
+    actual, expected = actual.detach().to(dtype), expected.detach().to(dtype)
+    if not (actual.isfinite().all() and expected.isfinite().all()):
         return math.inf
-    return float((got - expected).abs().max() / expected.abs().max().clamp_min(1e-30))
+    return float((actual - expected).abs().max() / expected.abs().max().clamp_min(1e-30))
 
 
-def assert_same_outputs(got: Any, expected: Any, *, tolerance: float | None = None) -> None:
-    """Asserts that outputs agree to rounding, each in the dtype that it has in `got`, or to `tolerance`.
+def assert_same_outputs(actual: Any, expected: Any, *, tolerance: float | None = None) -> None:
+    """Asserts that outputs agree to rounding, each in the dtype that it has in `actual`, or to `tolerance`.
 
-    Integers, booleans and what is no tensor have to be equal, unless there is a `tolerance`.
+    Integers, booleans and leaves that are not tensors must be equal, unless a `tolerance` is given.
     """
-    for g, e in _pairs(got, expected):
+    for g, e in _pairs(actual, expected):
         limit = _rounding(g) if tolerance is None else tolerance
         error = _relative_error(g, e)
         assert error <= limit, f"relative error {error:.1e} above {limit:.1e}"

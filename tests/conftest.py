@@ -9,6 +9,8 @@ from collections.abc import Iterator
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported, and for child processes
 
 import pytest
+import torch._export.utils
+from torch.export import exported_program
 from torch.onnx._internal.exporter._registration import ONNXRegistry
 
 
@@ -30,4 +32,19 @@ def operators_are_read_once() -> Iterator[None]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ONNXRegistry, "from_torchlib", staticmethod(from_torchlib))
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def composite_operators_are_prepared_once() -> Iterator[None]:
+    """torch.export lists all composite operators, and overrides them for twenty devices: a third of its time.
+
+    Here they are listed once, and overridden for the devices that tests use.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        listed = functools.cache(torch._export.utils._materialize_cpp_cia_ops)
+        patch.setattr(torch._export.utils, "_materialize_cpp_cia_ops", listed)
+        for name in ("_BACKEND_KEYS_TO_OVERRIDE", "_AUTOGRAD_ALIAS_BACKEND_KEYS_TO_OVERRIDE"):
+            keys = [k for k in getattr(exported_program, name) if k.name.endswith(("CPU", "CUDA", "Meta"))]
+            patch.setattr(exported_program, name, keys)
         yield

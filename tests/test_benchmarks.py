@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import sys
 
 import pytest
 import torch
@@ -69,8 +68,8 @@ def test_a_member_is_what_torch_trains() -> None:
         optimizer.zero_grad()
         F.cross_entropy(expected(images[rows].unsqueeze(1)).squeeze(1), labels[rows]).backward()
         optimizer.step()
-    got = trained("GN4+PN", [3], [0.02])
-    assert_same_outputs(got.state_dict(), expected.state_dict(), tolerance=1e-11)
+    actual = trained("GN4+PN", [3], [0.02])
+    assert_same_outputs(actual.state_dict(), expected.state_dict(), tolerance=1e-11)
 
 
 @pytest.mark.parametrize("recipe", RECIPES.values(), ids=list(RECIPES))
@@ -85,19 +84,17 @@ def test_every_variant_is_converted_as_it_is_called(recipe: Recipe) -> None:
             assert site.num_groups == 3 * variant.groups if variant.groups else site.num_groups in channels
 
 
-def test_the_command_goes_on_where_it_was_stopped(tmp_path, monkeypatch, capsys) -> None:
+def test_the_command_goes_on_where_it_was_stopped(tmp_path, capsys) -> None:
     path = tmp_path / "cells.json"
     arguments = ["--dataset", "digits", "--json", str(path), "--jobs", "1", "--seeds", "2", "--epochs", "1"]
     arguments += ["--train", "128", "--variants", "LN+PN", "--batch-sizes", "64"]
-    monkeypatch.setattr(sys, "argv", ["small_batch", *arguments])
-    assert small_batch.main() == 0
+    assert small_batch.main(arguments) == 0
     (row,) = json.loads(path.read_text())
     assert [len(accuracies) for accuracies in row["test"]] == [2] * len(RECIPES["digits"].rates)
     row["seconds"] = -1.0
     path.write_text(json.dumps([row]))
     capsys.readouterr()
-    monkeypatch.setattr(sys, "argv", [*sys.argv, "128"])
-    assert small_batch.main() == 0
+    assert small_batch.main([*arguments, "128"]) == 0
     kept, added = json.loads(path.read_text())
     assert kept == row  # read, not run again
     assert (added["variant"], added["batch_size"]) == ("LN+PN", 128)

@@ -23,9 +23,9 @@ def check(net: nn.Module, *inputs: object, tolerance: float = 1e-5) -> nn.Module
     assert len(sites) == wanted
     assert not any(isinstance(m, _BatchNorm) for m in converted.modules())
     with torch.no_grad():
-        want = pn_compiler.transform(net, proxy=False)(*inputs)
-        assert_same_outputs(converted(*inputs), want, tolerance=tolerance)
-        assert_same_outputs(pn_compiler.fold(converted)(*inputs), want, tolerance=tolerance)
+        expected = pn_compiler.transform(net, proxy=False)(*inputs)
+        assert_same_outputs(converted(*inputs), expected, tolerance=tolerance)
+        assert_same_outputs(pn_compiler.fold(converted)(*inputs), expected, tolerance=tolerance)
     return converted
 
 
@@ -64,11 +64,11 @@ def test_detectors(name: str) -> None:
     assert not any(isinstance(m, _BatchNorm) for m in converted.modules())
     images = example_inputs(net, 2)
     with torch.no_grad():
-        for got, want in zip(converted(*images), plain(*images), strict=True):
-            assert got.keys() == want.keys()
-            assert got["scores"].isfinite().all()
-        got, want = (model.backbone(torch.stack(images[0])) for model in (converted, plain))
-        assert_same_outputs(got, want)
+        for actual, expected in zip(converted(*images), plain(*images), strict=True):
+            assert actual.keys() == expected.keys()
+            assert actual["scores"].isfinite().all()
+        actual, expected = (model.backbone(torch.stack(images[0])) for model in (converted, plain))
+        assert_same_outputs(actual, expected)
     losses = []
     for model in (converted.train(), plain.train()):
         torch.manual_seed(1)  # they sample proposals
@@ -154,9 +154,11 @@ def test_parameters_of_other_widths(dtype: torch.dtype) -> None:
     assert {p.dtype for p in converted.parameters()} == {dtype}
     x = IMAGES.to(dtype)
     with torch.no_grad():
-        want = pn_compiler.transform(net.double(), proxy=False)(x.double())
-        assert relative_error(converted(x), want) < {torch.float64: 1e-6}.get(dtype, 0.2)
-        assert relative_error(pn_compiler.fold(converted)(x), want) < {torch.float64: 1e-6}.get(dtype, 0.2)
+        expected = pn_compiler.transform(net.double(), proxy=False)(x.double())
+        assert relative_error(converted(x), expected) < {torch.float64: 1e-6}.get(dtype, 0.2)
+        assert relative_error(pn_compiler.fold(converted)(x), expected) < {torch.float64: 1e-6}.get(
+            dtype, 0.2
+        )
 
 
 def test_structure_alone_on_the_meta_device() -> None:

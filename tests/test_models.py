@@ -145,8 +145,8 @@ def test_the_graph_of_the_mode_is_taken(training: bool, tmp_path: Path) -> None:
     assert_same_outputs(pn_compiler.fold(extractor(Dropped(), "body.3"))(IMAGES)["body.3"], network()(IMAGES))
     pn_compiler.compile(extracted, tmp_path / "m.onnx", IMAGES)
     session = make_session(str(tmp_path / "m.onnx"))
-    (got,) = session.run(None, {session.get_inputs()[0].name: IMAGES.numpy()})
-    assert_same_outputs(torch.from_numpy(got), expected, tolerance=1e-5)
+    (actual,) = session.run(None, {session.get_inputs()[0].name: IMAGES.numpy()})
+    assert_same_outputs(torch.from_numpy(actual), expected, tolerance=1e-5)
 
 
 class Around(nn.Module):

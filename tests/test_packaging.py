@@ -30,8 +30,8 @@ def test_every_folder_with_code_is_listed() -> None:
 
 
 def test_public_names() -> None:
-    wanted = {"transform", "sites", "fold", "export_onnx", "compile", "proxy_moments", "nn"}
-    assert wanted <= set(pn_compiler.__all__)
+    expected = {"transform", "sites", "fold", "export_onnx", "compile", "proxy_moments", "nn"}
+    assert expected <= set(pn_compiler.__all__)
     assert all(hasattr(pn_compiler, name) for name in pn_compiler.__all__)
     assert hasattr(pn_compiler.nn, "ProxyNormAct")
 

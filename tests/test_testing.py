@@ -20,14 +20,14 @@ ONE = torch.ones(2)
 def test_values_that_are_not_finite_fail_in_every_tensor(bad: float, place: int, tolerance: float) -> None:
     outputs = [ONE, ONE, ONE]
     outputs[place] = torch.tensor([1.0, bad])
-    for got, expected in ((outputs, [ONE] * 3), ([ONE] * 3, outputs), (outputs, outputs)):
+    for actual, expected in ((outputs, [ONE] * 3), ([ONE] * 3, outputs), (outputs, outputs)):
         with pytest.raises(AssertionError):
-            assert_same_outputs(got, expected, tolerance=tolerance)
+            assert_same_outputs(actual, expected, tolerance=tolerance)
     assert relative_error(outputs, [ONE] * 3) == float("inf")
 
 
 @pytest.mark.parametrize(
-    ("got", "expected"),
+    ("actual", "expected"),
     [
         ([], []),  # nothing is compared
         ([ONE], [ONE, ONE]),
@@ -41,13 +41,13 @@ def test_values_that_are_not_finite_fail_in_every_tensor(bad: float, place: int,
         (torch.ones(0, 2), torch.ones(0, 3)),
     ],
 )
-def test_other_outputs_fail(got: Any, expected: Any) -> None:
+def test_other_outputs_fail(actual: Any, expected: Any) -> None:
     with pytest.raises(AssertionError):
-        assert_same_outputs(got, expected)
+        assert_same_outputs(actual, expected)
 
 
 @pytest.mark.parametrize(
-    ("got", "expected"),
+    ("actual", "expected"),
     [
         (torch.ones(0, 2), torch.ones(0, 2)),
         ([ONE, torch.ones(0)], [ONE, torch.ones(0)]),
@@ -58,8 +58,8 @@ def test_other_outputs_fail(got: Any, expected: Any) -> None:
         (torch.tensor([1 + 1j]), torch.tensor([1 + 1j])),
     ],
 )
-def test_equal_outputs_pass(got: Any, expected: Any) -> None:
-    assert_same_outputs(got, expected)
+def test_equal_outputs_pass(actual: Any, expected: Any) -> None:
+    assert_same_outputs(actual, expected)
 
 
 class Mixes(nn.Module):
@@ -78,8 +78,8 @@ def test_batch_independence_needs_batch_mates() -> None:
 def test_arrays_that_cannot_be_compared_are_infinitely_far_off(bad: float) -> None:
     one = np.ones(2, np.float32)
     wrong = np.array([1, bad], np.float32)
-    for got, expected in ((wrong, one), (one, wrong), (wrong, wrong), (one, one[:1])):
-        assert array_error(got, expected) == np.inf
+    for actual, expected in ((wrong, one), (one, wrong), (wrong, wrong), (one, one[:1])):
+        assert array_error(actual, expected) == np.inf
     assert array_error(one, np.ones(2, np.int64)) == np.inf
     assert array_error(one, one.astype(np.float64)) == 0
     assert array_error(one[:0], one[:0]) == 0

@@ -20,7 +20,7 @@ PROXY_SITES = {
 }  # fmt: skip
 
 
-QUICK = ("resnet18", "resnet50", "mobilenet_v2", "efficientnet_b0", "shufflenet_v2_x1_0")
+QUICK = ("resnet50", "mobilenet_v2", "efficientnet_b0")
 WHOLE = [pytest.param(name, 224, marks=pytest.mark.slow) for name in PROXY_SITES]
 
 
@@ -43,6 +43,15 @@ def test_compiles_to_float32_rounding(
     assert not any(s["kind"] == "skipped" for s in report["sites"])
     if name == "resnet50":
         assert_no_more_elementwise_operators_than_group_norm(tmp_path, pixels)
+
+
+@pytest.mark.parametrize("name", [name for name in PROXY_SITES if name not in QUICK])
+def test_sites_with_proxy_normalization(name: str) -> None:
+    """Of those that are compiled in `make test-all` only."""
+    model = randomize_batch_norms(getattr(zoo.torchvision().models, name)())
+    kinds = Counter(site.kind for site in pn_compiler.sites(pn_compiler.transform(model)))
+    assert kinds["pn"] == PROXY_SITES[name]
+    assert not kinds["skipped"]
 
 
 ELEMENTWISE = ("Add", "Mul", "Sub", "Div", "Max", "Min", "Relu", "Clip")

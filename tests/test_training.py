@@ -58,14 +58,14 @@ def test_half_precision(name: str, how: str, dtype: torch.dtype) -> None:
     out, gradients = step(model, x)
     if how == "autocast":
         with torch.autocast("cpu", dtype):
-            got_out, got = step(model, x)
+            actual_out, actual = step(model, x)
     else:
-        got_out, got = step(copy.deepcopy(model).to(dtype), x.to(dtype))
+        actual_out, actual = step(copy.deepcopy(model).to(dtype), x.to(dtype))
     of_outputs, of_gradients = bounds(model, dtype)
-    assert got_out.dtype == dtype
-    assert relative_error(got_out, out) < of_outputs  # false for nan
-    assert distance(got, gradients) < of_gradients
-    assert all(g.isfinite().all() for g in got.values())
+    assert actual_out.dtype == dtype
+    assert relative_error(actual_out, out) < of_outputs  # false for nan
+    assert distance(actual, gradients) < of_gradients
+    assert all(g.isfinite().all() for g in actual.values())
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -84,9 +84,9 @@ def test_statistics_are_never_computed_in_half_precision(dtype: torch.dtype) -> 
         half = copy.deepcopy(site).to(dtype)
         with torch.autocast("cpu", dtype):
             inside = half.scale_and_shift()
-        for got, want in zip(inside, copy.deepcopy(half).double().scale_and_shift(), strict=True):
-            assert got.dtype == torch.float32
-            assert_same_outputs(got, want, tolerance=1e-6)
+        for actual, expected in zip(inside, copy.deepcopy(half).double().scale_and_shift(), strict=True):
+            assert actual.dtype == torch.float32
+            assert_same_outputs(actual, expected, tolerance=1e-6)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -101,8 +101,8 @@ def test_autocast_does_not_round_what_consumers_take_in(dtype: torch.dtype) -> N
 
     expected = biases()
     with torch.autocast("cpu", dtype):
-        got = biases()
-    for inside, outside in zip(got, expected, strict=True):
+        actual = biases()
+    for inside, outside in zip(actual, expected, strict=True):
         assert_same_outputs(inside, outside, tolerance=1e-6)
 
 
@@ -119,11 +119,11 @@ def test_channels_last(name: str) -> None:
             )
         )
     model = model.to(memory_format=torch.channels_last)
-    got_out, got = step(model, x.to(memory_format=torch.channels_last))
+    actual_out, actual = step(model, x.to(memory_format=torch.channels_last))
     assert formats
     assert all(formats)
-    assert_same_outputs(got_out, out)
-    assert distance(got, gradients) < 1e-12
+    assert_same_outputs(actual_out, out)
+    assert distance(actual, gradients) < 1e-12
 
 
 # torch.compile -------------------------------------------------------------------------------------
@@ -142,9 +142,9 @@ def fresh_compiler() -> Iterator[None]:
 def test_compiled_step_equals_the_eager_one(name: str) -> None:
     model, x = network(name), images()
     out, gradients = step(model, x)
-    got_out, got = step(model, x, torch.compile(model, fullgraph=True, backend="aot_eager"))
-    assert_same_outputs(got_out, out, tolerance=1e-6)
-    assert distance(got, gradients) < 1e-6
+    actual_out, actual = step(model, x, torch.compile(model, fullgraph=True, backend="aot_eager"))
+    assert_same_outputs(actual_out, out, tolerance=1e-6)
+    assert distance(actual, gradients) < 1e-6
 
 
 @pytest.mark.usefixtures("fresh_compiler")
@@ -158,10 +158,10 @@ def test_inductor_under_autocast() -> None:
     out, gradients = step(model, x)
     compiled = torch.compile(model, fullgraph=True)
     with torch.autocast("cpu", torch.bfloat16):
-        got_out, got = step(model, x, compiled)
+        actual_out, actual = step(model, x, compiled)
     of_outputs, of_gradients = bounds(model, torch.bfloat16)
-    assert relative_error(got_out, out) < of_outputs
-    assert distance(got, gradients) < of_gradients
+    assert relative_error(actual_out, out) < of_outputs
+    assert distance(actual, gradients) < of_gradients
 
 
 @pytest.mark.usefixtures("fresh_compiler")
@@ -173,9 +173,9 @@ def test_compiled_code_serves_other_values_and_batch_sizes(name: str) -> None:
     for batch in (4, 4, 2, 3, 5, 4):
         x = images(batch)
         out, gradients = step(model, x)
-        got_out, got = step(model, x, compiled)
-        assert_same_outputs(got_out, out, tolerance=1e-6)
-        assert distance(got, gradients) < 1e-6
+        actual_out, actual = step(model, x, compiled)
+        assert_same_outputs(actual_out, out, tolerance=1e-6)
+        assert distance(actual, gradients) < 1e-6
         optimizer.step()
     assert counters["stats"]["unique_graphs"] == 2  # one for the first batch size, one for all others
     assert not counters["graph_break"]
@@ -196,9 +196,9 @@ def test_gradient_checkpointing(reentrant: bool) -> None:
         lambda x: checkpoint(model, x, use_reentrant=reentrant),
         lambda x: checkpoint_sequential(model, 2, x, use_reentrant=reentrant),
     ):
-        got_out, got = step(model, x, call)
-        assert torch.equal(got_out, out)
-        assert distance(got, gradients) == 0
+        actual_out, actual = step(model, x, call)
+        assert torch.equal(actual_out, out)
+        assert distance(actual, gradients) == 0
 
 
 @pytest.mark.parametrize("name", TINY)
@@ -216,9 +216,11 @@ def test_checkpointed_blocks(name: str) -> None:
     for path in blocks:
         model.set_submodule(path, checkpoint_wrapper(model.get_submodule(path)))
     assert bytes_saved(model, x) < 0.85 * before
-    got_out, got = step(model, x)
-    assert torch.equal(got_out, out)
-    assert distance({n.replace("_checkpoint_wrapped_module.", ""): g for n, g in got.items()}, gradients) == 0
+    actual_out, actual = step(model, x)
+    assert torch.equal(actual_out, out)
+    assert (
+        distance({n.replace("_checkpoint_wrapped_module.", ""): g for n, g in actual.items()}, gradients) == 0
+    )
 
 
 def bytes_saved(model: nn.Module, x: Tensor) -> int:
@@ -261,8 +263,8 @@ def test_ensemble_by_vmap() -> None:
     ensemble = [nn.Sequential(model) for model in models]
     base = copy.deepcopy(ensemble[0]).to("meta")
     together = vmap(lambda p, b: functional_call(base, (p, b), (x,)))(*stack_module_state(ensemble))
-    for got, model in zip(together, models, strict=True):
-        assert_same_outputs(got, model(x))
+    for actual, model in zip(together, models, strict=True):
+        assert_same_outputs(actual, model(x))
 
 
 @pytest.mark.parametrize("name", TINY)

@@ -115,11 +115,11 @@ def test_no_change_is_missed(change: str, activation: nn.Module) -> None:
 
 def test_threads_share_a_site() -> None:
     model, x = network("test_efficientnet").eval(), images(2)
-    want, wrong = evaluated(copy.deepcopy(model), x), []
+    expected, wrong = evaluated(copy.deepcopy(model), x), []
 
     def serve() -> None:
         with torch.inference_mode():
-            wrong.extend(1 for _ in range(5) if not torch.equal(model(x), want))
+            wrong.extend(1 for _ in range(5) if not torch.equal(model(x), expected))
 
     threads = [threading.Thread(target=serve) for _ in range(4)]
     for thread in threads:
@@ -247,8 +247,8 @@ def test_resuming_from_a_checkpoint_changes_nothing(name: str) -> None:
     model.load_state_dict(saved["model"])
     optimizer.load_state_dict(saved["optimizer"])
     resumed = trained(model, optimizer, range(2, 4))
-    for got, want in zip(resumed.parameters(), straight.parameters(), strict=True):
-        assert torch.equal(got, want)
+    for actual, expected in zip(resumed.parameters(), straight.parameters(), strict=True):
+        assert torch.equal(actual, expected)
     assert distance(dict(straight.named_parameters()), dict(network(name).named_parameters())) > 1e-3
 
 
@@ -271,11 +271,11 @@ def test_weight_and_spectral_norm_of_a_consumer() -> None:
     name, conv = consumer(model)
     direction = conv.weight.detach().clone()
     parametrizations.weight_norm(conv)
-    got_out, got = step(model, x)
-    assert_same_outputs(got_out, out)
+    actual_out, actual = step(model, x)
+    assert_same_outputs(actual_out, out)
     # d loss / d norm = gradient along the direction, per output channel (Salimans & Kingma 2016, eq. 3)
     along = (gradients[f"{name}.weight"] * direction).flatten(1).sum(1) / direction.flatten(1).norm(dim=1)
-    assert_same_outputs(got[f"{name}.parametrizations.weight.original0"].flatten(), along)
+    assert_same_outputs(actual[f"{name}.parametrizations.weight.original0"].flatten(), along)
     model = network("test_resnet").double()  # in training the power iteration goes on
     _, conv = consumer(model)
     conv.weight.data *= 3 / torch.linalg.matrix_norm(conv.weight.data.flatten(1), 2)

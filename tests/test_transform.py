@@ -57,9 +57,9 @@ def test_activation_modules_convert_keep_the_function_and_fold(
     assert count_modules(converted, nn.BatchNorm2d) == 0
     normalized_only = pn_compiler.transform(net, proxy=False)
     exact = proxy_padding == "activation"  # the reference's padding is not, at the border
-    got, want = converted.double()(IMAGES.double()), normalized_only.double()(IMAGES.double())
+    actual, expected = converted.double()(IMAGES.double()), normalized_only.double()(IMAGES.double())
     if exact:
-        assert_same_outputs(got, want, tolerance=1e-6)
+        assert_same_outputs(actual, expected, tolerance=1e-6)
     scratch = pn_compiler.transform(net, proxy_padding=proxy_padding, warm_start="none").double()
     randomize_proxies(scratch)
     for model in (converted, scratch):
@@ -92,16 +92,16 @@ def test_untouched_names_stay_and_the_caller_keeps_the_model() -> None:
 
 def test_deepcopy_pickle_and_state_dict_round_trip() -> None:
     converted = pn_compiler.transform(conv_net())
-    want = converted(IMAGES)
+    expected = converted(IMAGES)
     for again in (copy.deepcopy(converted), copy.deepcopy(pickle.loads(pickle.dumps(converted)))):
-        assert torch.equal(again(IMAGES), want)
+        assert torch.equal(again(IMAGES), expected)
         assert pn_compiler.sites(again) == pn_compiler.sites(converted)
         assert not again.training
-        assert_same_outputs(pn_compiler.fold(again)(IMAGES), want)
+        assert_same_outputs(pn_compiler.fold(again)(IMAGES), expected)
     other = pn_compiler.transform(conv_net(), warm_start="none")
     # a warm start adds biases where consumers had none: here every consumer has one
     other.load_state_dict(converted.state_dict())
-    assert torch.equal(other(IMAGES), want)
+    assert torch.equal(other(IMAGES), expected)
 
 
 def test_trains_at_batch_size_one_and_keeps_modes() -> None:

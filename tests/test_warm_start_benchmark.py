@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import json
-import sys
 from collections.abc import Iterator
 
 import numpy as np
@@ -153,18 +152,16 @@ def test_an_unknown_network_is_an_error() -> None:
 
 
 @pytest.mark.usefixtures("small")
-def test_the_command_goes_on_where_it_was_stopped(tmp_path, monkeypatch, capsys) -> None:
+def test_the_command_goes_on_where_it_was_stopped(tmp_path, capsys) -> None:
     path = tmp_path / "rows.json"
     options = ["--json", str(path), "--networks", "resnet20", "--groups", "1", "8", "--methods", "batch-norm"]
-    monkeypatch.setattr(sys, "argv", ["warm_start", *options])
-    assert warm_start.main() == 0
+    assert warm_start.main(options) == 0
     (row,) = json.loads(path.read_text())
     assert list(row["scores"]) == ["BatchNorm"]
     row["scores"]["BatchNorm"] = 12.34
     path.write_text(json.dumps([row]))
     capsys.readouterr()
-    monkeypatch.setattr(sys, "argv", ["warm_start", *options, "plain", "running-statistics"])
-    assert warm_start.main() == 0
+    assert warm_start.main([*options, "plain", "running-statistics"]) == 0
     kept, *added = json.loads(path.read_text())
     assert kept == row  # read, not run again
     assert {(new["method"], new["groups"]) for new in added} == {
@@ -204,10 +201,9 @@ def test_a_plain_replacement_keeps_weight_and_bias_and_that_of_opacus_does_not()
 
 
 @pytest.mark.parametrize("option", ["--networks", "--methods"])
-def test_the_command_names_what_it_knows(option, monkeypatch) -> None:
-    monkeypatch.setattr(sys, "argv", ["warm_start", option, "nothing"])
+def test_the_command_names_what_it_knows(option) -> None:
     with pytest.raises(ConfigError, match=r"unknown: \['nothing'\]; expected some of"):
-        warm_start.main()
+        warm_start.main([option, "nothing"])
 
 
 def test_a_file_of_something_else_is_an_error(tmp_path) -> None:

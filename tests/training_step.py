@@ -1,5 +1,7 @@
 """One training step of a converted real network, for the tests of training."""
 
+import copy
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -30,12 +32,23 @@ BLOCKS = ("BasicBlock", "InvertedResidual")  # none begins with the consumer of 
 
 
 def network(name: str, **options: Any) -> nn.Module:
+    """A copy of the network as it is converted, once, with these options."""
+    return copy.deepcopy(_converted(name, **options))
+
+
+@functools.cache
+def _converted(name: str, **options: Any) -> nn.Module:
     torch.manual_seed(0)
     return pn_compiler.transform(randomize_batch_norms(NETWORKS[name]()), **options).train()
 
 
 def by_blocks(name: str) -> tuple[nn.Module, list[str]]:
     """The network converted block by block, so that its blocks are still modules; and their paths."""
+    return copy.deepcopy(_converted_by_blocks(name))
+
+
+@functools.cache
+def _converted_by_blocks(name: str) -> tuple[nn.Module, list[str]]:
     torch.manual_seed(0)
     net = randomize_batch_norms(NETWORKS[name]())
     blocks = [path for path, module in net.named_modules() if type(module).__name__ in BLOCKS]
@@ -70,9 +83,9 @@ def step(
     return out.detach(), gradients
 
 
-def distance(got: Gradients, expected: Gradients) -> float:
+def distance(actual: Gradients, expected: Gradients) -> float:
     """Norm of the difference of two gradients, relative to the norm of the second."""
-    assert got.keys() == expected.keys()
-    pairs = [(got[name].detach().double(), wanted.detach().double()) for name, wanted in expected.items()]
+    assert actual.keys() == expected.keys()
+    pairs = [(actual[name].detach().double(), wanted.detach().double()) for name, wanted in expected.items()]
     difference = sum(float((one - other).square().sum()) for one, other in pairs)
     return math.sqrt(difference / sum(float(wanted.square().sum()) for _, wanted in pairs))

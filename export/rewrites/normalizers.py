@@ -4,6 +4,7 @@ torch.onnx gives Reshape to [N, G, L], InstanceNormalization, Reshape, Mul and A
 GroupNormalization from there on.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -59,9 +60,7 @@ def _instance_norm_and_affine(
     groups = attributes["num_groups"].as_int()
     per_channel = (-1, *[1] * (len(shape) - 2))
 
-    def stored(values: Any, name: str) -> Any:
-        return op.initializer(onnx_ir.tensor(values), f"{y.name}_{name}")
-
+    stored = _initializers(op, y)
     normalized = op.InstanceNormalization(
         op.Reshape(x, stored(np.array([0, groups, -1]), "flat")),
         stored(np.ones(groups, scale.dtype), "ones"),
@@ -101,9 +100,7 @@ def _two_stage_norm(
     ones = contents(weight)
     epsilon = np.array([_attributes(y)["epsilon"].as_float()], ones.dtype)
 
-    def stored(values: Any, name: str) -> Any:
-        return op.initializer(onnx_ir.tensor(values), f"{y.name}_{name}")
-
+    stored = _initializers(op, y)
     axes = [stored(np.array([axis]), f"axis_{axis}") for axis in (3, 2)]
 
     def mean(value: onnx_ir.Value) -> Any:
@@ -115,6 +112,11 @@ def _two_stage_norm(
     variance = mean(op.Mul(centered, centered))
     deviation = op.Sqrt(op.Add(variance, stored(epsilon, "epsilon")))
     return op.Reshape(op.Div(centered, deviation), shape)
+
+
+def _initializers(op: Any, y: onnx_ir.Value) -> Callable[[Any, str], Any]:
+    """Stores constants under names that begin with that of `y`."""
+    return lambda values, name: op.initializer(onnx_ir.tensor(values), f"{y.name}_{name}")
 
 
 def _attributes(value: onnx_ir.Value) -> Any:

@@ -17,7 +17,7 @@ from pn_compiler.inspection.hooks import has_hooks
 from pn_compiler.nn import ProxyNormAct
 from pn_compiler.numerics.affine import absorb_affine
 from pn_compiler.operators.activations import activation_name, is_activation, same_activation
-from pn_compiler.passes.absorption import Blocked, Route, Router
+from pn_compiler.passes.absorption import Route, Router
 from pn_compiler.passes.convert.replace_batch_norm import ReplaceBatchNorm
 from pn_compiler.passes.prepare.canonicalize_activations import CanonicalizeActivations
 from pn_compiler.passes.site_outputs import read_outputs
@@ -92,9 +92,10 @@ class InsertProxyNorm(GraphPass):
         routes: list[Route] = []
         if site.warm_start:
             routes = [router.route(c.activation, norm.num_channels) for c in calls]
-            blocked = [b for route in routes for b in route.blocked]
-            if blocked:
-                return _blocked(site.name, blocked)
+            if reasons := _blocked(routes):
+                message = f"no proxy normalization in a warm start: {reasons}"
+                hint = "warm_start='none' inserts it and trains from scratch"
+                return Diagnostic("PN202", site.name, message, hint)
             if self.config.proxy_padding == "output":
                 remark = _inexact(gm, site.name, norm, calls)
         proxy_norm = _proxy_norm_act(norm, act, self.config.proxy_eps)
@@ -138,23 +139,17 @@ def _is_activation_call(gm: fx.GraphModule, node: fx.Node) -> bool:
     return module is not None and is_activation(module) and not has_hooks(module)
 
 
-def _blocked(name: str, blocked: list[Blocked]) -> Diagnostic:
-    reasons = "; ".join(dict.fromkeys(b.reason for b in blocked))
-    return Diagnostic(
-        "PN202",
-        name,
-        f"no proxy normalization in a warm start: {reasons}",
-        "warm_start='none' inserts it and trains from scratch",
-    )
+def _blocked(routes: list[Route]) -> str:
+    """Why the routes are blocked, each reason once; empty if they are not."""
+    return "; ".join(dict.fromkeys(b.reason for route in routes for b in route.blocked))
 
 
 def _inexact(gm: fx.GraphModule, name: str, norm: nn.GroupNorm, calls: list[_Call]) -> Diagnostic | None:
     """A diagnostic if some consumer pads with zeros behind the shift."""
     router = Router(gm, through_padding=False)
-    blocked = [b for c in calls for b in router.route(c.activation, norm.num_channels).blocked]
-    if not blocked:
+    reasons = _blocked([router.route(c.activation, norm.num_channels) for c in calls])
+    if not reasons:
         return None
-    reasons = "; ".join(dict.fromkeys(b.reason for b in blocked))
     return Diagnostic(
         "PN207",
         name,

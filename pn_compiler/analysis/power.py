@@ -194,8 +194,8 @@ def _refusal(module: nn.Module, x: Tensor, *, affine: bool) -> str:
 
 def _instance_moments(x: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and variance over space of x [N, C, *], each [N, C], float64 on the CPU."""
-    wide = x.detach().to(torch.promote_types(x.dtype, torch.float32))
-    var, mean = torch.var_mean(wide.reshape(*x.shape[:2], -1), dim=2, correction=0)
+    values = x.detach().to(torch.promote_types(x.dtype, torch.float32))
+    var, mean = torch.var_mean(values.reshape(*x.shape[:2], -1), dim=2, correction=0)
     return mean.cpu().double(), var.cpu().double()  # not every device has float64
 
 

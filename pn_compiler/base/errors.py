@@ -65,6 +65,13 @@ def named_line(error: BaseException) -> str:
     return line if line.startswith(name) else f"{name}: {line}"
 
 
+def root_cause(error: BaseException) -> str:
+    """Type and first line of the innermost exception, where torch wraps others around it."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return f"{type(error).__name__}: {first_line(error)}"
+
+
 def printable(message: str) -> str:
     """`message` on one line, without what would steer a terminal: names come from files."""
     line = " ".join(message.split())

@@ -93,6 +93,14 @@ def named_globals(function: Any) -> Iterator[Any]:
                 yield value
 
 
+def nested_codes(code: types.CodeType) -> Iterator[types.CodeType]:
+    """`code` and that of the functions and comprehensions inside it."""
+    yield code
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):
+            yield from nested_codes(constant)
+
+
 def attributes(module: nn.Module) -> list[Any]:
     """Attribute values of `module`, without parameters, buffers, submodules and hooks."""
     return [value for name, value in vars(module).items() if name not in _HOOKS]

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 from torch import nn
 
-from pn_compiler.inspection.captured import functions_of
+from pn_compiler.inspection.captured import functions_of, nested_codes
 
 
 def is_called_whole(owner: nn.Module, name: str, child: nn.Module) -> bool:
@@ -120,22 +120,14 @@ def children_looked_into(cls: type) -> frozenset[str] | None:
     for base in cls.__mro__:
         if base is nn.Module:
             break
-        codes = [getattr(value, "__code__", None) for value in vars(base).values()]
-        if not any(code is not None and _STATISTICS & set(_names(code)) for code in codes):
+        codes = [value.__code__ for value in vars(base).values() if hasattr(value, "__code__")]
+        if not any(_STATISTICS.intersection(c.co_names) for code in codes for c in nested_codes(code)):
             continue
         reads = [read for tree in _methods(base) for read in _reads_of_statistics(tree)]
         if not reads or None in reads:
             return None
         names.update(name for name in reads if name)
     return frozenset(names)
-
-
-def _names(code: types.CodeType) -> Iterator[str]:
-    """The names that `code` and its nested functions refer to."""
-    yield from code.co_names
-    for constant in code.co_consts:
-        if isinstance(constant, types.CodeType):
-            yield from _names(constant)
 
 
 def _reads_of_statistics(tree: ast.FunctionDef) -> Iterator[str | None]:

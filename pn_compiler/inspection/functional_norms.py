@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
+from pn_compiler.inspection.captured import nested_codes
 from pn_compiler.inspection.hooks import HOOKS
 
 NAMES = frozenset(
@@ -83,7 +84,7 @@ def _reaches(function: Any, cls: type | None, seen: set[int]) -> bool:
         return any(_reaches(value, function, seen) for value in own if isinstance(value, types.FunctionType))
     if not isinstance(function, types.FunctionType):
         return False
-    return any(_uses(code, function, cls, seen) for code in _codes(function.__code__))
+    return any(_uses(code, function, cls, seen) for code in nested_codes(function.__code__))
 
 
 def _is_autograd_function(value: Any) -> bool:
@@ -105,14 +106,6 @@ def _plain(function: Any) -> Any:
         if inner is None:
             return function
         function = inner
-
-
-def _codes(code: types.CodeType) -> Iterator[types.CodeType]:
-    """`code` and that of the functions and comprehensions inside it."""
-    yield code
-    for constant in code.co_consts:
-        if isinstance(constant, types.CodeType):
-            yield from _codes(constant)
 
 
 def _uses(code: types.CodeType, function: types.FunctionType, cls: type | None, seen: set[int]) -> bool:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from pn_compiler.inspection.captured import attributes, functions_of, held_by, is_library
+from pn_compiler.inspection.captured import attributes, functions_of, held_by, is_library, nested_codes
 
 _WRITES = frozenset(
     [
@@ -69,7 +69,7 @@ def _reached(module: nn.Module) -> Iterator[types.CodeType]:
         if function is None or id(function) in seen:
             continue
         seen.add(id(function))
-        for code in _codes(function.__code__):
+        for code in nested_codes(function.__code__):
             yield code
             named = {name for name in code.co_names if name != "forward"}
             remaining += (m for name in named for m in methods.get(name, ()))
@@ -103,10 +103,3 @@ def _named_values(function: types.FunctionType, names: Iterable[str]) -> Iterato
             yield from (vars(value).get(other) for other in names)
         else:
             yield value
-
-
-def _codes(code: types.CodeType) -> Iterator[types.CodeType]:
-    yield code
-    for constant in code.co_consts:
-        if isinstance(constant, types.CodeType):
-            yield from _codes(constant)

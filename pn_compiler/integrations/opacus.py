@@ -1,8 +1,8 @@
 """Differentially private training with opacus.
 
 opacus computes the gradient of each sample from the input of a module and the gradient of its first output.
-A site also hands out a scale and a shift without a batch axis, whose gradients would reach it summed over
-the samples. `prepare` lets them travel as [N, C], one row for each sample::
+A site also returns a scale and a shift without a batch axis, whose gradients would reach it summed over
+the samples. `prepare` passes them on as [N, C], one row for each sample::
 
     model = prepare(pn_compiler.transform(network)).train()
     private, optimizer, loader = PrivacyEngine().make_private(module=model, ...)
@@ -37,7 +37,7 @@ def prepare(model: nn.Module) -> nn.Module:
     """Makes `model` ready for ``PrivacyEngine.make_private``, grad_sample_mode "hooks" or "ghost".
 
     Works in place, by hooks: parameters are the same objects under the same names, so that an optimizer that
-    holds them stays valid. Activations that work in place no longer do: opacus does not take them.
+    holds them stays valid. Activations that work in place no longer do: opacus does not support them.
 
     Args:
         model: a result of `pn_compiler.transform`, or any module that holds `pn_compiler.nn.ProxyNormAct`.
@@ -47,7 +47,7 @@ def prepare(model: nn.Module) -> nn.Module:
         `model`.
 
     Raises:
-        ConfigError: `model` is no module, opacus has its hooks on it already, or the activation of a site
+        ConfigError: `model` is not a module, opacus has its hooks on it already, or the activation of a site
             learns.
     """
     check_module(model)
@@ -60,12 +60,12 @@ def prepare(model: nn.Module) -> nn.Module:
             _check(module, ())
             module.register_forward_pre_hook(_check)
             module.register_forward_pre_hook(_compute_alone)
-            module.register_forward_hook(_hand_out_rows)
+            module.register_forward_hook(_expand_to_rows)
             module.register_full_backward_hook(_keep_grads)
         elif isinstance(module, _CONSUMERS):
             module.register_forward_pre_hook(_check)
-            module.register_forward_pre_hook(_take_in_scale)
-            module.register_forward_hook(_take_in_shift)
+            module.register_forward_pre_hook(_absorb_scale)
+            module.register_forward_hook(_absorb_shift)
         elif isinstance(module, ChannelAffine):
             module.register_forward_pre_hook(_apply_rows)
         elif isinstance(module, nn.modules.conv._ConvNd):
@@ -74,7 +74,7 @@ def prepare(model: nn.Module) -> nn.Module:
 
 
 def release(model: nn.Module | AbstractGradSampleHooks) -> nn.Module:
-    """Undoes `prepare` and takes off what opacus added, for `pn_compiler.fold`, `export_onnx` and files.
+    """Undoes `prepare` and removes what opacus added, for `pn_compiler.fold`, `export_onnx` and files.
 
     Args:
         model: the first result of ``make_private``, or a module that was prepared.
@@ -118,7 +118,7 @@ def _compute_alone(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
     return args[:1]
 
 
-def _hand_out_rows(site: ProxyNormAct, args: tuple[Tensor], outputs: Any) -> Any:
+def _expand_to_rows(site: ProxyNormAct, args: tuple[Tensor], outputs: Any) -> Any:
     """scale and shift as [N, C], which takes no memory."""
     if len(site.outputs) == 1:
         return outputs
@@ -134,13 +134,13 @@ def _keep_grads(site: nn.Module, _: Any, grad_outputs: tuple[Tensor | None, ...]
     setattr(site, _GRADS, grad_outputs[1:])
 
 
-def _take_in_scale(module: nn.Module, args: tuple[Any, ...]) -> tuple[Tensor]:
+def _absorb_scale(module: nn.Module, args: tuple[Any, ...]) -> tuple[Tensor]:
     x, scale, shift = (*args, None, None)[:3]
     setattr(module, _SHIFT, shift)
     return (_affine(x, scale, None),)
 
 
-def _take_in_shift(module: Any, _: Any, output: Tensor) -> Tensor:
+def _absorb_shift(module: Any, _: Any, output: Tensor) -> Tensor:
     """Adds to each output channel the constant that the shift makes of it, [N, O]."""
     shift = getattr(module, _SHIFT)
     if shift is None:
@@ -166,10 +166,10 @@ _HOOKS = (
     _in_order,
     _check,
     _compute_alone,
-    _hand_out_rows,
+    _expand_to_rows,
     _keep_grads,
-    _take_in_scale,
-    _take_in_shift,
+    _absorb_scale,
+    _absorb_shift,
     _apply_rows,
 )
 
@@ -187,7 +187,7 @@ def _affine(x: Tensor, scale: Tensor | None, shift: Tensor | None) -> Tensor:
 
 @register_module_validator(ProxyNormAct)  # type: ignore[untyped-decorator]  # opacus has no types
 def _errors(site: ProxyNormAct) -> list[UnsupportedModuleError]:
-    if _hand_out_rows in site._forward_hooks.values():
+    if _expand_to_rows in site._forward_hooks.values():
         return []
     return [UnsupportedModuleError("call pn_compiler.integrations.opacus.prepare(model) before make_private")]
 

@@ -64,8 +64,8 @@ class RayBatches(Shards):
             raise ConfigError(f"the Dataset has no column {column}: it has {', '.join(columns)}")
         self.column = columns[0] if len(columns) == 1 else column
         self.batch_size, self.cpus = batch_size, cpus
-        wanted = workers or int(ray.cluster_resources().get("CPU", 1)) // cpus or 1
-        size = batch_size * math.ceil(rows / batch_size / wanted)  # whole batches, as in one process
+        count = workers or int(ray.cluster_resources().get("CPU", 1)) // cpus or 1
+        size = batch_size * math.ceil(rows / batch_size / count)  # whole batches, as in one process
         cuts = list(range(size, rows, size))
         self.dataset = dataset
         self.shards = dataset.split_at_indices(cuts) if cuts else [dataset]
@@ -84,12 +84,14 @@ class RayBatches(Shards):
         try:
             return list(ray.get(tasks))
         except ray.exceptions.RayTaskError as error:
+            # the other shards go on to their end: to cancel a task that is just ending crashes Ray
             if isinstance(error.cause, PnCompilerError):
                 raise error.cause from None
             raise
-        finally:
+        except KeyboardInterrupt:
             for task in tasks:
                 ray.cancel(task)
+            raise
 
 
 def static_statistics(network: nn.Module, batches: RayBatches) -> Constants:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from pn_compiler.base.errors import LoadError, first_line
+from pn_compiler.base.errors import LoadError, first_line, root_cause
 from pn_compiler.loading.admission import admit, import_from_here, refusal, resolve
 from pn_compiler.loading.archives import Archive
 from pn_compiler.loading.pickle_audit import ON_REQUEST, audit_pickle, names_in
@@ -82,7 +82,7 @@ def _torch_load(path: Path, *, weights_only: bool) -> Any:
     try:
         return torch.load(path, map_location="cpu", weights_only=weights_only)
     except Exception as error:  # a damaged file, or its own code, can raise anything
-        raise LoadError(f"cannot load {path}: torch.load fails on it ({_cause(error)[:200]})") from error
+        raise LoadError(f"cannot load {path}: torch.load fails on it ({root_cause(error)[:200]})") from error
 
 
 def _as_module(path: Path, loaded: Any, arch: str | None) -> nn.Module:
@@ -186,7 +186,7 @@ def _load_program(archive: Archive, *, unsafe: bool) -> LoadedModel:
         users = set(program.graph_signature.user_inputs)
     except Exception as error:  # a damaged program can raise anything in torch
         raise LoadError(
-            f"cannot load {path}: torch.export.load fails on it ({_cause(error)[:200]})"
+            f"cannot load {path}: torch.export.load fails on it ({root_cause(error)[:200]})"
         ) from error
     for node in program.graph.nodes:
         if _runs_in_train_mode(node):
@@ -200,13 +200,6 @@ def _load_program(archive: Archive, *, unsafe: bool) -> LoadedModel:
         raise LoadError(f"{path} has no example inputs: export it again with torch.export.save")
     inputs = Inputs(tuple(program.example_inputs[0]))
     return LoadedModel(plain.eval(), inputs, _fixed_batch(program.graph, users))
-
-
-def _cause(error: BaseException) -> str:
-    """The original error behind those that torch wraps around it."""
-    while error.__cause__ is not None:
-        error = error.__cause__
-    return f"{type(error).__name__}: {first_line(error)}"
 
 
 def _runs_in_train_mode(node: fx.Node) -> bool:

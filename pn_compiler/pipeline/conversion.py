@@ -1,4 +1,4 @@
-"""A conversion as it goes: trace and prepare, compare with the model, calibrate, convert, measure."""
+"""The steps of a conversion: prepare a trace, compare it with the model, convert it, measure the result."""
 
 import dataclasses
 import logging
@@ -74,7 +74,7 @@ def prepare(
 
 
 def _compare(traced: Trace, model: nn.Module, inputs: Inputs) -> tuple[str, str] | None:
-    """Raises TraceError if `traced` differs from `model`; returns as `_why_not_compared` if nothing tells."""
+    """Raises TraceError if `traced` differs from `model`; else as `_why_not_compared`."""
     branches = any(note.code == "PN110" for note in traced.notes)
     own_modes = branches and traced.root.training
     try:
@@ -93,7 +93,7 @@ def _compare(traced: Trace, model: nn.Module, inputs: Inputs) -> tuple[str, str]
 
 
 def _note_varying(traced: Trace, error: VaryingOutputsError) -> None:
-    """Raises TraceError if what varies was traced: the graph would repeat one of its outputs for ever."""
+    """Raises TraceError if what varies was traced: the graph would repeat one of its outputs forever."""
     path = error.path
     if path in traced.entered:
         keep = f"leaves=[{path!r}] (--leaf {path}) keeps it as it is" if path else "rewrite that part of it"
@@ -151,7 +151,7 @@ def convert(
 
 
 def _infer_shapes(region: Region, inputs: Inputs | None) -> None:
-    """What the passes ask of shapes, from a call of the whole model if there is one."""
+    """Infers the shapes that passes read, from a call of the whole model if there is one."""
     if region.prefix or region.owner is not None:
         inputs = None  # they are those of the model: neither of a part nor of a BatchNorm alone
     if inputs is not None:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from pn_compiler.base.errors import ConfigError, TraceError
+from pn_compiler.inspection.captured import nested_codes
 from pn_compiler.inspection.hooks import has_hooks
 from pn_compiler.running.evaluation import run, seed_everything, untouched
 from pn_compiler.running.float64 import Float64
@@ -24,7 +25,7 @@ from pn_compiler.running.losses import named_outputs
 #: Relative to the largest magnitude of a tensor. The graph runs the model's own operators in their order;
 #: only activations that are written out by hand are replaced, to 1e-7, which deep networks amplify.
 _LIMIT = 1e-5
-_NARROW_LIMIT = 1e-2  # where a forward has its dtype written in, and float64 cannot be had
+_LIMIT_IN_OWN_DTYPE = 1e-2  # where a forward has its dtype written in, and float64 cannot be had
 _ROUNDING = 1e-8  # by which inputs are moved to see whether a network is chaotic
 _LARGE = 300.0  # magnitude of the scaled copies: bounds and thresholds inside activations come into play
 _SHIFT = 100.0
@@ -43,8 +44,8 @@ def check_equivalent(model: nn.Module, graph: nn.Module, inputs: Inputs, *, own_
 
     Raises:
         ConfigError: the model does not run on `inputs`.
-        VaryingOutputsError: it gives something else in each call, so that nothing can be compared.
-        ChaoticOutputsError: it is chaotic: what rounds differently cannot be compared with it.
+        VaryingOutputsError: its outputs vary from call to call, so that nothing can be compared.
+        ChaoticOutputsError: it is chaotic: rounding alone changes its outputs.
         NoValuesError: its outputs hold no values, so that nothing was compared.
         TraceError: the outputs differ. The message names the first module whose output does.
     """
@@ -81,11 +82,11 @@ def check_equivalent(model: nn.Module, graph: nn.Module, inputs: Inputs, *, own_
 
 
 class NoValuesError(ConfigError):
-    """A model gives no values for its inputs, as a detector that finds nothing."""
+    """A model returns no values for its inputs, like a detector that finds nothing."""
 
 
 class VaryingOutputsError(ConfigError):
-    """A model gives other outputs for the same inputs and random numbers: it counts, or reads a clock.
+    """A model returns other outputs for the same inputs and random numbers: it counts, or reads a clock.
 
     Attributes:
         path: of the first module whose outputs vary though its inputs do not.
@@ -106,13 +107,13 @@ class _Runner:
 
     def __init__(self, own_modes: bool, dtype: torch.dtype | None) -> None:
         self.own_modes, self.dtype = own_modes, dtype
-        self.limit = _NARROW_LIMIT if dtype is None else _LIMIT
+        self.limit = _LIMIT_IN_OWN_DTYPE if dtype is None else _LIMIT
 
     def __call__(self, model: nn.Module, inputs: Inputs) -> Any:
-        wide = contextlib.nullcontext() if self.dtype is None else Float64(model)
+        precision = contextlib.nullcontext() if self.dtype is None else Float64(model)
         with untouched(model, own_modes=self.own_modes, keep_state=True):
             seed_everything()
-            with wide:
+            with precision:
                 return run(model, self.cast(inputs), "the example inputs")
 
     def cast(self, inputs: Inputs) -> Inputs:
@@ -125,7 +126,7 @@ def _first_run(model: nn.Module, inputs: Inputs, own_modes: bool) -> tuple[_Runn
     try:
         runner = _Runner(own_modes, torch.float64)
         return runner, runner(model, inputs)
-    except ConfigError:  # it may not run at all, which its own dtype tells
+    except ConfigError:  # it may not run at all: a run in its own dtype shows that
         runner = _Runner(own_modes, None)
         return runner, runner(model, inputs)
 
@@ -213,12 +214,12 @@ def _where(model: nn.Module, graph: nn.Module, values: Inputs, runner: _Runner) 
         pairs = list(zip(actual.get(path, ()), calls, strict=False))
         if all(largest_difference(a[1], e[1]) <= runner.limit for a, e in pairs):
             continue
-        given = all(largest_difference(a[0], e[0]) <= runner.limit for a, e in pairs)
+        same_inputs = all(largest_difference(a[0], e[0]) <= runner.limit for a, e in pairs)
         name = type(model.get_submodule(path)).__name__
-        blamed = path if given else path.rpartition(".")[0]
-        found = f"The first output that differs is that of {path} ({name})"
-        found += "" if given else ", and its inputs differ already"
-        return f"{found}. {_advice(model, blamed)}"
+        blamed = path if same_inputs else path.rpartition(".")[0]
+        message = f"The first output that differs is that of {path} ({name})"
+        message += "" if same_inputs else ", and its inputs differ already"
+        return f"{message}. {_advice(model, blamed)}"
     return f"No module that it calls differs. {_advice(model, '')}"
 
 
@@ -277,18 +278,14 @@ def likely_cause(module: nn.Module) -> str:
     if has_hooks(module) or any(has_hooks(child) for child in module.children()):
         return "a hook changes or keeps values"
     code = getattr(inspect.getattr_static(module, "forward", None), "__code__", None)
-    names = _names(code) if isinstance(code, CodeType) else set()
+    codes = nested_codes(code) if isinstance(code, CodeType) else ()
+    names = {name for nested in codes for name in nested.co_names}
     for suspects, reason in _SUSPECTS:
         if suspects & names:
             return reason
     if isinstance(code, CodeType) and _writes_in_place(code):
         return "it writes in place to a tensor that has two names (y = x; y /= 2)"
     return "Python state or control flow that depends on values is a likely cause"
-
-
-def _names(code: CodeType) -> set[str]:
-    inner = (names for c in code.co_consts if isinstance(c, CodeType) for names in _names(c))
-    return {*code.co_names, *inner}
 
 
 def _writes_in_place(code: CodeType) -> bool:

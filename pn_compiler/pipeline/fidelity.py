@@ -65,8 +65,8 @@ class Fidelity:
             moved.append(f"other shapes than before have {', '.join(self.not_compared[:3])}")
         worst = sorted(self.sites.items(), key=lambda item: -item[1])[:3]
         where = ", ".join(f"{name} {100 * error:.2g} %" for name, error in worst)
-        said = ", ".join(moved) or "outputs hold no values to compare"
-        return f"{said}, on {self.data}" + (f"; most enters at {where}" if where else "")
+        distance = ", ".join(moved) or "outputs hold no values to compare"
+        return f"{distance}, on {self.data}" + (f"; most enters at {where}" if where else "")
 
     @property
     def advice(self) -> str:
@@ -119,8 +119,8 @@ def measure(
                 actual = _detached(run(converted, inputs, name))
                 outputs.add(actual, expected)
                 rows = _length(inputs)
-                found, wanted = _of_samples(actual, rows), _of_samples(expected, rows)
-                kl, same = divergence(found, wanted, logits), agreement(found, wanted, logits)
+                pair = _of_samples(actual, rows), _of_samples(expected, rows)
+                kl, same = divergence(*pair, logits), agreement(*pair, logits)
                 if kl is not None and same is not None:
                     classes.append((rows, kl, same))
     count = sum(n for n, _, _ in classes)
@@ -186,10 +186,10 @@ class _Outputs:
         self.not_compared: dict[str, None] = {}
 
     def add(self, actual: Any, expected: Any) -> None:
-        found, wanted = named_outputs(actual), named_outputs(expected)
-        self.not_compared |= dict.fromkeys(name for name in found if name not in wanted)
-        for name, tensor in wanted.items():
-            other = found.get(name)
+        ours, theirs = named_outputs(actual), named_outputs(expected)
+        self.not_compared |= dict.fromkeys(name for name in ours if name not in theirs)
+        for name, tensor in theirs.items():
+            other = ours.get(name)
             if other is None or other.shape != tensor.shape:
                 self.not_compared[name] = None
             elif not tensor.numel():

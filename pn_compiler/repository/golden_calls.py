@@ -35,8 +35,8 @@ def golden_calls(
 def check_golden(session: onnxruntime.InferenceSession, calls: Calls, tolerance: float) -> None:
     """Raises VerificationError if the file does not give the golden outputs."""
     for inputs, outputs in calls:
-        for got, (name, expected) in zip(_run(session, inputs), outputs.items(), strict=True):
-            error = relative_error(got, expected)
+        for actual, (name, expected) in zip(_run(session, inputs), outputs.items(), strict=True):
+            error = relative_error(actual, expected)
             if not error <= tolerance:
                 raise VerificationError(
                     f"output {name} differs from the golden one by {error:.1e} (limit {tolerance:.1e}); "
@@ -55,8 +55,8 @@ def why_no_batching(
     values = [*model.inputs, *model.outputs]
     axes = {value["name"]: value["shape"][0] if value["shape"] else None for value in values}
     if len(set(axes.values())) > 1 or not isinstance(axes[values[0]["name"]], str):
-        told = ", ".join(f"{axis} of {name}" for name, axis in axes.items())
-        return f"the first axes are not one dynamic batch: {told}"
+        listed = ", ".join(f"{axis} of {name}" for name, axis in axes.items())
+        return f"the first axes are not one dynamic batch: {listed}"
     flat = [value["name"] for value in values if len(value["shape"]) < 2]
     if flat:
         return f"{flat[0]} has no axis beside the batch"

@@ -59,8 +59,8 @@ def test_scale_and_shift_become_one_convolution(size: tuple[int, ...], swapped: 
     assert len(proto.graph.initializer) == 2  # the old ones are gone
     x = np.random.default_rng(1).normal(size=(3, 8, 5, 4)).astype(np.float32)
     (expected,) = ReferenceEvaluator(before).run(None, {"x": x})
-    (got,) = make_session(proto.SerializeToString(), threads=1).run(None, {"x": x})
-    np.testing.assert_allclose(got, expected, rtol=1e-6, atol=1e-6)
+    (actual,) = make_session(proto.SerializeToString(), threads=1).run(None, {"x": x})
+    np.testing.assert_allclose(actual, expected, rtol=1e-6, atol=1e-6)
     assert apply(use_depthwise_affines, proto) == 0
 
 

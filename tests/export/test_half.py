@@ -47,8 +47,8 @@ def test_convolutions_are_half_and_normalizers_float32(tmp_path: Path, dtype: st
     for node in proto.graph.node:
         if node.op_type in ("Conv", "InstanceNormalization", "GroupNormalization", "Sigmoid"):
             affine = any(a.name == "group" and a.i > 1 for a in node.attribute)  # of a normalizer
-            want = FLOAT if affine or node.op_type.endswith("Normalization") else HALF[dtype]
-            assert {types[name] for name in node.input} == {want}, node.op_type
+            expected = FLOAT if affine or node.op_type.endswith("Normalization") else HALF[dtype]
+            assert {types[name] for name in node.input} == {expected}, node.op_type
             seen.add(node.op_type)
     assert len(seen) == 3
     assert [v["dtype"] for v in (*report.inputs, *report.outputs)] == ["float", "float"]

@@ -37,5 +37,5 @@ def test_all_runtimes_agree(tmp_path: Path, name: str, target) -> None:
     for batch in (1, 3):
         assert relative_error(compiled([x[:batch].numpy()])[0], expected[:batch]) < 1e-4
     proto = onnx.load(path)
-    (got,) = ReferenceEvaluator(proto).run(None, {proto.graph.input[0].name: x[:1].numpy()})
-    assert relative_error(got, expected[:1]) < 1e-4
+    (actual,) = ReferenceEvaluator(proto).run(None, {proto.graph.input[0].name: x[:1].numpy()})
+    assert relative_error(actual, expected[:1]) < 1e-4

@@ -63,8 +63,8 @@ def test_what_a_target_gets(
     if target != "ort-cpu":  # which the reference evaluator does not know
         with torch.no_grad():
             expected = pn_compiler.transform(network(), IMAGES).eval()(IMAGES).numpy()
-        (got,) = ReferenceEvaluator(proto).run(None, {proto.graph.input[0].name: IMAGES.numpy()})
-        assert relative_error(got, expected) < 1e-4
+        (actual,) = ReferenceEvaluator(proto).run(None, {proto.graph.input[0].name: IMAGES.numpy()})
+        assert relative_error(actual, expected) < 1e-4
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Random networks: 400 of them, and that the hunt finds, attributes and shrinks what is wrong."""
+"""Random networks, 400 in `make test-all`, and that the hunt finds, attributes and shrinks what is wrong."""
 
 import dataclasses
 import re
@@ -38,7 +38,10 @@ def conv_norm(*more: Statement, options: Options = DEFAULT) -> Program:
     return Program(1, (("x0", (3, 3, 8, 8)),), declarations, statements, returned, "$a", options, shapes)
 
 
-@pytest.mark.parametrize("first", range(0, 400, CHUNK))
+LATER = [pytest.param(first, marks=pytest.mark.slow) for first in range(200, 400, CHUNK)]
+
+
+@pytest.mark.parametrize("first", [*range(0, 200, CHUNK), *LATER])
 def test_a_minute_of_random_networks(first: int) -> None:
     """The same ones everywhere; `python -m benchmarks.fuzz --model SEED` makes a failure small."""
     tally = Hunt(onnx_share=0.02, shrinking=0).run(range(first, first + CHUNK))
@@ -82,10 +85,10 @@ def wrong_epsilon(monkeypatch: pytest.MonkeyPatch) -> None:
     """A conversion that loses the eps of the BatchNorm where a ReLU follows a flip."""
     rewrite = replace_batch_norm.ReplaceBatchNorm._rewrite
 
-    def forgetful(self, graph, path, norm, num_groups):
-        site = rewrite(self, graph, path, norm, num_groups)
-        if any("flip" in str(node.target) for node in graph.graph.nodes):
-            graph.get_submodule(path).eps = 0.1
+    def forgetful(self, gm, path, norm, num_groups):
+        site = rewrite(self, gm, path, norm, num_groups)
+        if any("flip" in str(node.target) for node in gm.graph.nodes):
+            gm.get_submodule(path).eps = 0.1
         return site
 
     monkeypatch.setattr(replace_batch_norm.ReplaceBatchNorm, "_rewrite", forgetful)

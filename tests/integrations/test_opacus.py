@@ -32,7 +32,7 @@ pytestmark = [
 
 
 class SqueezeExcitation(nn.Module):
-    """A gate that takes in scale and shift, and a residual addition that needs them applied."""
+    """A gate that absorbs scale and shift, and a residual addition that needs them applied."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -157,8 +157,8 @@ def assert_gradients_of_samples(
     F.cross_entropy(out, labels, reduction=reduction).backward()
     for index, expected in enumerate(want):
         for name, gradient in expected.items():
-            got = model.get_parameter(name).grad_sample[index]
-            error = float((got - gradient).norm() / gradient.norm().clamp_min(1e-12))
+            actual = model.get_parameter(name).grad_sample[index]
+            error = float((actual - gradient).norm() / gradient.norm().clamp_min(1e-12))
             assert error <= tolerance, f"{name}, sample {index}: {error:.1e}"
 
 
@@ -400,8 +400,8 @@ def test_a_network_written_with_the_layer() -> None:
     F.cross_entropy(private(x), labels).backward()
     for index, expected in enumerate(want):
         for name, gradient in expected.items():
-            got = net.get_parameter(name).grad_sample[index]
-            assert_same_outputs(got, gradient, tolerance=1e-9)
+            actual = net.get_parameter(name).grad_sample[index]
+            assert_same_outputs(actual, gradient, tolerance=1e-9)
 
 
 def test_preparing_twice_and_too_late() -> None:

@@ -52,11 +52,11 @@ def test_notices_every_change(change: str) -> None:
             given = None
         else:
             x[0] = torch.nan
-        got = doubled(given, flag)
+        actual = doubled(given, flag)
     assert doubled.calls == 2
     if given is not None:
-        assert got is not None
-        torch.testing.assert_close(got, 2 * given, equal_nan=True)
+        assert actual is not None
+        torch.testing.assert_close(actual, 2 * given, equal_nan=True)
 
 
 def test_is_off_where_gradients_are_recorded() -> None:

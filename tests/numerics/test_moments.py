@@ -150,17 +150,17 @@ def test_a_learned_slope_is_integrated_like_a_fixed_one() -> None:
     s = torch.tensor([0.0, *STDS], dtype=torch.float64).requires_grad_()
     learned = pn_compiler.proxy_moments(nn.PReLU(init=0.25), m, s)
     fixed = pn_compiler.proxy_moments(nn.LeakyReLU(0.25), m, s)
-    for got, want in zip(learned, fixed, strict=True):
-        torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-9)
-        gradients = (torch.autograd.grad(t.sum(), (m, s), retain_graph=True) for t in (got, want))
+    for actual, expected in zip(learned, fixed, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-9)
+        gradients = (torch.autograd.grad(t.sum(), (m, s), retain_graph=True) for t in (actual, expected))
         torch.testing.assert_close(*gradients, rtol=1e-9, atol=1e-9)
 
 
 def test_any_elementwise_callable() -> None:
     mean, std = torch.tensor([0.3]), torch.tensor([0.8])
-    got = pn_compiler.proxy_moments(torch.sin, mean, std)
-    want = math.exp(-0.32) * math.sin(0.3)  # E sin(u) = exp(-s^2 / 2) sin(m)
-    assert float(got[0]) == pytest.approx(want, rel=1e-5)
+    actual = pn_compiler.proxy_moments(torch.sin, mean, std)
+    expected = math.exp(-0.32) * math.sin(0.3)  # E sin(u) = exp(-s^2 / 2) sin(m)
+    assert float(actual[0]) == pytest.approx(expected, rel=1e-5)
     assert float(pn_compiler.proxy_moments(F.relu, mean, std)[0]) == pytest.approx(
         float(pn_compiler.proxy_moments(nn.ReLU(), mean, std)[0]), rel=1e-5
     )
@@ -206,8 +206,8 @@ def test_every_spread_has_enough_nodes(activation: nn.Module, std: float) -> Non
     want_var = ((y - want_mean[:, None]) ** 2) @ w
     assert (mean - want_mean).abs().max() < 1e-6
     assert ((var - want_var).abs() / (want_var + 0.03)).max() < 1e-6
-    for got, want in ((mean, want_mean), (var, want_var)):
-        gradients = torch.autograd.grad(got.sum(), (m, s), retain_graph=True)
+    for actual, want in ((mean, want_mean), (var, want_var)):
+        gradients = torch.autograd.grad(actual.sum(), (m, s), retain_graph=True)
         expected = torch.autograd.grad(want.sum(), (m, s), retain_graph=True)
         for gradient, reference in zip(gradients, expected, strict=True):
             assert (gradient - reference).abs().max() < 1e-6 * (1 + reference.abs().max())
@@ -272,8 +272,8 @@ def test_learned_slopes_of_any_sign_and_size(slope: float) -> None:
     m, s = (torch.tensor(values, dtype=torch.float64) for values in zip(*grid, strict=True))
     learned = pn_compiler.proxy_moments(nn.PReLU(init=slope).double(), m, s)
     fixed = pn_compiler.proxy_moments(nn.LeakyReLU(slope), m, s)
-    for got, want in zip(learned, fixed, strict=True):
-        torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-9)
+    for actual, expected in zip(learned, fixed, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])

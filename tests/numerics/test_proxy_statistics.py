@@ -31,8 +31,10 @@ def test_slopes_are_the_derivatives_of_the_moments(activation: nn.Module, std: f
         result = moments(activation, M, s, slopes=True)
     assert result.mean_by is not None
     assert result.var_by is not None
-    for got, want in zip((*result.mean_by, *result.var_by), autograd_slopes(activation, M, s), strict=True):
-        assert (got - want).abs().max() <= 1e-6 * max(1.0, float(want.abs().max()))
+    for actual, expected in zip(
+        (*result.mean_by, *result.var_by), autograd_slopes(activation, M, s), strict=True
+    ):
+        assert (actual - expected).abs().max() <= 1e-6 * max(1.0, float(expected.abs().max()))
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS, ids=str)
@@ -41,10 +43,10 @@ def test_without_spread_the_slope_is_that_of_the_activation(activation: nn.Modul
     with torch.no_grad():
         result = moments(activation, m, torch.zeros_like(m), slopes=True)
     u = m.clone().requires_grad_()
-    (want,) = torch.autograd.grad(activation(u).sum(), u)
+    (expected,) = torch.autograd.grad(activation(u).sum(), u)
     assert result.mean_by is not None
     assert result.var_by is not None
-    assert (result.mean_by[0] - want).abs().max() < 1e-6
+    assert (result.mean_by[0] - expected).abs().max() < 1e-6
     assert result.mean_by[1].abs().max() < 1e-5
     assert result.var_by.abs().max() < 1e-5
 
@@ -57,11 +59,11 @@ def test_a_wild_channel_changes_nothing_for_the_others() -> None:
         alone = moments(nn.SiLU(), m, calm.double(), slopes=True)
         together = moments(nn.SiLU(), mixed, wild.double(), slopes=True)
         each = [moments(nn.SiLU(), mixed[i : i + 1], wild[i : i + 1].double(), slopes=True) for i in range(5)]
-    for got, want, parts in zip(together, alone, zip(*each, strict=True), strict=True):
-        assert got is not None
-        assert want is not None
-        torch.testing.assert_close(got[..., [0, 2, 4]], want, rtol=1e-9, atol=1e-9)
-        torch.testing.assert_close(got, torch.cat(parts, -1), rtol=1e-7, atol=1e-7)
+    for actual, expected, parts in zip(together, alone, zip(*each, strict=True), strict=True):
+        assert actual is not None
+        assert expected is not None
+        torch.testing.assert_close(actual[..., [0, 2, 4]], expected, rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(actual, torch.cat(parts, -1), rtol=1e-7, atol=1e-7)
 
 
 @pytest.mark.parametrize("activation", [nn.ReLU(), nn.ReLU6(), nn.Hardswish(), nn.SiLU(), nn.ELU()], ids=str)
@@ -85,8 +87,8 @@ def test_half_precision_parameters_have_float32_statistics(dtype: torch.dtype) -
     affine = site_affine(parameters, nn.SiLU(), 0.03, into_affine=False)
     assert affine.scale is not None
     assert affine.scale.dtype == affine.shift.dtype == torch.float32
-    want = scale_and_shift(parameters.double(), nn.SiLU(), 0.03)
-    torch.testing.assert_close((affine.scale, affine.shift), tuple(t.float() for t in want))
+    expected = scale_and_shift(parameters.double(), nn.SiLU(), 0.03)
+    torch.testing.assert_close((affine.scale, affine.shift), tuple(t.float() for t in expected))
     (affine.scale.sum() + affine.shift.sum()).backward()
     assert parameters.grad is not None
     assert parameters.grad.dtype == dtype

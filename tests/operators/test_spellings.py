@@ -83,16 +83,16 @@ def test_subclasses_with_more_to_them_are_reported(cls: type[nn.BatchNorm2d]) ->
 
 
 def test_synchronized_cumulative_and_lazy_norms() -> None:
-    want = pn_compiler.transform(plain())(X)
+    expected = pn_compiler.transform(plain())(X)
     synchronized = nn.SyncBatchNorm.convert_sync_batchnorm(plain())
-    assert_same_outputs(pn_compiler.transform(synchronized)(X), want)
-    assert_same_outputs(pn_compiler.transform(net_with(nn.BatchNorm2d(4, momentum=None)))(X), want)
+    assert_same_outputs(pn_compiler.transform(synchronized)(X), expected)
+    assert_same_outputs(pn_compiler.transform(net_with(nn.BatchNorm2d(4, momentum=None)))(X), expected)
     lazy = nn.Sequential(nn.LazyConv2d(4, 3), nn.LazyBatchNorm2d(), nn.ReLU(), nn.LazyConv2d(2, 1))
     with pytest.raises(UnsupportedModelError, match="0 is an uninitialised LazyConv2d: run the model once"):
         pn_compiler.transform(lazy)
     lazy(X)
     lazy.load_state_dict(plain().state_dict())
-    assert_same_outputs(pn_compiler.transform(lazy.eval())(X), want)
+    assert_same_outputs(pn_compiler.transform(lazy.eval())(X), expected)
 
 
 def test_a_batch_norm_alone_is_refused() -> None:

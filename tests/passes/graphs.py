@@ -27,6 +27,14 @@ def traced(model: nn.Module, x: Tensor | None = None) -> fx.GraphModule:
     return gm
 
 
+def readers(model: nn.Module) -> tuple[fx.GraphModule, fx.Node, Any]:
+    """A graph that shares the layers of `model`, the value of its "bn", and the results."""
+    gm, _, _ = trace_module(model)
+    infer_ranks(gm)
+    value = next(node for node in gm.graph.nodes if node.target == "bn")
+    return gm, value, next(node for node in gm.graph.nodes if node.op == "output").args[0]
+
+
 def run(graph_pass: GraphPass, gm: fx.GraphModule) -> PassResult:
     """The result of `graph_pass` on `gm`, in place. Asserts that a second run changes nothing."""
     result = graph_pass(gm)

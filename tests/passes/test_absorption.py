@@ -7,14 +7,13 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
 import pn_compiler
-from pn_compiler.graph.ranks import infer_ranks
 from pn_compiler.nn import ProxyNormAct
 from pn_compiler.passes.absorption import Router, commutes
 from pn_compiler.testing import assert_same_outputs, randomize_batch_norms
-from pn_compiler.tracing.trace_module import trace_module
+from tests.passes.graphs import readers
 
 
 class Readers(nn.Module):
@@ -37,17 +36,9 @@ class Readers(nn.Module):
         ), self.conv(y), self.sample(y)  # fmt: skip
 
 
-def traced(model: nn.Module) -> tuple[fx.GraphModule, fx.Node, Any]:
-    """The graph, the value that is read, and the readers."""
-    gm, _, _ = trace_module(model)
-    infer_ranks(gm)
-    value = next(node for node in gm.graph.nodes if node.target == "bn")
-    return gm, value, next(node for node in gm.graph.nodes if node.op == "output").args[0]
-
-
 def test_a_pool_commutes_if_it_pools_pixels_only() -> None:
-    gm, value, (readers, conv, sample) = traced(Readers())
-    found = [commutes(gm, reader, value, through_padding=True) for reader in readers]
+    gm, value, (results, conv, sample) = readers(Readers())
+    found = [commutes(gm, reader, value, through_padding=True) for reader in results]
     assert found == [True] * 8 + [False] * 10
     router = Router(gm, through_padding=True)
     assert router.refusal(conv, value, 6) is None
@@ -64,8 +55,8 @@ def test_nothing_is_known_of_an_input_of_unknown_rank() -> None:
             y = self.bn(x)
             return self.pool(y), F.avg_pool1d(y, 2)
 
-    gm, value, readers = traced(Unknown())
-    assert not any(commutes(gm, reader, value, through_padding=True) for reader in readers)
+    gm, value, results = readers(Unknown())
+    assert not any(commutes(gm, reader, value, through_padding=True) for reader in results)
 
 
 def test_a_value_that_a_view_shows_overwritten_blocks_all_its_readers() -> None:
@@ -79,7 +70,7 @@ def test_a_value_that_a_view_shows_overwritten_blocks_all_its_readers() -> None:
             y[:, :2].mul_(2.0)
             return self.conv(y), y.size(0)
 
-    gm, value, _ = traced(Overwritten())
+    gm, value, _ = readers(Overwritten())
     route = Router(gm, through_padding=True).route(value, 6)
     assert not route.absorbers
     assert len(route.blocked) == 2  # the slice and the convolution, not the shape

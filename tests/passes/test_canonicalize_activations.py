@@ -241,9 +241,9 @@ def test_functions_and_methods_are_recognised(name: str) -> None:
     converted = pn_compiler.transform(net)
     (site,) = pn_compiler.sites(converted)
     assert (site.name, site.kind, site.activation) == ("bn", "pn", activation)
-    want = pn_compiler.transform(net, proxy=False)(IMAGES)
-    assert_same_outputs(converted(IMAGES), want)
-    assert_same_outputs(pn_compiler.fold(converted)(IMAGES), want)
+    expected = pn_compiler.transform(net, proxy=False)(IMAGES)
+    assert_same_outputs(converted(IMAGES), expected)
+    assert_same_outputs(pn_compiler.fold(converted)(IMAGES), expected)
 
 
 def test_an_activation_with_computed_bounds_is_none() -> None:

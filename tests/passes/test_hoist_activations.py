@@ -39,10 +39,10 @@ def test_dropout_and_relu_commute_in_train_mode() -> None:
     net = CONVERTED["dropout"]
     hoisted = pn_compiler.transform(net, proxy=False).train()
     torch.manual_seed(1)
-    got = hoisted(X)
+    actual = hoisted(X)
     torch.manual_seed(1)
     normalized = hoisted.get_submodule("1")(net[0](X))  # type: ignore[index]
-    assert_same_outputs(got, net[4](F.relu(F.dropout(normalized, 0.5))))  # type: ignore[index]
+    assert_same_outputs(actual, net[4](F.relu(F.dropout(normalized, 0.5))))  # type: ignore[index]
 
 
 @pytest.mark.parametrize(

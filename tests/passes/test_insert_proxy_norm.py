@@ -187,9 +187,9 @@ def test_shared_modules_stay_shared() -> None:
     (site,) = pn_compiler.sites(converted)
     assert site.kind == "pn"
     assert count_modules(converted, pn_compiler.nn.ProxyNormAct) == 1
-    want = pn_compiler.transform(net, proxy=False)(IMAGES)
-    assert_same_outputs(converted(IMAGES), want)
-    assert_same_outputs(pn_compiler.fold(converted)(IMAGES), want)
+    expected = pn_compiler.transform(net, proxy=False)(IMAGES)
+    assert_same_outputs(converted(IMAGES), expected)
+    assert_same_outputs(pn_compiler.fold(converted)(IMAGES), expected)
 
 
 def test_a_convolution_shared_by_two_sites_is_no_absorber() -> None:

@@ -11,46 +11,10 @@ from torch import Tensor, nn
 
 import pn_compiler
 from pn_compiler.base.errors import RefusedError
-from pn_compiler.inspection.functional_norms import is_batch_norm_function
 from pn_compiler.testing import assert_batch_independent, assert_same_outputs
+from tests.passes.norm_functions import Call, Norm, X, by_hand, functional, layers, left
 
-X = torch.randn(3, 3, 6, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 ATEN = torch.ops.aten
-Call = Callable[[Any, Tensor], Tensor]
-
-
-class Norm(nn.Module):
-    """In-place ABN and its kind: parameters and buffers of any name, and a function."""
-
-    def __init__(
-        self, call: Call, names: tuple[str, ...] = ("weight", "bias", "running_mean", "running_var")
-    ):
-        super().__init__()
-        self.call, self.names, self.track_running_stats = (
-            (call,),
-            names,
-            True,
-        )  # a tuple: nn.Module binds none
-        g = torch.Generator().manual_seed(0)
-        low = (0.5, -0.3, -0.3, 0.5)
-        for place, (name, start) in enumerate(zip(names, low, strict=True)):
-            value = start + torch.rand(8, generator=g, dtype=torch.float64)
-            if place < 2:
-                self.register_parameter(name, nn.Parameter(value))
-            else:
-                self.register_buffer(name, value)
-
-    @property
-    def tensors(self) -> list[Tensor]:
-        return [getattr(self, name) for name in self.names]
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.leaky_relu(self.call[0](self, x))
-
-
-def functional(self: Norm, x: Tensor) -> Tensor:
-    w, b, m, v = self.tensors
-    return F.batch_norm(x, m, v, w, b, self.training, 0.1, 1e-3)
 
 
 def keywords(self: Norm, x: Tensor) -> Tensor:
@@ -75,34 +39,6 @@ CALLS: dict[str, Call] = {
         x, *s.tensors[2:], *s.tensors[:2], False, 0.1, 1e-3
     ),
 }  # fmt: skip
-
-
-def layers(norm: nn.Module) -> nn.Sequential:
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Conv2d(3, 8, 3), norm, nn.Conv2d(8, 2, 1)).double()
-
-
-def by_hand(norm: Norm) -> nn.Sequential:
-    """The same network with nn.BatchNorm2d and nn.LeakyReLU."""
-    plain = nn.BatchNorm2d(8, eps=1e-3).double()
-    state = dict(zip(("weight", "bias", "running_mean", "running_var"), norm.tensors, strict=True))
-    plain.load_state_dict(state | {"num_batches_tracked": torch.tensor(0)})
-    return layers(nn.Sequential(plain, nn.LeakyReLU()))
-
-
-def left(model: nn.Module, x: Tensor) -> int:
-    """How many batch_norm functions run in `model`."""
-
-    class Counts(torch.overrides.TorchFunctionMode):
-        count = 0
-
-        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            self.count += is_batch_norm_function(func)
-            return func(*args, **(kwargs or {}))
-
-    with Counts() as counts, torch.no_grad():
-        model(x)
-    return counts.count
 
 
 @pytest.mark.parametrize("how", CALLS)
@@ -285,93 +221,6 @@ def test_other_operands_are_refused_by_code(how: str) -> None:
         pn_compiler.transform(net, X, strict=True)
 
 
-class Opaque(nn.Module):
-    """Branches on values."""
-
-    def __init__(self, inner: nn.Module) -> None:
-        super().__init__()
-        self.inner = inner
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.inner(x) if x.sum() < 1e9 else x
-
-
-class OpaqueNorm(Norm):
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x) if x.sum() < 1e9 else x
-
-
-def helper(x: Tensor) -> Tensor:
-    return F.batch_norm(x, None, None, training=True) if x.sum() < 1e9 else x
-
-
-class UsesHelper(nn.Module):
-    def forward(self, x: Tensor) -> Tensor:
-        return helper(x)
-
-
-class InTrainingOnly(Norm):
-    """The eval branch is written out."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.training:
-            return functional(self, x)
-        w, b, m, v = (t[:, None, None] for t in self.tensors)
-        return (x - m) / (v + 1e-3).sqrt() * w + b
-
-
-def test_norms_below_untraceable_code_are_converted() -> None:
-    norm = Norm(functional)
-    net = Opaque(layers(norm)).eval()
-    converted = pn_compiler.transform(net, X, strict=True)
-    assert [(s.name, s.kind) for s in pn_compiler.sites(converted)] == [("inner.1", "pn")]
-    assert left(converted, X) == 0
-    assert_same_outputs(converted(X), pn_compiler.transform(by_hand(norm).eval())(X))
-    alone = nn.Sequential(nn.Conv2d(3, 8, 3).double(), Opaque(Norm(functional)))
-    assert left(pn_compiler.transform(alone.eval(), X, strict=True), X) == 0
-
-
-@pytest.mark.parametrize(
-    ("norm", "code"),
-    [(OpaqueNorm(functional), "PN120"), (UsesHelper(), "PN120"), (InTrainingOnly(functional), "PN121")],
-)
-@pytest.mark.parametrize("beside", [False, True])
-def test_norms_in_untraceable_code_are_reported(norm: nn.Module, code: str, beside: bool) -> None:
-    net = layers(copy.deepcopy(norm)).eval()
-    if beside:
-        net.append(nn.BatchNorm2d(2).double())
-    before = net(X)
-    converted = pn_compiler.transform(net, X)
-    sites = {site.name: site.code for site in pn_compiler.sites(converted)}
-    assert sites["1"] == code
-    assert list(sites) == ["1", "3"][: 1 + beside]
-    assert beside or torch.equal(converted(X), before)
-    with pytest.raises(RefusedError, match=code):
-        pn_compiler.transform(net, X, strict=True)
-
-
-def test_the_model_itself_can_be_untraceable() -> None:
-    converted = pn_compiler.transform(OpaqueNorm(functional))
-    assert [(s.name, s.code) for s in pn_compiler.sites(converted)] == [("the model", "PN120")]
-    whole = pn_compiler.transform(layers(Norm(functional)), leaves=[Norm])
-    assert [(s.name, s.code) for s in pn_compiler.sites(whole)] == [("1", "PN120")]
-
-
-class Function(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        return F.batch_norm(x, None, None, training=True)
-
-
-def test_wrapped_functions_are_reported() -> None:
-    class Net(nn.Module):
-        def forward(self, x: Tensor) -> Tensor:
-            return Function.apply(x) * 2
-
-    converted = pn_compiler.transform(nn.Sequential(Net(), nn.Conv2d(3, 2, 1)))
-    assert {site.code for site in pn_compiler.sites(converted)} & {"PN106", "PN120", "PN121"}
-
-
 class Standardized(nn.Conv2d):
     """Weight standardization, as in timm: no sample is tied to another."""
 
@@ -395,98 +244,6 @@ def test_instance_norm_is_none() -> None:
     assert pn_compiler.sites(pn_compiler.transform(Net(), strict=True)) == ()
     norm = nn.InstanceNorm2d(3, track_running_stats=True)
     assert pn_compiler.sites(pn_compiler.transform(nn.Sequential(norm).eval(), strict=True)) == ()
-
-
-class Counting(Norm):
-    """Counts its batches before it normalizes, as nn.BatchNorm does and activated norms copy from there."""
-
-    def __init__(self, count: Callable[[Any], None]) -> None:
-        super().__init__(functional)
-        self.register_buffer("num_batches_tracked", torch.tensor(3))
-        self.count = (count,)
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.training:
-            self.count[0](self)
-        return super().forward(x)
-
-
-def counts(norm: Any) -> None:
-    norm.num_batches_tracked += 1
-
-
-def counts_in_place(norm: Any) -> None:
-    norm.num_batches_tracked.add_(1)
-
-
-def counts_anew(norm: Any) -> None:
-    norm.num_batches_tracked = norm.num_batches_tracked + 1
-
-
-@pytest.mark.parametrize("given", [False, True])
-@pytest.mark.parametrize("training", [False, True])
-@pytest.mark.parametrize("count", [counts, counts_in_place, counts_anew])
-def test_counters_of_batches_are_dropped(count: Callable[[Any], None], training: bool, given: bool) -> None:
-    net = layers(Counting(count)).train(training)
-    converted = pn_compiler.transform(net, X if given else None, strict=True)
-    assert [(s.name, s.kind) for s in pn_compiler.sites(converted)] == [("1", "pn")]
-    expected = pn_compiler.transform(by_hand(net[1]).train(training))  # type: ignore[arg-type]
-    assert_same_outputs(converted(X), expected(X))
-    assert not [name for name in converted.state_dict() if "tracked" in name]
-    assert net.get_buffer("1.num_batches_tracked") == 3
-
-
-class Averaging(Counting):
-    """Weights a batch by the number of those before."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x) / self.num_batches_tracked
-
-
-@pytest.mark.parametrize("count", [counts, counts_in_place, counts_anew])
-def test_counters_that_are_read_still_count(count: Callable[[Any], None]) -> None:
-    net = layers(Averaging(count)).train()
-    converted: Any = pn_compiler.transform(net, X)
-    assert [site.code for site in pn_compiler.sites(converted)] == ["PN120"]
-    for _ in range(2):
-        assert_same_outputs(converted(X), net(X))
-    assert converted.get_buffer("1.num_batches_tracked") == 5
-
-
-def moves_the_mean(norm: Any, x: Tensor) -> Tensor:
-    _, _, mean, _ = norm.tensors
-    if norm.training:
-        mean.mul_(0.9).add_(x.detach().mean((0, 2, 3)), alpha=0.1)
-    return F.batch_norm(x, *norm.tensors[2:], *norm.tensors[:2], False, 0.1, 1e-3)
-
-
-def copies_the_mean(norm: Any, x: Tensor) -> Tensor:
-    _, _, mean, _ = norm.tensors
-    if norm.training:
-        with torch.no_grad():
-            mean.copy_(0.9 * mean + 0.1 * x.mean((0, 2, 3)))
-    return F.batch_norm(x, *norm.tensors[2:], *norm.tensors[:2], False, 0.1, 1e-3)
-
-
-@pytest.mark.parametrize("given", [False, True])
-@pytest.mark.parametrize("call", [moves_the_mean, copies_the_mean])
-def test_statistics_kept_by_hand_are_refused(call: Call, given: bool) -> None:
-    net = layers(Norm(call)).train()
-    converted = pn_compiler.transform(net, X if given else None)
-    assert [site.code for site in pn_compiler.sites(converted)] == ["PN120"]
-    for _ in range(2):
-        assert_same_outputs(converted(X), net(X))
-    with pytest.raises(RefusedError, match="PN120"):
-        pn_compiler.transform(net, X, strict=True)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_a_comparison_in_train_mode_leaves_statistics_alone(dtype: torch.dtype) -> None:
-    net = layers(Counting(lambda norm: None)).to(dtype).train()
-    before = {name: value.clone() for name, value in net.state_dict().items()}
-    converted = pn_compiler.transform(net, X.to(dtype))
-    assert "PN110" in {note.code for note in pn_compiler.notes(converted)}
-    assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
 
 
 class Unread(nn.Module):

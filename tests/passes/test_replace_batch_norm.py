@@ -239,8 +239,8 @@ def test_matrix_of_ranks_biases_affines_and_dtypes(
     assert site.weight.requires_grad is affine
     assert_same_outputs(pn_compiler.fold(converted)(x), converted(x))
     if warm_start != "none":
-        want = pn_compiler.transform(net, warm_start=warm_start, proxy=False)(x)
-        assert_same_outputs(converted(x), want, tolerance=1e-5)
+        expected = pn_compiler.transform(net, warm_start=warm_start, proxy=False)(x)
+        assert_same_outputs(converted(x), expected, tolerance=1e-5)
 
 
 def test_without_running_statistics_only_from_scratch() -> None:

@@ -6,20 +6,13 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
 from pn_compiler.graph.ranks import infer_ranks
 from pn_compiler.passes.absorption import Router, gate_of, put_into
 from pn_compiler.testing import assert_same_outputs
 from pn_compiler.tracing.trace_module import trace_module
-
-
-def readers(model: nn.Module) -> tuple[fx.GraphModule, fx.Node, Any]:
-    """A graph that shares the layers of `model`, the value that is read, and the results."""
-    gm, _, _ = trace_module(model)
-    infer_ranks(gm)
-    value = next(node for node in gm.graph.nodes if node.target == "bn")
-    return gm, value, next(node for node in gm.graph.nodes if node.op == "output").args[0]
+from tests.passes.graphs import readers
 
 
 class Absorbs(nn.Module):

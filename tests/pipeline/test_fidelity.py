@@ -1,4 +1,4 @@
-"""A conversion changes outputs on purpose; by how much is measured and said."""
+"""A conversion changes outputs on purpose; by how much is measured and reported."""
 
 import copy
 import dataclasses

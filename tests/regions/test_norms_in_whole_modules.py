@@ -95,7 +95,7 @@ class Functional(nn.Module):
 
 
 class Around(nn.Module):
-    """Names a parameter and has operators in place: weights of its children take in nothing."""
+    """Names a parameter and has operators in place: weights of its children absorb nothing."""
 
     def __init__(self, before: Callable[[Any], Any]) -> None:
         super().__init__()

@@ -1,13 +1,6 @@
 """Model repositories: what is in them, versions, and what is caught before a server sees it."""
 
-import errno
-import hashlib
 import json
-import os
-import signal
-import subprocess
-import sys
-import threading
 from pathlib import Path
 from typing import Any
 
@@ -16,49 +9,16 @@ import onnx
 import pytest
 import torch
 import yaml
-from google.protobuf import text_format
 from onnx import TensorProto, helper
 from torch import Tensor, nn
 from tritonclient.grpc import model_config_pb2
 
 import pn_compiler
-from pn_compiler.base import files
-from pn_compiler.base.errors import ConfigError, ExportError, PnCompilerError, VerificationError
+from pn_compiler.base.errors import ConfigError, ExportError, PnCompilerError
 from pn_compiler.export import choose_opset, make_session, oldest_onnxruntime, relative_error
 from pn_compiler.repository.golden import Golden
 from pn_compiler.repository.triton_config import model_config_class
-
-IMAGES = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
-
-
-def network() -> nn.Module:
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.GroupNorm(1, 4), nn.ReLU(), nn.Conv2d(4, 2, 1)).eval()
-
-
-@pytest.fixture(scope="module")
-def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("file") / "net.onnx"
-    pn_compiler.export_onnx(network(), path, IMAGES)
-    return path
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    return tmp_path / "model_repository"
-
-
-def config_of(folder: Path, name: str = "net") -> Any:
-    """Read by Triton's whole schema, as tritonclient has it."""
-    return text_format.Parse((folder / name / "config.pbtxt").read_text(), model_config_pb2.ModelConfig())
-
-
-def content(folder: Path) -> dict[str, str]:
-    return {
-        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in folder.rglob("*")
-        if path.is_file()
-    }
+from tests.repository.common import IMAGES, config_of, content, network
 
 
 def test_what_is_written(folder: Path) -> None:
@@ -112,126 +72,6 @@ def test_our_part_of_the_schema_is_tritons(file: Path) -> None:
         assert value.number == known[value.name].number
 
 
-def test_a_new_version_leaves_the_old_one(folder: Path, file: Path) -> None:
-    pn_compiler.export_model_repository(file, folder, "net")
-    config = folder / "net/config.pbtxt"
-    config.write_text(config.read_text().replace("2000", "5000") + 'parameters { key: "mine" }\n')  # tuned
-    before = content(folder)
-    report = pn_compiler.export_model_repository(file, folder, "net")
-    after = content(folder)
-    assert Path(report.repository).name == "2"
-    changed = {name for name in after if after[name] != before.get(name)}
-    assert changed == {
-        "net/model-settings.json", "net/2/model.onnx", "net/2/golden.npz", "net/2/report.json",
-    }  # fmt: skip
-    assert Golden.load(folder / "net/2/golden.npz").version == 2
-    (folder / "net/2/model.onnx").write_bytes(b"")
-    report = pn_compiler.export_model_repository(file, folder, "net", force=True, max_batch_size=8)
-    assert Path(report.repository).name == "2"
-    assert config_of(folder).max_batch_size == 8
-    report = pn_compiler.export_model_repository(file, folder, "small", max_batch_size=2)
-    calls = Golden.load(folder / "small/1/golden.npz").calls
-    assert [len(inputs["input"]) for inputs, _ in calls] == [1]  # no server of it takes the others
-    assert content(folder)["net/2/model.onnx"] == before["net/1/model.onnx"]
-    assert sorted(p.name for p in folder.iterdir()) == [
-        "kserve.yaml",
-        "net",
-        "ray_app.py",
-        "settings.json",
-        "small",
-    ]
-
-
-def test_versions_share_an_interface(folder: Path, file: Path, tmp_path: Path) -> None:
-    pn_compiler.export_model_repository(file, folder, "net")
-    other = onnx.load(file)
-    other.graph.input[0].name = "image"
-    next(node for node in other.graph.node if "input" in node.input).input[0] = "image"
-    onnx.save(other, tmp_path / "other.onnx")
-    before = content(folder)
-    with pytest.raises(ExportError, match="describes other inputs than this model has: choose another name"):
-        pn_compiler.export_model_repository(tmp_path / "other.onnx", folder, "net")
-    assert content(folder) == before
-    pn_compiler.export_model_repository(tmp_path / "other.onnx", folder, "net", force=True)
-    assert config_of(folder).input[0].name == "image"
-    assert not (folder / "net/2").exists()
-
-
-def test_several_at_once_lose_nothing(folder: Path, file: Path) -> None:
-    """Each gets a version of its own, or is told that someone else was faster."""
-    done: list[str] = []
-
-    def export() -> None:
-        try:
-            done.append(pn_compiler.export_model_repository(file, folder, "net").repository)
-        except ExportError:
-            done.append("")
-
-    threads = [threading.Thread(target=export) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    written = [name for name in done if name]
-    assert len(set(written)) == len(written) >= 1
-    assert sorted(written) == sorted(str(p) for p in (folder / "net").iterdir() if p.is_dir())
-    assert not list(folder.glob(".*"))
-
-
-@pytest.mark.parametrize("existing", [False, True])
-def test_a_full_disk_leaves_nothing(
-    folder: Path, file: Path, monkeypatch: pytest.MonkeyPatch, existing: bool
-) -> None:
-    if existing:
-        pn_compiler.export_model_repository(file, folder, "net")
-    before = content(folder)
-    rename = os.rename
-
-    def full(source: Any, target: Any) -> None:
-        if Path(target).name in ("net", "1") and files.REPLACED not in (
-            *Path(source).parts,
-            *Path(target).parts,
-        ):
-            raise OSError(errno.ENOSPC, "No space left on device")
-        rename(source, target)
-
-    monkeypatch.setattr(os, "rename", full)
-    with pytest.raises(ExportError, match=r"cannot write .*model_repository: No space left on device"):
-        pn_compiler.export_model_repository(file, folder, "net", force=existing)
-    assert {k: v for k, v in content(folder).items() if "/" in k} == {
-        k: v for k, v in before.items() if "/" in k
-    }
-
-
-@pytest.mark.parametrize("end", [KeyboardInterrupt, signal.SIGKILL])
-def test_a_replacement_that_is_cut_off_gives_the_old_version_back(folder: Path, file: Path, end: Any) -> None:
-    """By Ctrl-C at once, by SIGKILL at the next run."""
-    pn_compiler.export_model_repository(file, folder, "net")
-    before = content(folder)
-    code = """
-import os, sys
-import pn_compiler
-rename = os.rename
-def cut_off(source, target):
-    rename(source, target)
-    if "old" in str(target).split(os.sep):
-        if sys.argv[3] == "9":
-            os.kill(os.getpid(), 9)
-        raise KeyboardInterrupt
-os.rename = cut_off
-pn_compiler.export_model_repository(sys.argv[1], sys.argv[2], "net", force=True)
-"""
-    command = [sys.executable, "-c", code, str(file), str(folder), "9" if end == signal.SIGKILL else ""]
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
-    done = subprocess.run(command, env=environment, capture_output=True, check=False, timeout=200)
-    assert done.returncode != 0
-    if end == signal.SIGKILL:
-        assert not (folder / "net" / "1").exists()
-        files.write_atomically(folder / "other", b"")
-        (folder / "other").unlink()
-    assert content(folder) == before
-
-
 def test_external_data_come_along_in_a_folder(folder: Path, file: Path, tmp_path: Path) -> None:
     big = tmp_path / "big.onnx"
     onnx.save(onnx.load(file), big, save_as_external_data=True, location="w.data", size_threshold=200)
@@ -247,76 +87,6 @@ def test_external_data_come_along_in_a_folder(folder: Path, file: Path, tmp_path
     with pytest.raises(ExportError, match=r"big.onnx keeps weights in w.data, and there is no such file"):
         pn_compiler.export_model_repository(big, folder, "other")
     assert not (folder / "other").exists()
-
-
-def onnx_file(path: Path, nodes: list[Any], output: list[Any], **constants: Any) -> Path:
-    """A hand-made graph from "x" [batch, 2, 2] to "y"."""
-    values = [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["batch", 2, 2])]
-    outputs = [helper.make_tensor_value_info("y", TensorProto.FLOAT, output)]
-    arrays = [onnx.numpy_helper.from_array(np.array(value), name) for name, value in constants.items()]
-    graph = helper.make_graph(nodes, "g", values, outputs, arrays)
-    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=8), path)
-    return path
-
-
-def test_a_fixed_batch_is_not_batched(folder: Path) -> None:
-    """Complaint 1: a fixed batch in the file, and batching in the configuration."""
-    report = pn_compiler.export_model_repository(network(), folder, "net", IMAGES, dynamic_batch=False)
-    config = config_of(folder)
-    assert config.max_batch_size == 0
-    assert not config.HasField("dynamic_batching")
-    assert [*config.input[0].dims] == [2, 3, 8, 8]
-    assert "max_batch_size" not in json.loads((folder / "net/model-settings.json").read_text())
-    assert "no batching by the server: the first axes are not one dynamic batch" in report.batching
-
-
-def test_an_output_that_does_not_follow_the_batch(folder: Path, tmp_path: Path) -> None:
-    """Complaint 3: a batch baked into the graph, or mixed; neither is ever batched across requests."""
-    flatten = onnx_file(
-        tmp_path / "rows.onnx",
-        [helper.make_node("Reshape", ["x", "shape"], ["y"])],
-        ["rows", 4],
-        shape=[-1, 4],
-    )
-    pn_compiler.export_model_repository(flatten, folder, "rows")
-    assert config_of(folder, "rows").max_batch_size == 0
-    baked = onnx_file(
-        tmp_path / "baked.onnx",
-        [helper.make_node("Reshape", ["x", "shape"], ["y"])],
-        ["batch", 4],
-        shape=[2, -1],
-    )
-    pn_compiler.export_model_repository(baked, folder, "baked")
-    assert config_of(folder, "baked").max_batch_size == 0
-    nodes = [
-        helper.make_node("ReduceMean", ["x", "axes"], ["mean"], keepdims=1),
-        helper.make_node("Sub", ["x", "mean"], ["y"]),
-    ]
-    mixed = onnx_file(tmp_path / "mixed.onnx", nodes, ["batch", 2, 2], axes=[0])
-    report = pn_compiler.export_model_repository(mixed, folder, "mixed")
-    assert config_of(folder, "mixed").max_batch_size == 0
-    assert (
-        report.batching
-        == "no batching by the server: the answer to a sample depends on the others of its batch"
-    )
-
-
-class Adds(nn.Module):
-    """[N, 4] inputs, of which exactly two fit."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.rows = nn.Parameter(torch.ones(2, 1))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.rows
-
-
-def test_a_specialised_batch_is_an_error(folder: Path) -> None:
-    """Complaint 4: torch.export fixes the batch, or ignores that it is dynamic."""
-    with pytest.raises(VerificationError, match=r"the PyTorch model fails at batch 3: .* try a static batch"):
-        pn_compiler.export_model_repository(Adds(), folder, "net", torch.randn(2, 4))
-    assert not folder.exists()
 
 
 def test_target_onnxruntime() -> None:

@@ -26,12 +26,12 @@ def test_equals_a_float64_copy(stride: int, padding: int, dilation: int, bias: b
     model = pn_compiler.transform(randomize_batch_norms(net), x.float(), warm_start="none").eval()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     with torch.no_grad():
-        want = copy.deepcopy(model).double()(x)
+        expected = copy.deepcopy(model).double()(x)
         model(x.float())  # fills what the model remembers in evaluation
         with Float64(model):
-            got = model(x)
-    assert got.dtype == torch.float64
-    torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
+            actual = model(x)
+    assert actual.dtype == torch.float64
+    torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
     for name, value in model.state_dict().items():
         assert value.dtype == torch.float32
         assert torch.equal(value, before[name])

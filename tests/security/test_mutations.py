@@ -1,4 +1,4 @@
-"""A few hundred randomly damaged files; `python -m tests.security.mutations` does more."""
+"""Randomly damaged files; `python -m tests.security.mutations` does more."""
 
 from pathlib import Path
 
@@ -7,9 +7,10 @@ import pytest
 from tests.security import mutations
 
 
-def test_damaged_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("count", [150, pytest.param(600, marks=pytest.mark.slow)])
+def test_damaged_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, count: int) -> None:
     monkeypatch.chdir(tmp_path)
-    assert not list(mutations.problems(300, 0, tmp_path))
+    assert not list(mutations.problems(count, 0, tmp_path))
 
 
 def test_damage_depends_on_the_seed_alone() -> None:

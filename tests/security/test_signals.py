@@ -76,7 +76,7 @@ def test_an_exception_that_a_library_swallows(
 
 @pytest.mark.parametrize("arguments", [("--version",), ("--list-passes",), ("no.pt", "-o", "m.onnx")])
 def test_while_python_ends(tmp_path: Path, arguments: tuple[str, ...]) -> None:
-    """The status is known by then, and what was to be said is said."""
+    """By then the status is known and the message printed."""
     plain = run(tmp_path, "", *arguments)
     assert plain[0] == ("no.pt" in arguments)
     code = "import atexit; atexit.register(os.kill, os.getpid(), signal.SIGINT)"

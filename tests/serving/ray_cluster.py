@@ -6,7 +6,6 @@ import: nodes and drivers of a cluster need the same token.
 
 import contextlib
 import os
-import signal
 import socket
 import subprocess
 import sys
@@ -15,12 +14,14 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
+from tests.serving.ray_watchdog import kill, marked, watch
+
 os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": uuid.uuid4().hex, "RAY_USAGE_STATS_ENABLED": "0"}
 ray = pytest.importorskip("ray", reason="make test-ray makes the environment that has it")
+watch()
 
 ROOT = Path(__file__).parent.parent.parent
 MARK = "PN_COMPILER_RAY_NODE"  # in the environment of the processes of a node
@@ -51,42 +52,11 @@ class Node:
 
     def pids(self, title: str = "") -> list[int]:
         """Processes of this node whose command line holds `title`."""
-        return marked(self.mark, title)
+        return marked(MARK, self.mark, title)
 
     def kill(self) -> None:
         """SIGKILL to every process of it, as when a machine loses power."""
-        kill(self.mark, self.process)
-
-
-def marked(mark: str, title: str = "") -> list[int]:
-    """Processes that were started with `mark`, and whose command line holds `title`."""
-    parents, mine = {}, set()
-    for path in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError):  # it ended meanwhile
-            parents[int(path.name)] = int((path / "stat").read_text().rpartition(")")[2].split()[1])
-            if f"{MARK}={mark}".encode() in (path / "environ").read_bytes().split(b"\0"):
-                mine.add(int(path.name))
-    while children := {pid for pid, parent in parents.items() if parent in mine} - mine:
-        mine |= children  # agents of Ray write their title over their environment
-    found = []
-    for pid in mine:
-        with contextlib.suppress(OSError):
-            if title.encode() in Path(f"/proc/{pid}/cmdline").read_bytes():
-                found.append(pid)
-    return found
-
-
-def kill(mark: str, process: "subprocess.Popen[Any]") -> None:
-    """SIGKILL to `process` and all others with its `mark`."""
-    deadline = time.monotonic() + 20
-    while pids := marked(mark):
-        for pid in pids:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-        process.poll()  # or it stays a zombie
-        assert time.monotonic() < deadline, f"processes that do not end: {pids}"
-        time.sleep(0.05)
-    process.wait()
+        kill(MARK, self.mark, self.process)
 
 
 class Cluster:

@@ -64,11 +64,11 @@ def test_a_wrong_model_and_wrong_values(
     golden = repository / "digits" / "1" / "golden.npz"
     arguments = (addresses[protocol], "--protocol", protocol)
     assert smoke(*arguments, "--golden", golden, "--model", "absent") == 1
-    told = {
+    messages = {
         "http": "model absent is not ready, or there is none",
         "grpc": "Model absent with version not found",
     }
-    assert told[protocol] in capsys.readouterr().err
+    assert messages[protocol] in capsys.readouterr().err
     calls = Golden.load(golden).calls
     wrong = Golden("digits", 1, 1e-4, tuple((x, {"output": np.flip(y["output"], 1)}) for x, y in calls))
     (tmp_path / "golden.npz").write_bytes(wrong.to_bytes())

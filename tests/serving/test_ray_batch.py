@@ -17,7 +17,8 @@ from torch import nn
 
 import pn_compiler
 from pn_compiler.testing import randomize_batch_norms
-from tests.serving.ray_cluster import MARK, ROOT, kill, wait_for
+from tests.serving.ray_cluster import MARK, ROOT, wait_for
+from tests.serving.ray_watchdog import kill
 
 pa = pytest.importorskip("pyarrow")  # Ray brings it
 dataset = pytest.importorskip("pyarrow.dataset")
@@ -52,11 +53,11 @@ class Run:
         return self
 
     def __exit__(self, *_: object) -> None:
-        kill(self.mark, self.process)
+        kill(MARK, self.mark, self.process)
         self.process.communicate()
 
     def finish(self) -> tuple[int, str]:
-        """(exit status, what it said in its last line)"""
+        """(exit status, the last line of its output)"""
         out, err = self.process.communicate(timeout=200)
         return self.process.returncode, (out or err).strip().splitlines()[-1]
 
@@ -72,7 +73,7 @@ def rows_of(output: Path, identifier: str) -> tuple[list[Any], np.ndarray]:
     return table[identifier].to_pylist(), np.array(table[name].to_pylist(), np.float32)
 
 
-def wanted(model: Path, values: np.ndarray) -> np.ndarray:
+def expected(model: Path, values: np.ndarray) -> np.ndarray:
     session = onnxruntime.InferenceSession(model)
     return session.run(None, {session.get_inputs()[0].name: values})[0]
 
@@ -92,7 +93,7 @@ def test_killed_midway_and_resumed(model, tmp_path) -> None:
 
     with Run(*arguments) as run:
         wait_for(lambda: len(committed(output)) > 1, 120)
-        kill(run.mark, run.process)
+        kill(MARK, run.mark, run.process)
         assert run.process.returncode == -9
     last, *kept = committed(output)
     before = sum(pq.read_metadata(path).num_rows for path in kept)
@@ -105,7 +106,7 @@ def test_killed_midway_and_resumed(model, tmp_path) -> None:
         assert run.finish() == (0, f"{len(values)} rows in {output / 'rows'}")
     identifiers, found = rows_of(output, "id")
     assert identifiers == list(range(len(values)))
-    assert np.abs(found - wanted(model, values)).max() < 1e-5
+    assert np.abs(found - expected(model, values)).max() < 1e-5
     assert not orphan.exists()
     assert all(path.exists() for path in kept)
 
@@ -126,14 +127,14 @@ def test_images_and_arrays(model, tmp_path) -> None:
     broken.write_bytes(b"not an image")
     with Run(model, tmp_path / "input", output) as run:
         status, message = run.finish()
-    said = f"ray_batch: {broken} does not hold an image or an array: "
-    assert (status, message.startswith(said)) == (1, True), message
+    expected = f"ray_batch: {broken} does not hold an image or an array: "
+    assert (status, message.startswith(expected)) == (1, True), message
     broken.unlink()
     with Run(model, tmp_path / "input", output) as run:
         assert run.finish() == (0, f"6 rows in {output / 'rows'}")
     paths, found = rows_of(output, "path")
     assert [Path(path).stem for path in paths] == list("012345")
-    assert np.abs(found - wanted(model, scaled)).max() < 1e-5
+    assert np.abs(found - expected(model, scaled)).max() < 1e-5
 
     with (output / "job.json").open() as file:
         fcntl.flock(file, fcntl.LOCK_EX)

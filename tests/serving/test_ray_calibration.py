@@ -68,8 +68,8 @@ def test_static_statistics_are_those_of_one_process(model, images, batches) -> N
         one = estimate(network, norms, map(Inputs.of, images.split(32)), frozen=False)
     many = static_statistics(network, batches)
     for name, pair in one.items():
-        for found, wanted in zip(many[name], pair, strict=True):
-            assert relative_error(found, wanted) < 1e-6
+        for found, expected in zip(many[name], pair, strict=True):
+            assert relative_error(found, expected) < 1e-6
 
 
 def test_freeze_statistics_reads_them(model, batches) -> None:

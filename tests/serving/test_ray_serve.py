@@ -29,7 +29,7 @@ from tests.serving.ray_cluster import ROOT, Cluster, cluster, free_port, wait_fo
 serve: Any = importlib.import_module("ray.serve")
 REPLICA = "ServeReplica:default:Models"
 USERS = 16  # of each client process
-TEMPLATE = ROOT / "export" / "templates" / "ray_app.py"
+TEMPLATE = ROOT / "pn_compiler" / "repository" / "templates" / "ray_app.py"
 
 
 class Served(NamedTuple):
@@ -134,7 +134,7 @@ class Load:
         return total
 
 
-def tell(capsys, *values: object) -> None:
+def show(capsys, *values: object) -> None:
     """Figures for docs/ray.md."""
     with capsys.disabled():
         sys.stdout.write(" ".join(map(str, ("\n ", *values))))
@@ -152,7 +152,7 @@ def test_a_thousand_requests_at_once(served, capsys) -> None:
     start = time.monotonic()
     with Load(served, "--requests=500") as load:
         report = load.stop()
-    tell(capsys, f"{time.monotonic() - start:.1f} s", report)
+    show(capsys, f"{time.monotonic() - start:.1f} s", report)
     healthy(report, served)
     assert (report["answered"], report["retried"]) == (1000, 0)
     assert max(report["largest_batch"]) > 1
@@ -180,19 +180,19 @@ def test_the_protocol(served) -> None:
         assert ask(served, path) == (200, None)
     status, about = ask(served, "/v2/models/digits/versions/1")
     assert (status, about["name"], about["versions"]) == (200, "digits", ["1"])
-    (given,), (got,) = about["inputs"], about["outputs"]
-    assert (given["datatype"], given["shape"], got["shape"]) == ("FP32", [-1, 1, 8, 8], [-1, 10])
+    (x,), (y,) = about["inputs"], about["outputs"]
+    assert (x["datatype"], x["shape"], y["shape"]) == ("FP32", [-1, 1, 8, 8], [-1, 10])
 
     for rows in (1, 5, 40):  # the last is larger than a batch of the server
         images = np.random.default_rng(rows).random((rows, 1, 8, 8), dtype=np.float32)
-        tensor = {"name": given["name"], "datatype": "FP32", "shape": images.shape}
+        tensor = {"name": x["name"], "datatype": "FP32", "shape": images.shape}
         call = {"id": "7", "inputs": [tensor | {"data": images.ravel().tolist()}]}
         status, answer = ask(served, "/v2/models/digits/infer", call)
-        wanted = onnxruntime.InferenceSession(served.files[0]).run(None, {given["name"]: images})[0]
+        expected = onnxruntime.InferenceSession(served.files[0]).run(None, {x["name"]: images})[0]
         assert (status, answer["id"], answer["model_version"]) == (200, "7", "1")
         (output,) = answer["outputs"]
         assert output["shape"] == [rows, 10]
-        assert np.allclose(np.reshape(output["data"], (rows, 10)), wanted, rtol=0, atol=1e-5)
+        assert np.allclose(np.reshape(output["data"], (rows, 10)), expected, rtol=0, atol=1e-5)
 
 
 def test_what_does_not_fit_is_refused_in_words(served) -> None:
@@ -259,7 +259,7 @@ def test_a_node_dies_under_load(served, capsys) -> None:
         seconds = wait_for(lambda: len(served.replicas()[0]) == 2, 120)
         time.sleep(3)
         report = load.stop()
-    tell(capsys, f"replaced in {seconds:.1f} s:", report)
+    show(capsys, f"replaced in {seconds:.1f} s:", report)
     healthy(report, served)
     assert len({name for names in report["replicas"] for name in names}) == 3  # both, and the new one
     assert report["retried"] <= 2 * USERS  # those in flight
@@ -275,7 +275,7 @@ def test_a_replica_dies_under_load(served, capsys) -> None:
         seconds = wait_for(lambda: len(served.processes() - old) == 1, 120)
         time.sleep(3)
         report = load.stop()
-    tell(capsys, f"replaced in {seconds:.1f} s:", report)
+    show(capsys, f"replaced in {seconds:.1f} s:", report)
     healthy(report, served)
     assert report["retried"] <= 2 * USERS
     assert report["answered"] > 100
@@ -290,7 +290,7 @@ def test_a_new_version_without_a_failed_request(served, capsys) -> None:
         seconds = time.monotonic() - start
         time.sleep(3)
         report = load.stop()
-    tell(capsys, f"rolled in {seconds:.1f} s:", report)
+    show(capsys, f"rolled in {seconds:.1f} s:", report)
     healthy(report, served)
     assert report["retried"] == 0
     assert {version for versions in report["versions"] for version in versions} == {"1", "2"}
@@ -302,7 +302,7 @@ def test_a_replica_that_hangs_is_replaced(served, capsys) -> None:
     old = served.processes()
     os.kill(min(old), signal.SIGSTOP)
     seconds = wait_for(lambda: len(served.processes() - old) == 1, 120)
-    tell(capsys, f"replaced in {seconds:.1f} s")
+    show(capsys, f"replaced in {seconds:.1f} s")
     with Load(served, "--requests=20") as load:
         report = load.stop()
     assert (report["answered"], report["retried"], report["wrong"]) == (40, 0, 0)

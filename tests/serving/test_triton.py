@@ -93,7 +93,7 @@ def test_smoke_of_an_unedited_repository(
 
 
 def test_load_of_two_clients_and_batches_across_their_requests(server: Server, repository: Path) -> None:
-    """1,000 requests of 1 to 16 samples, 32 at a time; the statistics tell how Triton's core batched them."""
+    """1,000 requests of 1 to 16 samples, 32 at a time; the statistics show how Triton's core batched them."""
     before = server.statistics("digits")
     file = repository / "digits" / "1" / "model.onnx"
     clients = [
@@ -103,13 +103,13 @@ def test_load_of_two_clients_and_batches_across_their_requests(server: Server, r
         )
         for seed, protocol in enumerate(("http", "grpc"))
     ]
-    told = [json.loads(client.communicate(timeout=120)[0]) for client in clients]
-    assert [each["answers"] for each in told] == [500, 500]
-    assert max(each["worst"] for each in told) < 1e-5
+    reports = [json.loads(client.communicate(timeout=120)[0]) for client in clients]
+    assert [each["answers"] for each in reports] == [500, 500]
+    assert max(each["worst"] for each in reports) < 1e-5
     after = server.statistics("digits")
     samples = after["inference_count"] - before["inference_count"]
     executions = after["execution_count"] - before["execution_count"]
-    assert samples == sum(each["samples"] for each in told)
+    assert samples == sum(each["samples"] for each in reports)
     assert executions < 1000  # requests shared a batch
     assert 16 < max(entry["batch_size"] for entry in after["batch_stats"]) <= 64  # more than any request
 
@@ -235,9 +235,9 @@ def test_a_golden_file_that_does_not_fit(
     file = tmp_path / "golden.npz"
     file.write_bytes(changed(Golden.load(golden(repository)), change).to_bytes())
     assert smoke(getattr(server, protocol), "--golden", file, "--protocol", protocol) == 1
-    told = capsys.readouterr().err
-    assert message in told
-    assert told.count("\n") == 1
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
 
 
 @pytest.mark.parametrize("protocol", ["http", "grpc"])
@@ -279,9 +279,9 @@ def test_a_server_that_dies_or_hangs_while_it_is_asked(
         assert f"{address}: no answer within 1 s (batch of 1)" in capsys.readouterr().err
         threading.Timer(1, server.process.kill).start()
         assert smoke(*arguments) == 1
-        told = capsys.readouterr().err
-        assert told.startswith(f"smoke: error: {address} closed the connection (batch of 1): ")
-        assert told.count("\n") == 1
+        message = capsys.readouterr().err
+        assert message.startswith(f"smoke: error: {address} closed the connection (batch of 1): ")
+        assert message.count("\n") == 1
         for pid in backends:  # which nobody ended
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
