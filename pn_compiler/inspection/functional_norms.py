@@ -58,6 +58,12 @@ def _functions_in(value: Any) -> list[Any]:
     return [each for each in values if callable(each) and not isinstance(each, nn.Module | fx.Proxy)]
 
 
+def names_in(function: Any) -> set[str]:
+    """The attributes and globals that the code of `function` names."""
+    code = getattr(_plain(function), "__code__", None)
+    return {name for part in _codes(code) for name in part.co_names} if code is not None else set()
+
+
 @functools.cache
 def _forward_calls(cls: type[nn.Module]) -> bool:
     return not _is_of_torch(cls) and _reaches(cls.forward, cls, set())

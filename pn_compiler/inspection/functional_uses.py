@@ -17,7 +17,13 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from pn_compiler.inspection.captured import functions_of, is_library
-from pn_compiler.inspection.functional_norms import NAMES, held_functions, reaches_batch_norm, scope_of
+from pn_compiler.inspection.functional_norms import (
+    NAMES,
+    held_functions,
+    names_in,
+    reaches_batch_norm,
+    scope_of,
+)
 
 _PARAMETERS = {
     F.batch_norm: tuple(inspect.signature(F.batch_norm).parameters),
@@ -70,12 +76,13 @@ def norms_called_as_functions(owner: nn.Module) -> frozenset[str]:
     Each of the calls computes what the BatchNorm would, so that a replacement of it can answer them.
     """
     calls = _uses_of(owner).calls
+    named = {name for function in held_functions(owner) for name in names_in(function)}
     return frozenset(
         name
         for name, child in owner.named_children()
         if isinstance(child, _BatchNorm)
         and type(child) in _CLASSES
-        and name in calls
+        and name in calls.keys() - named
         and all(call.is_like(child) for call in calls[name])
     )
 

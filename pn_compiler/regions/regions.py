@@ -303,7 +303,7 @@ def _trace_children(owner: nn.Module, path: str, traced: Trace, *, apart: bool =
     if looked_into is None:
         return  # its code may look inside any BatchNorm: they are reported as not reached
     functional = norms_called_as_functions(owner)
-    if calls_nothing_else(owner):  # the BatchNorms among them that are shared have records of their own
+    if functional and calls_nothing_else(owner):  # the BatchNorms among them that are shared have records of their own
         traced.norm_calls.add(path)
     for name, child in list(owner.named_children()):
         inside = f"{path}.{name}" if path else name

@@ -219,10 +219,25 @@ class InAPartial(Usual):
     scale = functools.partialmethod(lambda self: self.bn.weight)
 
 
+class InAHeldFunction(Usual):
+    def __init__(self) -> None:
+        super().__init__()
+        self.scales = [lambda power: self.bn.weight.pow(power).sum()]
+
+    def scale(self) -> Tensor:
+        return self.scales[0](2)
+
+
+class InAHook(Usual):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_forward_hook(lambda module, args, output: output * module.bn.weight.sum())  # type: ignore[attr-defined]
+
+
 REFUSED = [
     OnlyRead, OtherEps, ComputedEps, OfTheBatch, ModeOfAnother, NoWeight, NoBias, MixedOwners,
     WeightOfAnother, Swapped, Computed, AlsoRead, AlsoReadInTheInput, AlsoByName, AlsoAnotherFunction,
-    Starred, Hides, OtherSelf, Local, Native, InALambda, InAPartial,
+    Starred, Hides, OtherSelf, Local, Native, InALambda, InAPartial, InAHeldFunction, InAHook,
 ]  # fmt: skip
 
 
