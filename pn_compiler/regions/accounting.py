@@ -118,7 +118,7 @@ def _lost(name: str, model: nn.Module, traced: Trace) -> Diagnostic:
     if children_looked_into(type(model.get_submodule(whole[-1]))) is None:  # type: ignore[arg-type]  # hashable
         message = f"{why}; its code reads the statistics of some BatchNorm, which may be this one"
         return Diagnostic("PN101", name, message, "read them as self.name.running_mean, or call modules only")
-    message = f"{why}; the BatchNorm is shared or looked into there"
+    message = f"{why}; the BatchNorm is shared, or other code looks into it"
     return Diagnostic("PN101", name, message, f"let {where} call it as a module of its own")
 
 

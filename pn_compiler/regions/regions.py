@@ -303,7 +303,9 @@ def _trace_children(owner: nn.Module, path: str, traced: Trace, *, apart: bool =
     if looked_into is None:
         return  # its code may look inside any BatchNorm: they are reported as not reached
     functional = norms_called_as_functions(owner)
-    if functional and calls_nothing_else(owner):  # the BatchNorms among them that are shared have records of their own
+    if functional and calls_nothing_else(
+        owner
+    ):  # the BatchNorms among them that are shared have records of their own
         traced.norm_calls.add(path)
     for name, child in list(owner.named_children()):
         inside = f"{path}.{name}" if path else name
@@ -326,17 +328,28 @@ def _only_normalizes(module: nn.Module) -> bool:
 
 
 def _is_shared(child: nn.Module, path: str, traced: Trace) -> bool:
-    """Whether something outside `path` also holds a part of `child`.
+    """Whether something outside `path` also holds a part of `child`, or a graph around it reads its tensors.
 
     Modules without parameters, such as activations, can be part of several graphs.
     """
-    return any(
+    read = _read_by_graphs(traced)
+    return any(id(module) in read for module in child.modules()) or any(
         other != path and not other.startswith(f"{path}.")
         for module in child.modules()
         if is_batch_norm(module) or module._parameters or module._buffers
         for part in (module, *module._parameters.values())
         for other in traced.paths.get(id(part), ())
     )
+
+
+def _read_by_graphs(traced: Trace) -> set[int]:
+    """Ids of the modules of which a graph reads parameters or buffers itself."""
+    return {
+        id(region.gm.get_submodule(str(node.target).rpartition(".")[0]))
+        for region in traced.regions
+        for node in region.gm.graph.find_nodes(op="get_attr")
+        if node.users
+    }
 
 
 def _lone_region(owner: nn.Module, name: str, path: str, *, functional: bool) -> Region:

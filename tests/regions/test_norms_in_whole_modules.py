@@ -390,3 +390,49 @@ def test_one_that_a_traced_part_does_not_need_is_called_that() -> None:
         ("part.bn", "PN102"),
         ("bn", "PN201"),
     ]
+
+
+class OnAValue(nn.Module):
+    """Branches on values around a BatchNorm, and around a block."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bn, self.body = nn.BatchNorm2d(3), nn.Sequential(nn.BatchNorm2d(3), nn.Conv2d(3, 3, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.body(self.bn(x)) if x.sum() < 1e9 else x
+
+
+class AsFunctionOnAValue(OnAValue):
+    def forward(self, x: Tensor) -> Tensor:
+        if x.sum() < 1e9:
+            x = F.batch_norm(x, self.bn.running_mean, self.bn.running_var, self.bn.weight, self.bn.bias)
+        return self.body(x)
+
+
+class ReadFrom(nn.Module):
+    """Can be traced, and reads what its part has: a penalty, say."""
+
+    def __init__(self, part: nn.Module, path: str) -> None:
+        super().__init__()
+        self.part, self.path = part, path
+
+    def forward(self, x: Tensor) -> Tensor:
+        value: Any = self.part
+        for name in self.path.split("."):
+            value = getattr(value, name)
+        return self.part(x) * value.sum()
+
+
+@pytest.mark.parametrize("make", [OnAValue, AsFunctionOnAValue])
+@pytest.mark.parametrize("path", ["bn.weight", "bn.running_var", "body.0.bias", "body.1.weight"])
+def test_what_a_graph_around_them_reads_keeps_its_values(make: Callable[[], nn.Module], path: str) -> None:
+    torch.manual_seed(0)
+    net = randomize_batch_norms(ReadFrom(make(), path)).double().eval()
+    x = IMAGES.double()
+    converted = pn_compiler.transform(net, x)
+    owner = f"part.{path.rpartition('.')[0]}"
+    skipped = [site.name for site in pn_compiler.sites(converted) if site.kind == "skipped"]
+    assert skipped == [owner] * (owner != "part.body.1")
+    by_hand = ByHand(net, pn_compiler.sites(converted))
+    assert_same_outputs(converted(x), by_hand(x), tolerance=1e-10)
