@@ -41,10 +41,14 @@ def calls_batch_norm(module: nn.Module) -> bool:
         return "aten::batch_norm" in str(getattr(module, "inlined_graph", ""))
     if isinstance(module, fx.GraphModule):
         return any(is_batch_norm_function(node.target) for node in module.graph.nodes)
-    held = [function for value in vars(module).values() for function in _functions_in(value)]
-    hooks = [hook for name in HOOKS for hook in getattr(module, name).values()]
     own_calls = _forward_calls(type(module))  # type: ignore[arg-type]  # classes are hashable
-    return own_calls or any(map(reaches_batch_norm, (*held, *hooks)))
+    return own_calls or any(map(reaches_batch_norm, held_functions(module)))
+
+
+def held_functions(module: nn.Module) -> list[Any]:
+    """The functions among the attributes of `module`, and its hooks."""
+    held = [function for value in vars(module).values() for function in _functions_in(value)]
+    return held + [hook for name in HOOKS for hook in getattr(module, name).values()]
 
 
 def _functions_in(value: Any) -> list[Any]:
@@ -53,6 +57,12 @@ def _functions_in(value: Any) -> list[Any]:
         value.values() if isinstance(value, dict) else value if isinstance(value, tuple | list) else (value,)
     )
     return [each for each in values if callable(each) and not isinstance(each, nn.Module | fx.Proxy)]
+
+
+def names_in(function: Any) -> set[str]:
+    """The attributes and globals that the code of `function` names."""
+    code = getattr(_plain(function), "__code__", None)
+    return {name for part in nested_codes(code) for name in part.co_names} if code is not None else set()
 
 
 @functools.cache
@@ -110,7 +120,7 @@ def _plain(function: Any) -> Any:
 
 def _uses(code: types.CodeType, function: types.FunctionType, cls: type | None, seen: set[int]) -> bool:
     """Whether `code`, part of `function`, names batch_norm, or something that reaches it."""
-    scope = {**function.__globals__, **_closure(function)}
+    scope = scope_of(function)
     imports = False  # of torch, here in the code: its names are local then
     value: Any = None
     for step in dis.get_instructions(code):
@@ -132,8 +142,9 @@ def _uses(code: types.CodeType, function: types.FunctionType, cls: type | None, 
     return False
 
 
-def _closure(function: types.FunctionType) -> dict[str, Any]:
-    scope = {}
+def scope_of(function: types.FunctionType) -> dict[str, Any]:
+    """The globals and closure variables of `function`, by name."""
+    scope = {**function.__globals__}
     for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
         with contextlib.suppress(ValueError):  # empty: the function is called before this is defined
             scope[name] = cell.cell_contents

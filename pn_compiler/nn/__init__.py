@@ -14,6 +14,7 @@ from pn_compiler.nn.consumers import (
 from pn_compiler.nn.proxy_norm import (
     FollowedGroupNorm,
     FollowedProxyNormAct,
+    FunctionalGroupNorm,
     Output,
     ProxyNormAct,
     ProxyStatistics,
@@ -29,6 +30,7 @@ __all__ = [
     "ConstantClamp",
     "FollowedGroupNorm",
     "FollowedProxyNormAct",
+    "FunctionalGroupNorm",
     "InputAffineConv1d",
     "InputAffineConv2d",
     "InputAffineConv3d",

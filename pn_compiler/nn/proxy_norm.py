@@ -181,6 +181,52 @@ def put_behind(norm: nn.Module, following: dict[str, nn.Module]) -> None:
     norm.__class__ = FollowedProxyNormAct if isinstance(norm, ProxyNormAct) else FollowedGroupNorm
 
 
+class FunctionalGroupNorm(nn.GroupNorm):
+    """A GroupNorm in the place of a BatchNorm that code calls as ``F.batch_norm(x, bn.running_mean, ...)``.
+
+    Its running statistics are not tensors: batch_norm, given them, returns the result of this module.
+
+    Attributes:
+        momentum: that of the BatchNorm, which such code may pass on.
+    """
+
+    momentum: float | None
+
+    @staticmethod
+    def of(norm: nn.GroupNorm, momentum: float | None) -> "FunctionalGroupNorm":
+        """Changes the class of `norm`, in place, and returns it."""
+        functional: Any = norm
+        functional.__class__, functional.momentum = FunctionalGroupNorm, momentum
+        assert isinstance(functional, FunctionalGroupNorm)
+        return functional
+
+    @property
+    def running_mean(self) -> "_Statistic":
+        return _Statistic(self)
+
+    @property
+    def running_var(self) -> "_Statistic":
+        return _Statistic(self)
+
+
+class _Statistic:
+    """Stands for the running statistics of a BatchNorm that `norm` has replaced."""
+
+    def __init__(self, norm: FunctionalGroupNorm) -> None:
+        self._norm = norm
+
+    @classmethod
+    def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        norms = {arg._norm for arg in (*args, *kwargs.values()) if isinstance(arg, cls)}
+        if function not in (F.batch_norm, torch.batch_norm) or len(norms) != 1:
+            name = getattr(function, "__name__", function)
+            raise TypeError(
+                f"{name} got running statistics of a converted BatchNorm: only batch_norm takes them"
+            )
+        return norms.pop()(args[0] if args else kwargs["input"])
+
+
 class Recipe(NamedTuple):
     """What the statistics of a site depend on besides its parameters."""
 

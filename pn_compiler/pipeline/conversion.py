@@ -130,7 +130,9 @@ def convert(
             for name, found in (calibrated or {}).items()
             if name.startswith(region.prefix)
         }
-        left = frozenset(name.removeprefix(region.prefix) for name in left_alone)
+        left = frozenset(
+            name.removeprefix(region.prefix) for name in left_alone if name.startswith(region.prefix)
+        )
         _, passes = edited(edit, preparation_pipeline(), conversion_pipeline(config, own, left))
         result = run_pipeline(passes, region.gm, progress)
         region.finish()

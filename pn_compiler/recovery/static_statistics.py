@@ -19,6 +19,7 @@ from pn_compiler.graph.graph_utils import module_calls
 from pn_compiler.graph.pass_base import run_pipeline
 from pn_compiler.graph.ranks import infer_ranks
 from pn_compiler.inspection.hooks import has_hooks
+from pn_compiler.nn import FunctionalGroupNorm
 from pn_compiler.passes import freeze_pipeline
 from pn_compiler.pipeline.folding import fold
 from pn_compiler.recovery.freeze_report import FreezeReport, FrozenSite
@@ -118,7 +119,8 @@ class _Data:
 
 def _find_sites(network: nn.Module) -> tuple[Norms, dict[str, str]]:
     """(the normalizers that can be frozen, in call order; why others cannot), both by path."""
-    norms = {name: module for name, module in network.named_modules() if type(module) is nn.GroupNorm}
+    kinds = (nn.GroupNorm, FunctionalGroupNorm)
+    norms = {name: module for name, module in network.named_modules() if type(module) in kinds}
     called = [
         f"{path}.{name}" if path else name
         for path, graph in named_graphs(network)

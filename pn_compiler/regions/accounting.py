@@ -60,7 +60,7 @@ def _lost_calls(model: nn.Module, traced: Trace, looked_into: set[str]) -> list[
     lost = []
     closed: list[str] = []
     for name, module in model.named_modules():
-        inside = f"{name}." if name else ""
+        inside = _inside(name)
         if name in traced.norm_calls or is_batch_norm(module) or not calls_batch_norm(module):
             continue
         if any(name.startswith(outer) for outer in closed):
@@ -106,10 +106,8 @@ def _lost(name: str, model: nn.Module, traced: Trace) -> Diagnostic:
         return closed_diagnostic(name, kinds[0])
     norm = model.get_submodule(name)
     names = [path for path, other in model.named_modules(remove_duplicate=False) if other is norm]
-    whole = [
-        path for path in traced.opaque if not path or any(other.startswith(f"{path}.") for other in names)
-    ]
-    if not whole:
+    whole = [path for path in traced.opaque if any(other.startswith(_inside(path)) for other in names)]
+    if not whole or all(_is_traced(other, traced) for other in names):
         return Diagnostic("PN102", name, "the traced forward never calls it")
     owner, _, attribute = name.rpartition(".")
     why, where = _why_whole(whole[-1], traced), whole[-1] or "the model"
@@ -120,8 +118,21 @@ def _lost(name: str, model: nn.Module, traced: Trace) -> Diagnostic:
     if children_looked_into(type(model.get_submodule(whole[-1]))) is None:  # type: ignore[arg-type]  # hashable
         message = f"{why}; its code reads the statistics of some BatchNorm, which may be this one"
         return Diagnostic("PN101", name, message, "read them as self.name.running_mean, or call modules only")
-    message = f"{why}; the BatchNorm is shared or looked into there"
+    message = f"{why}; the BatchNorm is shared, or other code looks into it"
     return Diagnostic("PN101", name, message, f"let {where} call it as a module of its own")
+
+
+def _is_traced(path: str, traced: Trace) -> bool:
+    """Whether a graph was traced through what holds the module at `path`: the innermost part decides."""
+    graphs = [region.prefix for region in traced.regions if region.owner is None]
+    whole = [_inside(other) for other in traced.opaque]
+    depths = [max((len(p) for p in each if path.startswith(p)), default=-1) for each in (graphs, whole)]
+    return depths[0] > depths[1]
+
+
+def _inside(path: str) -> str:
+    """What the paths of the modules in the one at `path` begin with."""
+    return f"{path}." if path else ""
 
 
 def _why_whole(path: str, traced: Trace) -> str:

@@ -8,6 +8,7 @@ import dataclasses
 import functools
 import logging
 from collections.abc import Callable, Iterator, Sequence
+from typing import cast
 
 from torch import fx, nn
 
@@ -19,10 +20,11 @@ from pn_compiler.graph.pass_base import live_nodes
 from pn_compiler.inspection.batch_norms import closed_kind, holds_batch_norm, is_batch_norm
 from pn_compiler.inspection.child_uses import children_looked_into, is_called_whole, read_norms
 from pn_compiler.inspection.functional_norms import calls_batch_norm, reaches_batch_norm
+from pn_compiler.inspection.functional_uses import calls_nothing_else, norms_called_as_functions
 from pn_compiler.inspection.hooks import HookedModules, sharing_tensors
 from pn_compiler.inspection.model_checks import refuse_global_hooks
 from pn_compiler.inspection.weight_writes import may_write_weights
-from pn_compiler.nn import put_behind
+from pn_compiler.nn import FunctionalGroupNorm, put_behind
 from pn_compiler.proxies.trace_failures import whole_note
 from pn_compiler.regions.observed_calls import ObservedCalls
 from pn_compiler.running.copying import copy_model
@@ -42,11 +44,13 @@ class Region:
         gm: the trace.
         owner: for a BatchNorm that untraceable code calls on its own, the module that holds it; the graph
             then only exists during a conversion.
+        functional: whether that code calls batch_norm with its tensors instead.
     """
 
     prefix: str
     gm: ConvertedModule
     owner: nn.Module | None = None
+    functional: bool = False
 
     def finish(self) -> None:
         """Hands the replacement of a lone BatchNorm, with the parts split off it, to its owner."""
@@ -58,6 +62,8 @@ class Region:
             return  # refused: the owner still holds the original
         if rest:
             put_behind(norm, {path.removeprefix(f"{first}_"): self.gm.get_submodule(path) for path in rest})
+        if self.functional:
+            FunctionalGroupNorm.of(cast("nn.GroupNorm", norm), getattr(self.owner, first).momentum)
         setattr(self.owner, first, norm)
 
 
@@ -74,7 +80,8 @@ class Trace:
         notes: about branches that were fixed, and why modules stay whole.
         paths: id of each module and parameter -> every path that leads to it, or to its owner.
         entered: paths of the modules whose forward is part of a graph.
-        norm_calls: those of them that call batch_norm as a function there.
+        norm_calls: those of them that call batch_norm as a function there, and modules that stay whole and
+            call it only with the tensors of BatchNorms that are regions.
         unread_norm_calls: those of them whose results are never read.
         calls: arguments of the inner modules, in a call of the model on example inputs.
         reasons: path of a module that stayed whole -> why, as far as known.
@@ -295,14 +302,19 @@ def _trace_children(owner: nn.Module, path: str, traced: Trace, *, apart: bool =
     looked_into = children_looked_into(type(owner))  # type: ignore[arg-type]  # classes are hashable
     if looked_into is None:
         return  # its code may look inside any BatchNorm: they are reported as not reached
+    functional = norms_called_as_functions(owner)
+    if functional and calls_nothing_else(
+        owner
+    ):  # the BatchNorms among them that are shared have records of their own
+        traced.norm_calls.add(path)
     for name, child in list(owner.named_children()):
         inside = f"{path}.{name}" if path else name
-        if name in looked_into or closed_kind(child) or not holds_batch_norm(child):
+        if name in looked_into - functional or closed_kind(child) or not holds_batch_norm(child):
             continue
         shared = _is_shared(child, inside, traced)
         if is_batch_norm(child):
-            if not shared and name not in read_norms(type(owner)):  # type: ignore[arg-type]  # hashable
-                traced.regions.append(_lone_region(owner, name, path))
+            if not shared and name not in read_norms(type(owner)) - functional:  # type: ignore[arg-type]  # hashable
+                traced.regions.append(_lone_region(owner, name, path, functional=name in functional))
         elif (apart and not _only_normalizes(child)) or shared or not is_called_whole(owner, name, child):
             _trace_children(child, inside, traced, apart=apart)  # no region may change a shared weight
         else:
@@ -316,11 +328,12 @@ def _only_normalizes(module: nn.Module) -> bool:
 
 
 def _is_shared(child: nn.Module, path: str, traced: Trace) -> bool:
-    """Whether something outside `path` also holds a part of `child`.
+    """Whether something outside `path` also holds a part of `child`, or a graph around it reads its tensors.
 
     Modules without parameters, such as activations, can be part of several graphs.
     """
-    return any(
+    read = _read_by_graphs(traced)
+    return any(id(module) in read for module in child.modules()) or any(
         other != path and not other.startswith(f"{path}.")
         for module in child.modules()
         if is_batch_norm(module) or module._parameters or module._buffers
@@ -329,8 +342,19 @@ def _is_shared(child: nn.Module, path: str, traced: Trace) -> bool:
     )
 
 
-def _lone_region(owner: nn.Module, name: str, path: str) -> Region:
+def _read_by_graphs(traced: Trace) -> set[int]:
+    """Ids of the modules of which a graph reads parameters or buffers itself."""
+    return {
+        id(region.gm.get_submodule(str(node.target).rpartition(".")[0]))
+        for region in traced.regions
+        for node in region.gm.graph.find_nodes(op="get_attr")
+        if node.users
+    }
+
+
+def _lone_region(owner: nn.Module, name: str, path: str, *, functional: bool) -> Region:
     """A BatchNorm that untraceable code calls: a graph over `owner` that calls nothing else."""
     graph = fx.Graph()
     graph.output(graph.call_module(name, (graph.placeholder("x"),)))
-    return Region(f"{path}." if path else "", ConvertedModule(owner, graph), owner)
+    gm = ConvertedModule(owner, graph)
+    return Region(f"{path}." if path else "", gm, owner, functional)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 import pn_compiler
 from pn_compiler.base.errors import ConfigError
 from pn_compiler.nn import (
+    FunctionalGroupNorm,
     InputAffineConv1d,
     InputAffineConv2d,
     InputAffineConv3d,
@@ -273,3 +274,43 @@ def test_channels_last_behind_frozen_layers_trains() -> None:
         model(x.to(memory_format=memory_format)).square().sum().backward()
         gradients.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
     torch.testing.assert_close(*gradients)
+
+
+def functional() -> tuple[FunctionalGroupNorm, Tensor, Tensor]:
+    """(a normalizer, an input, and what it gives for that)."""
+    norm = nn.GroupNorm(2, 4)
+    with torch.no_grad():
+        norm.weight.uniform_(0.5, 2)
+        norm.bias.normal_()
+    x = torch.randn(3, 4, 5)
+    expected = F.group_norm(x, 2, norm.weight, norm.bias, norm.eps)
+    return FunctionalGroupNorm.of(norm, 0.2), x, expected
+
+
+def test_batch_norm_with_its_statistics_calls_the_normalizer() -> None:
+    norm, x, expected = functional()
+    tensors = norm.running_mean, norm.running_var, norm.weight, norm.bias
+    seen: list[Tensor] = []
+    norm.register_forward_hook(lambda module, args, output: seen.append(output))
+    results = (
+        F.batch_norm(x, *tensors),  # type: ignore[arg-type]  # statistics that are no tensors
+        F.batch_norm(running_var=norm.running_var, running_mean=norm.running_mean, input=x, training=True),  # type: ignore[arg-type]
+        torch.batch_norm(x, *tensors[2:], *tensors[:2], False, norm.momentum, norm.eps, False),  # type: ignore[call-overload]
+    )
+    assert all(torch.equal(result, expected) for result in results)
+    assert [id(output) for output in seen] == [id(result) for result in results]
+    assert norm.momentum == 0.2
+
+
+def test_nothing_else_takes_its_statistics() -> None:
+    norm, x, _ = functional()
+    other, _, _ = functional()
+    for wrong in (
+        lambda: torch.sub(x[0, :, 0], norm.running_mean),  # type: ignore[call-overload]
+        lambda: torch.sqrt(norm.running_var),  # type: ignore[arg-type]
+        lambda: F.instance_norm(x, norm.running_mean, norm.running_var),  # type: ignore[arg-type]
+        lambda: torch.native_batch_norm(x, None, None, norm.running_mean, norm.running_var, False, 0.1, 1e-5),  # type: ignore[arg-type]
+        lambda: F.batch_norm(x, norm.running_mean, other.running_var),  # type: ignore[arg-type]
+    ):
+        with pytest.raises(TypeError, match="only batch_norm takes them"):
+            wrong()

@@ -158,8 +158,8 @@ CASES: list[tuple[Callable[[], nn.Module], list[tuple[str, str, str | None]]]] =
     (Asks, [("up.bn", "norm_only", "PN201")]),
     (Shares, [("body.1", "norm_only", "PN201")]),
     (Helps, [("bn", "skipped", "PN101")]),
-    (Reads, [("bn", "skipped", "PN101")]),
-    (ReadsOne, [("bn", "skipped", "PN101"), ("other", "norm_only", "PN201"), ("body.1", "pn", None)]),
+    (Reads, [("bn", "norm_only", "PN201")]),
+    (ReadsOne, [("bn", "norm_only", "PN201"), ("other", "norm_only", "PN201"), ("body.1", "pn", None)]),
     (ReadsAny, [(name, "skipped", "PN101") for name in ("bn", "other", "body.1")]),
 ]
 
