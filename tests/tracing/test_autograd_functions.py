@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import pn_compiler
 from pn_compiler.testing import randomize_batch_norms
+from tests.tracing.networks import by_hand
 
 X = torch.randn(3, 3, 7, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 
@@ -169,12 +170,6 @@ def gradients(net: nn.Module) -> list[Tensor]:
     assert x.grad is not None
     gradients = [net.get_parameter(name).grad for name in ("conv.weight", "bn.weight", "bn.bias", "scale")]
     return [y.detach(), x.grad, *(torch.zeros(1) if g is None else g for g in gradients)]
-
-
-def by_hand(net: nn.Module, converted: nn.Module) -> nn.Module:
-    net = copy.deepcopy(net)
-    net.set_submodule("bn", copy.deepcopy(converted.get_submodule("bn")))
-    return net
 
 
 @pytest.mark.parametrize("given", [False, True])

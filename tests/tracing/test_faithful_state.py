@@ -28,6 +28,15 @@ def body() -> nn.Sequential:
     return nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 1))
 
 
+def with_normalizers(net: nn.Module, converted: nn.Module) -> nn.Module:
+    """`net` with the normalizers that `converted` has, where it has them."""
+    net = copy.deepcopy(net)
+    for name, module in converted.named_modules():
+        if isinstance(module, nn.GroupNorm):
+            net.set_submodule(name, copy.deepcopy(module))
+    return net
+
+
 class Recorder:
     """Keeps the last output that it was given."""
 
@@ -402,10 +411,7 @@ def test_siblings_read_what_the_other_writes(ran: bool) -> None:
     if ran:
         net(IMAGES)
     converted = pn_compiler.transform(net, proxy=False)
-    expected = copy.deepcopy(net)
-    for name, module in converted.named_modules():
-        if isinstance(module, nn.GroupNorm):
-            expected.set_submodule(name, copy.deepcopy(module))
+    expected = with_normalizers(net, converted)
     for images in (IMAGES, OTHERS):
         assert_same_outputs(converted(images), expected(images))
 
@@ -583,10 +589,7 @@ def test_odd_forwards_compute_the_same(how: str, nested: bool, ran: bool) -> Non
         net(IMAGES)
     converted = pn_compiler.transform(net, proxy=False)
     assert not proxies()
-    expected = copy.deepcopy(net)
-    for name, module in converted.named_modules():
-        if isinstance(module, nn.GroupNorm):
-            expected.set_submodule(name, copy.deepcopy(module))
+    expected = with_normalizers(net, converted)
     for images in (IMAGES, OTHERS, IMAGES):
         assert_same_outputs(converted(images), expected(images))
 

@@ -14,35 +14,7 @@ from torch import Tensor, fx, nn
 
 import pn_compiler
 from pn_compiler.testing import assert_same_outputs, randomize_batch_norms
-
-IMAGES = torch.randn(2, 3, 6, 6, generator=torch.Generator().manual_seed(0))
-
-
-class Net(nn.Module):
-    """A convolution, a BatchNorm and an activation behind `before`, whatever that does."""
-
-    def __init__(self, before: Callable[["Net", Any], Any]) -> None:
-        super().__init__()
-        self.conv, self.bn, self.out = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Conv2d(4, 3, 1)
-        self.before = before
-
-    def forward(self, x: Any) -> Tensor:
-        return self.out(F.relu(self.bn(self.conv(self.before(self, x)))))
-
-
-def make(before: Callable[[Net, Any], Any], *, nested: bool, train: bool) -> nn.Module:
-    torch.manual_seed(0)
-    net: nn.Module = Net(before)
-    net = nn.Sequential(net, nn.Conv2d(3, 3, 1)) if nested else net
-    return randomize_batch_norms(net).train(train)
-
-
-def by_hand(net: nn.Module, converted: nn.Module) -> nn.Module:
-    """`net` with the normalizer of `converted` in the place of its BatchNorm: no tracing."""
-    net = copy.deepcopy(net)
-    path = "0.bn" if isinstance(net, nn.Sequential) else "bn"
-    net.set_submodule(path, copy.deepcopy(converted.get_submodule(path)))
-    return net
+from tests.tracing.networks import IMAGES, Net, by_hand, make
 
 
 def codes(converted: nn.Module) -> list[str]:

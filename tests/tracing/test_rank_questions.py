@@ -14,39 +14,10 @@ import pn_compiler
 from pn_compiler.regions.observed_calls import ObservedCalls
 from pn_compiler.running.inputs import Inputs
 from pn_compiler.testing import assert_same_outputs, randomize_batch_norms
+from tests.tracing.networks import IMAGES, Net, by_hand, make
 
-GENERATOR = torch.Generator().manual_seed(0)
-IMAGES = torch.randn(2, 3, 6, 6, generator=GENERATOR)
+GENERATOR = torch.Generator().manual_seed(1)
 OTHERS = [torch.randn(batch, 3, 6, 6, generator=GENERATOR) for batch in (1, 5)]
-
-
-class Net(nn.Module):
-    """A convolution, a BatchNorm and an activation behind `before`, whatever that does."""
-
-    def __init__(self, before: Callable[["Net", Any], Any]) -> None:
-        super().__init__()
-        self.conv, self.bn, self.out = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Conv2d(4, 3, 1)
-        self.scale = nn.Parameter(torch.tensor([1.0, 2.0, 3.0]))
-        self.before = before
-
-    def forward(self, x: Any) -> Tensor:
-        return self.out(F.relu(self.bn(self.conv(self.before(self, x)))))
-
-
-def make(before: Callable[[Net, Any], Any], *, nested: bool = False, train: bool = False) -> nn.Module:
-    torch.manual_seed(0)
-    net: nn.Module = Net(before)
-    net = nn.Sequential(net, nn.Conv2d(3, 3, 1)) if nested else net
-    return randomize_batch_norms(net).train(train)
-
-
-def by_hand(net: nn.Module, converted: nn.Module) -> nn.Module:
-    """`net` with the normalizers of `converted` in the place of its BatchNorms: no tracing."""
-    net = copy.deepcopy(net)
-    for path, module in list(net.named_modules()):
-        if isinstance(module, nn.BatchNorm2d | nn.BatchNorm1d):
-            net.set_submodule(path, copy.deepcopy(converted.get_submodule(path)))
-    return net
 
 
 def transform(net: nn.Module, *inputs: Any, **options: Any) -> nn.Module:
