@@ -55,6 +55,8 @@ class Preprocessing:
         if (self.mean is None) != (self.std is None):
             raise ConfigError("mean and std go together: give both or neither")
         one_of("interpolation", self.interpolation, get_args(Interpolation))
+        if self.interpolation != "bilinear" and self.resize is None:
+            raise ConfigError("interpolation is that of resize: give that, too")
         for name, size in (("resize", self.resize), ("crop", self.crop)):
             if size is not None and not _is_size(size):
                 raise ConfigError(f"{name} {size!r}: expected pixels, or (height, width)")
