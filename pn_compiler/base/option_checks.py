@@ -49,7 +49,8 @@ def check_function(name: str, value: object) -> None:
 
 def check_metric(value: object) -> None:
     """Raises ConfigError unless `value` is None, can be called, or is the name of a function."""
-    if value is not None and not callable(value) and not _is_function_name(value):
+    function = callable(value) and not isinstance(value, type)
+    if value is not None and not function and not _is_function_name(value):
         raise _impossible("metric", value, "a function of outputs and labels, or package.module:function")
 
 

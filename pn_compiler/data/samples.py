@@ -62,20 +62,20 @@ class Samples:
         read: list[Any] = []
         pieces: list[Any] = []
         labels: list[Any] = []  # of each of `read`
-        entries: list[Any] = []  # of each of `pieces`
+        counts: list[int] = []
         size = 0
         batches = batches_of(batches)
-        for name, inputs in each_batch(model, _noting(batches, labels) if labelled else batches, title):
+        for _, inputs in each_batch(model, _noting(batches, labels) if labelled else batches, title):
             arguments = (inputs.args, dict(inputs.kwargs))
             parts = cut(arguments) or [arguments]
             read.append(arguments)
-            entries += _entries(labels[-1], len(parts), name)[: most - len(pieces)] if labelled else []
+            counts.append(len(parts))
             pieces += parts[: most - len(pieces)]
             size += sum(tensor.nbytes for tensor in inputs.tensors())
             if len(pieces) >= most or size >= _HELD_BYTES:
                 break
         if _alike(pieces) and len(pieces) > 1 and _independent(model, pieces[:2]):
-            return cls(pieces, whole=False, labels=entries)
+            return cls(pieces, whole=False, labels=_entries(labels, counts)[: len(pieces)])
         return cls(read, whole=True, labels=labels)
 
     def __len__(self) -> int:
@@ -194,19 +194,23 @@ def _noting(batches: Iterable[Any], labels: list[Any]) -> Iterator[Any]:
         yield batch
 
 
-def _entries(labels: Any, count: int, name: str) -> list[Any]:
-    """The labels of each of `count` samples. Raises ConfigError if there are others."""
-    numbers = isinstance(labels, list | tuple) and all(isinstance(x, bool | int | float) for x in labels)
-    if isinstance(labels, np.ndarray) or (numbers and len(labels) > 0):
-        labels = torch.as_tensor(labels)
-    parts = cut(labels)
-    if (parts is None or len(parts) != count) and isinstance(labels, list | tuple):
-        parts = list(labels)
-    if parts is None or len(parts) != count:
-        raise ConfigError(
-            f"the labels of {name} are not those of its {count} samples: one for each is needed"
-        )
-    return parts
+def _entries(labels: Sequence[Any], counts: Sequence[int]) -> list[Any]:
+    """The labels of each sample of batches of `counts` samples. Raises ConfigError if a batch has others."""
+    entries: list[Any] = []
+    for number, (given, count) in enumerate(zip(labels, counts, strict=False), start=1):
+        values = given
+        numbers = isinstance(given, list | tuple) and all(isinstance(x, bool | int | float) for x in given)
+        if isinstance(given, np.ndarray) or (numbers and len(given) > 0):
+            values = torch.as_tensor(given)
+        parts = cut(values)
+        if (parts is None or len(parts) != count) and isinstance(values, list | tuple):
+            parts = list(values)
+        if parts is None or len(parts) != count:
+            raise ConfigError(
+                f"the labels of batch {number} are not those of its {count} samples: one for each is needed"
+            )
+        entries += parts
+    return entries
 
 
 def digest(values: Iterable[Any]) -> str:

@@ -6,7 +6,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from pn_compiler.base.config import MetricFunction
 from pn_compiler.base.errors import ConfigError, PnCompilerError, named_line
@@ -44,17 +46,12 @@ class Metric:
         Raises:
             ConfigError: it fails, or returns no number.
         """
-        batches = [part.tolist() for part in rows]
-        together = None if self._samples.whole else joined(outputs, [len(part) for part in batches])
+        together = None if self._samples.whole else joined(outputs, [len(part) for part in rows])
+        given = list(outputs) if together is None else together
+        parts = [part.tolist() for part in (rows if together is None else [torch.cat(list(rows))])]
+        labels = self._moved([self._samples.labels_of(part) for part in parts], outputs)
         try:
-            if together is None:
-                value: Any = self._function(
-                    list(outputs), [self._samples.labels_of(part) for part in batches]
-                )
-            else:
-                value = self._function(
-                    together, self._samples.labels_of([row for part in batches for row in part])
-                )
+            value: Any = self._function(given, labels if together is None else labels[0])
         except PnCompilerError:
             raise
         except Exception as error:  # the user's code can raise anything
@@ -65,6 +62,14 @@ class Metric:
         """The metric of `network`, which is run on the samples `rows` in its current mode."""
         outputs = [run(network, self._samples.inputs(part.tolist()), "the labelled data") for part in rows]
         return self.value(outputs, rows)
+
+    def _moved(self, labels: list[Any], outputs: Sequence[Any]) -> list[Any]:
+        """`labels` on the device of `outputs`."""
+        first = next((x for x in pytree.tree_leaves(outputs) if isinstance(x, Tensor)), None)
+        if first is None:
+            return labels
+        moved: list[Any] = pytree.tree_map_only(Tensor, lambda x: x.to(first.device), labels)
+        return moved
 
     def _number(self, value: Any) -> float:
         if isinstance(value, Tensor | np.ndarray) and math.prod(value.shape) == 1:

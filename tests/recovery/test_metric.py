@@ -166,11 +166,28 @@ def test_batches_that_cannot_be_split_come_as_lists(model: nn.Module, labels: Te
         assert any(torch.equal(part, y) for _, y in pairs)
 
 
+def test_such_batches_may_have_labels_of_any_kind(model: nn.Module, labels: Tensor) -> None:
+    """One for a whole batch, whatever its size."""
+    pairs = [(images, f"batch {number}") for number, (images, _) in enumerate(batches(labels, 8))]
+    seen: list[tuple[Any, Any]] = []
+
+    def metric(outputs: list[Tensor], given: list[str]) -> float:
+        seen.append((outputs, given))
+        return 0.0
+
+    network = pn_compiler.transform(Whole(model))
+    pn_compiler.freeze_statistics(network, pairs, metric=metric)
+    for output, name in zip(*seen[0], strict=True):
+        with torch.no_grad():
+            torch.testing.assert_close(output, network(pairs[int(name.removeprefix("batch "))][0]))
+
+
 @pytest.mark.parametrize(
     ("metric", "data", "message"),
     [
         (3, None, "metric=3: expected a function of outputs and labels, or package.module:function"),
         ("accuracy", None, "metric='accuracy': expected a function"),
+        (nn.Linear, None, "metric=<class 'torch.nn.modules.linear.Linear'>: expected a function"),
         ("no.such:metric", None, "no.such:metric: "),
         ("math:pi", None, "math:pi is a float, not a metric"),
         (lambda outputs, labels: 1 / 0, None, "failed: ZeroDivisionError"),
