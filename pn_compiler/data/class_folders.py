@@ -5,10 +5,33 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
+from torch import Tensor, nn
+
 from pn_compiler.base.errors import ConfigError
+from pn_compiler.data.image_folder import find_images
+from pn_compiler.running.evaluation import run, untouched
+from pn_compiler.running.inputs import Inputs
+from pn_compiler.running.losses import floating_outputs, is_logits
 
 _SYNSET = re.compile(r"n\d{8}")  # of WordNet, as ImageNet's folders are called
 _IMAGENET = 1000  # classes
+
+
+def labels_for(model: nn.Module, folder: Path, inputs: Inputs) -> Tensor:
+    """The class of each image in `folder`, sorted by path, of those that `model` has.
+
+    Args:
+        inputs: a batch of them, to see how many classes there are.
+
+    Raises:
+        ConfigError: as `class_labels`, or the model does not run on them.
+    """
+    with untouched(model):
+        outputs = floating_outputs(run(model, inputs, f"the images in {folder}"))
+    logits = [tensor for tensor in outputs.values() if is_logits(tensor)]
+    classes = logits[0].shape[1] if len(logits) == len(outputs) == 1 else None
+    return torch.tensor(class_labels(folder, find_images(folder), classes))
 
 
 def class_labels(folder: Path, paths: Sequence[str], classes: int | None = None) -> list[int]:

@@ -17,9 +17,8 @@ from pn_compiler.inspection.fake_tensors import fake_mode
 from pn_compiler.loading.admission import named_function
 from pn_compiler.regions.regions import trace
 from pn_compiler.running.copying import unwrap
-from pn_compiler.running.evaluation import inputs_of, labels_of, run, untouched
+from pn_compiler.running.evaluation import inputs_of, labels_of
 from pn_compiler.running.inputs import Inputs
-from pn_compiler.running.losses import floating_outputs, is_logits
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -186,19 +185,11 @@ def load_batches(
     samples = _check(arrays, str(path), model)
     _refuse_few(str(path), samples, batch_size if whole else 2)
     batches = ArrayBatches(path, arrays, _dtype(model), batch_size, whole)
-    return dataclasses.replace(batches, labels=_labels(batches, model)) if labelled else batches
+    if labelled:
+        from pn_compiler.data.class_folders import labels_for
 
-
-def _labels(batches: ArrayBatches, model: nn.Module) -> Tensor:
-    """The class of each image, by its folder."""
-    from pn_compiler.data.class_folders import class_labels
-    from pn_compiler.data.image_folder import find_images
-
-    with untouched(model):
-        outputs = floating_outputs(run(model, next(iter(batches)), f"the images in {batches.path}"))
-    logits = [tensor for tensor in outputs.values() if is_logits(tensor)]
-    classes = logits[0].shape[1] if len(logits) == len(outputs) == 1 else None
-    return torch.tensor(class_labels(batches.path, find_images(batches.path), classes))
+        return dataclasses.replace(batches, labels=labels_for(model, path, next(iter(batches))))
+    return batches
 
 
 def _function(source: str, allow_code: bool) -> Callable[[], Iterable[Any]]:
