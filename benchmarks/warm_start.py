@@ -10,7 +10,6 @@ stopped goes on where it was: finished rows are read back from the JSON file.
 """
 
 import argparse
-import copy
 import dataclasses
 import itertools
 import json
@@ -20,11 +19,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
-from opacus.validators import ModuleValidator
 from torch import Tensor, nn
 
 import pn_compiler
-from benchmarks import tasks, trained
+from benchmarks import swaps, tasks, trained
 from benchmarks.ensemble import MOMENTUM
 from benchmarks.tasks import Row
 from pn_compiler.base.errors import ConfigError, PnCompilerError
@@ -50,10 +48,8 @@ def batch_norm(name: str, groups: int) -> Networks:
 def plain(name: str, groups: int) -> Networks:
     """What opacus does, and the same with weight and bias of the BatchNorm, which opacus does not keep."""
     network = trained.load_network(name)
-    fixed = ModuleValidator.fix(network, **({} if groups == 32 else {"num_groups": groups}))
-    kept = copy.deepcopy(fixed)
-    kept.load_state_dict(network.state_dict(), strict=False)  # the same names; statistics are left over
-    return {"opacus": fixed, "GroupNorm": kept}
+    options = {} if groups == 32 else {"num_groups": groups}
+    return {"opacus": swaps.opacus(network, **options), "GroupNorm": swaps.group_norm(network, **options)}
 
 
 def running_statistics(name: str, groups: int) -> Networks:

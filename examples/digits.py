@@ -154,7 +154,9 @@ def main() -> None:
         )
     print(
         f"\naccuracy of the ONNX files on {len(test_labels)} test images; latency: one image, onnxruntime "
-        f"CPU, {THREADS} thread, median;\nto PyTorch: largest difference of a logit. All files: {OUTPUT}/"
+        f"CPU, {THREADS} thread, median;\nto PyTorch: largest difference of a logit. All files: {OUTPUT}/\n\n"
+        "digits flatter: what is left of ImageNet networks on real images, with your own folder of them,\n"
+        "$ python -m benchmarks.real_networks --images IMAGENET"
     )
 
 

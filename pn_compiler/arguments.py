@@ -14,7 +14,7 @@ from pn_compiler.base.errors import printable
 from pn_compiler.base.options import Option, options_of
 from pn_compiler.repository.options import ModelRepository
 
-DATA_OPTIONS = ("mean", "std", "resize", "crop", "allow_data_code")
+DATA_OPTIONS = ("mean", "std", "resize", "crop", "interpolation", "allow_data_code")
 
 
 def _shape(text: str, example: str = "1,3,224,224") -> tuple[int, ...]:
@@ -86,7 +86,7 @@ def make_parser() -> argparse.ArgumentParser:
         prog="pn-compile",
         description="Compiles a PyTorch model with BatchNorm into a verified, batch-independent ONNX file.",
         epilog="A model file runs no code when it is loaded, unless you pass --unsafe-pickle; --arch, "
-        "--allow and --allow-data-code import the packages that are named.",
+        "--allow, --metric and --allow-data-code import the packages that are named.",
     )
     parser.add_argument(
         "model", nargs="?", type=_path, help="model.pt, checkpoint or exported program (.pt2)"
@@ -195,6 +195,9 @@ def _add_data_options(parser: argparse.ArgumentParser) -> None:
     data.add_argument("--std", type=_numbers, nargs="+", metavar="S", help="for each channel, on that scale")
     data.add_argument("--resize", type=_size, metavar="N", help="pixels of the shorter side, or H,W")
     data.add_argument("--crop", type=_size, metavar="N", help="side of the centre that is kept, or H,W")
+    data.add_argument(
+        "--interpolation", choices=("bilinear", "bicubic"), help="of --resize (default: bilinear)"
+    )
     data.add_argument("--allow-data-code", action="store_true", help="let DATA be package.module:function")
 
 
@@ -210,18 +213,25 @@ def check_usage(arguments: argparse.Namespace) -> None:
     for name, flag in {"distill_steps": "--distill", "static_statistics": "--static-statistics"}.items():
         if name in given and arguments.calibrate is None:
             make_parser().error(f"{flag} needs samples: give --calibrate DATA")
-    if "distill_logits" in given and "distill_steps" not in given:
-        make_parser().error("--distill-logits goes with --distill")
-    if "error_budget" in given and given.get("static_statistics") != "auto":
-        make_parser().error("--error-budget goes with --static-statistics=auto")
-    if "tune" in given and given.get("target") != "auto":
-        make_parser().error("--tune goes with --target auto")
+    _check_company(given)
     if arguments.diagnose is not None:
         _check_diagnosis_usage(given)
     about_data = [name for name in DATA_OPTIONS if given[name]]
     if about_data and arguments.diagnose is None and arguments.calibrate is None:
         flag = f"--{about_data[0].replace('_', '-')}"
         make_parser().error(f"{flag} is about DATA, and there is none: see --calibrate and --diagnose")
+
+
+def _check_company(given: Mapping[str, Any]) -> None:
+    """Refuses flags without those that they go with."""
+    if "metric" in given and "distill_steps" not in given and "static_statistics" not in given:
+        make_parser().error("--metric goes with --distill or --static-statistics")
+    if "distill_logits" in given and "distill_steps" not in given:
+        make_parser().error("--distill-logits goes with --distill")
+    if "error_budget" in given and given.get("static_statistics") != "auto":
+        make_parser().error("--error-budget goes with --static-statistics=auto")
+    if "tune" in given and given.get("target") != "auto":
+        make_parser().error("--tune goes with --target auto")
 
 
 def _check_diagnosis_usage(given: Mapping[str, Any]) -> None:

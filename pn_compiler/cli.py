@@ -240,6 +240,8 @@ def _batches(loaded: "LoadedModel", source: str, arguments: argparse.Namespace) 
         std=arguments.std and [*itertools.chain(*arguments.std)],
         resize=arguments.resize,
         crop=arguments.crop,
+        interpolation=arguments.interpolation,
+        labelled="metric" in arguments,
         allow_code=arguments.allow_data_code,
     )
 

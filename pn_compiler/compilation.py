@@ -11,6 +11,7 @@ from pn_compiler.base.config import (
     DType,
     ExportConfig,
     Logits,
+    MetricFunction,
     Norm,
     ProxyPadding,
     RecoveryConfig,
@@ -137,6 +138,7 @@ def compile(  # noqa: A001  # the name that users of torch.compile look for
     distill_logits: Logits = RecoveryConfig.distill_logits,
     static_statistics: StaticStatistics | None = RecoveryConfig.static_statistics,
     error_budget: float = RecoveryConfig.error_budget,
+    metric: str | MetricFunction | None = RecoveryConfig.metric,
     strict: bool = TransformConfig.strict,
     leaves: Sequence[str | type[nn.Module]] = TransformConfig.leaves,
     target: TargetName = ExportConfig.target,
@@ -168,7 +170,8 @@ def compile(  # noqa: A001  # the name that users of torch.compile look for
         static_statistics: replace instance statistics by constants, which changes results: "auto" as many as
             keep the error within `error_budget`, "all" whatever it is; None leaves them. See
             `freeze_statistics`. The file is then compared with the network that has the constants.
-        error_budget: of the output, relative.
+        error_budget: of the output, relative; with `metric` what that may lose, in its own units.
+        metric: the `metric` of `distill` and `freeze_statistics`; `calibration` has labels then.
         input_shape: shape of a single float input, batch included, instead of `example_inputs`. Without
             either the shape is guessed from the first layer, and the report says so.
 

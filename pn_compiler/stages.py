@@ -110,12 +110,13 @@ def recover(
     if config.distill_steps:
         with stopwatch("distill"):
             converted, distillation = distill(
-                converted, teacher, calibration, steps=config.distill_steps, logits=config.distill_logits
-            )
+                converted, teacher, calibration,
+                steps=config.distill_steps, logits=config.distill_logits, metric=config.metric,
+            )  # fmt: skip
     if config.static_statistics is not None:
         budget = config.error_budget if config.static_statistics == "auto" else None
         with stopwatch("freeze"):
-            converted, static = freeze_statistics(converted, calibration, budget=budget)
+            converted, static = freeze_statistics(converted, calibration, budget=budget, metric=config.metric)
     return Recovered(converted, distillation, static)
 
 

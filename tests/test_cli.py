@@ -62,6 +62,7 @@ def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, 
 
 
 SHAPE = ("--input-shape", "1,3,8,8")
+METRIC = ("model.pt", "-o", "m.onnx", "--static-statistics", "--calibrate", "gray.npy", "--metric")
 
 
 def test_report_and_options(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -251,6 +252,8 @@ def test_strict_is_status_3(capsys: pytest.CaptureFixture[str]) -> None:
         (("model.pt", "--diagnose", "a.b:c"), "only imported and called with --allow-data-code"),
         (("model.pt", "--diagnose", "a.b:c", "--allow-data-code"), "a.b:c: a.b.c cannot be imported"),
         (("model.pt", "--diagnose", "."), "holds no images: expected files .jpg"),
+        ((*METRIC, "math:pow"), "gray.npy has no labels, which a metric needs"),
+        ((*METRIC[:-2], ".", "--metric", "math:pow"), "holds no images: expected files .jpg"),
         (("model.pt", "--diagnose", "gray.npy", "--report", "nowhere/r.json"), "cannot write nowhere/r.json"),
     ],
 )  # fmt: skip
@@ -270,6 +273,51 @@ def test_bad_input_is_one_line_and_status_1(
     assert err.startswith("pn-compile: error: ")
     assert err.count("\n") == 1
     assert {p.name for p in folder.iterdir()} == before
+
+
+METRICS = """
+import torch
+
+def right(outputs, labels):
+    right = outputs.mean((2, 3)).argmax(1) == labels  # of the two channels
+    return 100 * right.double().mean()
+
+def batches():
+    images = torch.randn(16, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    yield from zip(images.split(4), torch.arange(16).split(4))
+
+def broken(outputs, labels):
+    raise ValueError("two\\nlines")
+"""
+
+
+def test_a_metric_of_the_user(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (folder / "own_measures.py").write_text(METRICS)
+    monkeypatch.syspath_prepend(str(folder))
+    for number in range(24):
+        (folder / "data" / str(number % 2)).mkdir(parents=True, exist_ok=True)
+        pixels = np.random.default_rng(number).integers(0, 256, (8, 8, 3), np.uint8)
+        Image.fromarray(pixels).save(folder / "data" / str(number % 2) / f"{number}.png")
+    compiled = ("model.pt", "-o", "m.onnx", *SHAPE, "--report", "r.json", "--error-budget", "1000")
+    compiled += ("--static-statistics", "--metric", "own_measures:right", "--calibrate")
+    for data in (("data",), ("own_measures:batches", "--allow-data-code")):
+        status, _, err = run(capsys, *compiled, *data)
+        assert (status, err) == (cli.DONE, "")
+        static = json.loads((folder / "r.json").read_text())["static"]
+        assert static["metric"] == "own_measures:right"
+        assert 0 <= static["metric_before"] <= 100
+        assert [site["frozen"] for site in static["sites"]] == [True]
+    for name, message in (
+        ("own_measures:broken", "the metric own_measures:broken failed: ValueError: two"),
+        ("own_measures:absent", "own_measures:absent: own_measures.absent cannot be imported"),
+        ("own_measures", "metric='own_measures': expected a function of outputs and labels"),
+    ):
+        status, _, err = run(capsys, *compiled[:-2], name, "--calibrate", "data")
+        assert status == cli.FAILED
+        assert err.startswith(f"pn-compile: error: {message}")
+        assert err.count("\n") == 1
 
 
 def test_a_target_in_a_read_only_file_system(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -295,6 +343,9 @@ def test_a_target_in_a_read_only_file_system(folder: Path, capsys: pytest.Captur
         ("model.pt", "--dry-run", "--diagnose", "data.npy"),
         ("model.pt", *SHAPE, "--diagnose", "data.npy"),
         ("model.pt", "-o", "m.onnx", "--mean", "0.5"),
+        ("model.pt", "-o", "m.onnx", "--interpolation", "bicubic"),
+        ("model.pt", "--diagnose", "data", "--resize", "8", "--interpolation", "lanczos"),
+        ("model.pt", "-o", "m.onnx", "--calibrate", "data", "--metric", "a.b:c"),
         ("model.pt", "--dry-run", "--allow-data-code"),
         ("model.pt", "--diagnose", "data", "--resize", "1,2,3"),
         ("model.pt", "--diagnose", "data", "--crop", "0"),

@@ -86,6 +86,7 @@ ONLY_IN_THE_COMMAND = {
     "--std": "about DATA",
     "--resize": "about DATA",
     "--crop": "about DATA",
+    "--interpolation": "about DATA",
     "--allow-data-code": "about DATA",
 }
 COMMAND = (TransformConfig, RecoveryConfig, ExportConfig, ModelRepository)
@@ -176,6 +177,7 @@ TYPED: dict[tuple[str, ...], tuple[str, Any]] = {
     ("--static-statistics",): ("static_statistics", "auto"),
     ("--static-statistics=all",): ("static_statistics", "all"),
     ("--error-budget", "0.5"): ("error_budget", 0.5),
+    ("--metric", "my.metrics:accuracy"): ("metric", "my.metrics:accuracy"),
     ("--target", "openvino"): ("target", "openvino"),
     ("--tune",): ("tune", True),
     ("--opset", "18"): ("opset_version", 18),

@@ -6,11 +6,11 @@ flags, and docs/options.md its tables.
 
 import dataclasses
 import math
-from collections.abc import Sequence
-from typing import Literal
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
 
 from pn_compiler.base.errors import ConfigError
-from pn_compiler.base.option_checks import check_number, is_number
+from pn_compiler.base.option_checks import check_metric, check_number, is_number
 from pn_compiler.base.options import about, check_kinds, freeze_lists
 
 Norm = Literal["layer", "group", "instance"]
@@ -20,6 +20,7 @@ Logits = Literal["auto", "all", "none"]
 StaticStatistics = Literal["auto", "all"]
 TargetName = Literal["portable", "ort-cpu", "openvino", "cuda", "tensorrt", "auto"]
 DType = Literal["float32", "float16", "bfloat16"]
+MetricFunction = Callable[[Any, Any], float]  # (outputs, labels) -> higher is better
 
 DEFAULT_NUM_GROUPS = 32  # Wu & He 2018, "Group Normalization"
 MIN_CHANNELS_PER_GROUP = 8
@@ -122,7 +123,20 @@ class RecoveryConfig:
     )
     error_budget: float = dataclasses.field(
         default=0.01,
-        metadata=about("largest relative error of the output by --static-statistics", metavar="E"),
+        metadata=about(
+            "largest relative error of the output by --static-statistics; with --metric, the most that it "
+            "may lose",
+            metavar="E",
+        ),
+    )
+    metric: str | MetricFunction | None = dataclasses.field(
+        default=None,
+        metadata=about(
+            "a function (outputs, labels), higher is better, that decides what --distill keeps and what "
+            "--error-budget allows; the samples of --calibrate are a folder for each class, or a function "
+            "that yields (inputs, labels)",
+            metavar="PACKAGE.MODULE:FUNCTION",
+        ),
     )
 
     def __post_init__(self) -> None:
@@ -131,6 +145,9 @@ class RecoveryConfig:
         check_kinds(self)
         if self.distill_logits != "auto" and not self.distill_steps:
             raise ConfigError(f"distill_logits={self.distill_logits!r} has no effect without distill_steps")
+        check_metric(self.metric)
+        if self.metric is not None and not self.distill_steps and self.static_statistics is None:
+            raise ConfigError("metric has no effect without distill_steps or static_statistics")
 
 
 _BOUNDS = {
@@ -162,9 +179,14 @@ class DistillConfig:
     logits: Logits = dataclasses.field(
         default="auto", metadata=about("which outputs hold logits of classes along dim 1", flag="")
     )
+    metric: str | MetricFunction | None = dataclasses.field(
+        default=None,
+        metadata=about("a function (outputs, labels), higher is better, by which states are kept", flag=""),
+    )
 
     def __post_init__(self) -> None:
         check_kinds(self)
+        check_metric(self.metric)
         for name, (low, high, expected) in _BOUNDS.items():
             value = getattr(self, name)
             if not is_number(value, low, high, whole=name not in ("lr", "held_out")):
@@ -176,7 +198,16 @@ class FreezeConfig:
     """Options of `pn_compiler.freeze_statistics`; see there for their meaning."""
 
     budget: float | None = dataclasses.field(
-        default=None, metadata=about("largest relative error of the output; None freezes all sites", flag="")
+        default=None,
+        metadata=about(
+            "largest relative error of the output, or the most that `metric` may lose; None freezes all "
+            "sites",
+            flag="",
+        ),
+    )
+    metric: str | MetricFunction | None = dataclasses.field(
+        default=None,
+        metadata=about("a function (outputs, labels), higher is better, of which `budget` is", flag=""),
     )
     held_out: float = dataclasses.field(
         default=0.25, metadata=about("share of the samples on which errors are measured", flag="")
@@ -186,6 +217,7 @@ class FreezeConfig:
     def __post_init__(self) -> None:
         if self.budget is not None:
             check_number("budget", self.budget, "an error of 0 or more, such as 0.01, or None", 0)
+        check_metric(self.metric)
         check_number("held_out", self.held_out, "a share above 0 and below 1", math.ulp(0), 1)
         check_number("max_samples", self.max_samples, "2 or more", 2, whole=True)
 

@@ -3,11 +3,14 @@
 import math
 import numbers
 import os
+import re
 from typing import Any
 
 import numpy as np
 
 from pn_compiler.base.errors import ConfigError
+
+FUNCTION_NAME = re.compile(r"[\w.]+:[\w.]+")  # package.module:function
 
 
 def one_of(name: str, value: object, choices: tuple[str, ...]) -> None:
@@ -42,6 +45,18 @@ def check_function(name: str, value: object) -> None:
     """Raises ConfigError unless `value` is None or can be called; a class, which makes objects, cannot."""
     if value is not None and (not callable(value) or isinstance(value, type)):
         raise _impossible(name, value, "a function, or None")
+
+
+def check_metric(value: object) -> None:
+    """Raises ConfigError unless `value` is None, can be called, or is the name of a function."""
+    function = callable(value) and not isinstance(value, type)
+    if value is not None and not function and not _is_function_name(value):
+        raise _impossible("metric", value, "a function of outputs and labels, or package.module:function")
+
+
+def _is_function_name(value: object) -> bool:
+    """Whether `value` has the form ``package.module:function``."""
+    return isinstance(value, str) and bool(FUNCTION_NAME.fullmatch(value))
 
 
 def check_path(name: str, value: object) -> None:

@@ -5,6 +5,7 @@ import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal, get_args
 
 import numpy as np
 import torch
@@ -13,6 +14,7 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from pn_compiler.base.errors import ConfigError, first_line
+from pn_compiler.base.option_checks import one_of
 from pn_compiler.base.regular_files import why_unreadable
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")  # torchvision's
@@ -20,6 +22,8 @@ _FORMATS = ("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP")  # no others: for some 
 GRAY, RGB = 1, 3  # channels
 
 Size = int | Sequence[int]
+Interpolation = Literal["bilinear", "bicubic"]
+_FILTERS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -30,8 +34,9 @@ class Preprocessing:
         channels: 1 (gray) or 3 (RGB).
         mean: one per channel, or one for all, on the scale 0 to 1; requires `std`.
         std: values become (pixel / 255 - mean) / std. Without mean and std they stay between 0 and 1.
-        resize: pixels of the shorter side, or (height, width); bilinear, with antialiasing.
+        resize: pixels of the shorter side, or (height, width).
         crop: side of the central square to crop, or (height, width); smaller images are padded with black.
+        interpolation: of `resize`, "bilinear" or "bicubic", with antialiasing.
 
     Raises:
         ConfigError: a value makes no sense.
@@ -42,12 +47,16 @@ class Preprocessing:
     std: Sequence[float] | None = None
     resize: Size | None = None
     crop: Size | None = None
+    interpolation: Interpolation = "bilinear"
 
     def __post_init__(self) -> None:
         if self.channels not in (GRAY, RGB):
             raise ConfigError(f"the model takes {self.channels} channels, and images have 1 or 3")
         if (self.mean is None) != (self.std is None):
             raise ConfigError("mean and std go together: give both or neither")
+        one_of("interpolation", self.interpolation, get_args(Interpolation))
+        if self.interpolation != "bilinear" and self.resize is None:
+            raise ConfigError("interpolation is that of resize: give that, too")
         for name, size in (("resize", self.resize), ("crop", self.crop)):
             if size is not None and not _is_size(size):
                 raise ConfigError(f"{name} {size!r}: expected pixels, or (height, width)")
@@ -64,7 +73,7 @@ class Preprocessing:
         if self.channels == GRAY:
             image = image.convert("L")
         if self.resize is not None:
-            image = image.resize(_resized(image.size, self.resize), Image.Resampling.BILINEAR)
+            image = image.resize(_resized(image.size, self.resize), _FILTERS[self.interpolation])
         if self.crop is not None:
             image = image.crop(_box(image.size, self.crop))
         return np.array(image).reshape(image.height, image.width, self.channels)

@@ -2,15 +2,16 @@
 
 import dataclasses
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from pn_compiler.base.errors import ConfigError
-from pn_compiler.running.evaluation import batches_of, each_batch, run
+from pn_compiler.running.evaluation import batches_of, each_batch, labels_of, run
 from pn_compiler.running.inputs import Inputs
 from pn_compiler.running.losses import named_outputs, relative_l2
 
@@ -26,13 +27,23 @@ class Samples:
     Attributes:
         pieces: (args, kwargs) of each piece: a batch of one sample, or a whole batch.
         whole: whether the pieces are the original batches, which cannot be split or joined.
+        labels: of each piece, if they were asked for.
     """
 
     pieces: list[Any]
     whole: bool
+    labels: list[Any] = dataclasses.field(default_factory=list)
 
     @classmethod
-    def read(cls, batches: Any, model: nn.Module, most: int, title: str = "distillation data") -> "Samples":
+    def read(
+        cls,
+        batches: Any,
+        model: nn.Module,
+        most: int,
+        title: str = "distillation data",
+        *,
+        labelled: bool = False,
+    ) -> "Samples":
         """Reads the first samples in `batches` onto the device of `model`: up to `most`, or up to 1 GB.
 
         Batches are split if `model` computes the same for two samples together as for each alone. Otherwise
@@ -43,24 +54,29 @@ class Samples:
             model: run on two samples, in its current mode.
             most: number of samples; a batch whose tensors share no first axis counts as one.
             title: title of the progress bar, also used in messages.
+            labelled: whether batches are (inputs, labels), of which labels are kept, too.
 
         Raises:
-            ConfigError: there is no batch, or one holds values that are nan or infinite.
+            ConfigError: there is no batch, or one holds values that are nan or infinite; or it has no labels.
         """
         read: list[Any] = []
         pieces: list[Any] = []
+        labels: list[Any] = []  # of each of `read`
+        counts: list[int] = []
         size = 0
-        for _, inputs in each_batch(model, batches_of(batches), title):
+        batches = batches_of(batches)
+        for _, inputs in each_batch(model, _noting(batches, labels) if labelled else batches, title):
             arguments = (inputs.args, dict(inputs.kwargs))
             parts = cut(arguments) or [arguments]
             read.append(arguments)
+            counts.append(len(parts))
             pieces += parts[: most - len(pieces)]
             size += sum(tensor.nbytes for tensor in inputs.tensors())
             if len(pieces) >= most or size >= _HELD_BYTES:
                 break
         if _alike(pieces) and len(pieces) > 1 and _independent(model, pieces[:2]):
-            return cls(pieces, whole=False)
-        return cls(read, whole=True)
+            return cls(pieces, whole=False, labels=_entries(labels, counts)[: len(pieces)])
+        return cls(read, whole=True, labels=labels)
 
     def __len__(self) -> int:
         return len(self.pieces)
@@ -82,9 +98,17 @@ class Samples:
         """One batch of the pieces `rows`, copied so that the model may overwrite it."""
         return Inputs(*join([self.pieces[row] for row in rows]))
 
+    def labels_of(self, rows: Sequence[int]) -> Any:
+        """The labels of the pieces `rows`, joined if they are tensors; else a list with one for each."""
+        if self.whole:
+            return self.labels[rows[0]]
+        entries = [self.labels[row] for row in rows]
+        return join(entries) if all(map(cut, entries)) and _alike(entries) else entries
+
     def digest(self) -> str:
         """A hash of all values."""
-        return digest(value for piece in self.pieces for value in pytree.tree_leaves(piece))
+        values = [*self.pieces, *self.labels]
+        return digest(value for piece in values for value in pytree.tree_leaves(piece))
 
 
 class Outputs:
@@ -150,6 +174,43 @@ def join(pieces: Sequence[Any]) -> Any:
     columns = zip(*map(pytree.tree_leaves, pieces), strict=True)
     joined = [torch.cat(column) if isinstance(column[0], Tensor) else column[0] for column in columns]
     return pytree.tree_unflatten(joined, pytree.tree_structure(pieces[0]))
+
+
+def joined(batches: Sequence[Any], counts: Sequence[int]) -> Any:
+    """`batches` of `counts` samples as one structure; None if they share no first axis of that length."""
+    pieces: list[Any] = []
+    for batch, count in zip(batches, counts, strict=True):
+        parts = cut(batch)
+        if parts is None or len(parts) != count:
+            return None
+        pieces += parts
+    return join(pieces) if _alike(pieces) else None
+
+
+def _noting(batches: Iterable[Any], labels: list[Any]) -> Iterator[Any]:
+    """`batches`, whose labels are appended to `labels` as they are read."""
+    for number, batch in enumerate(batches, start=1):
+        labels.append(labels_of(batch, f"batch {number}"))
+        yield batch
+
+
+def _entries(labels: Sequence[Any], counts: Sequence[int]) -> list[Any]:
+    """The labels of each sample of batches of `counts` samples. Raises ConfigError if a batch has others."""
+    entries: list[Any] = []
+    for number, (given, count) in enumerate(zip(labels, counts, strict=False), start=1):
+        values = given
+        numbers = isinstance(given, list | tuple) and all(isinstance(x, bool | int | float) for x in given)
+        if isinstance(given, np.ndarray) or (numbers and len(given) > 0):
+            values = torch.as_tensor(given)
+        parts = cut(values)
+        if (parts is None or len(parts) != count) and isinstance(values, list | tuple):
+            parts = list(values)
+        if parts is None or len(parts) != count:
+            raise ConfigError(
+                f"the labels of batch {number} are not those of its {count} samples: one for each is needed"
+            )
+        entries += parts
+    return entries
 
 
 def digest(values: Iterable[Any]) -> str:

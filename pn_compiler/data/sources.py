@@ -1,7 +1,6 @@
 """Samples from files, folders of images or functions, in batches that a model accepts."""
 
 import dataclasses
-import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -10,14 +9,15 @@ import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
-from pn_compiler.base.errors import ConfigError, LoadError, PnCompilerError, named_line
+from pn_compiler.base.errors import ConfigError, PnCompilerError, named_line
+from pn_compiler.base.option_checks import FUNCTION_NAME
 from pn_compiler.data.array_files import read_arrays
 from pn_compiler.data.input_shape import guess_shape
 from pn_compiler.inspection.fake_tensors import fake_mode
-from pn_compiler.loading.admission import import_from_here, resolve
+from pn_compiler.loading.admission import named_function
 from pn_compiler.regions.regions import trace
 from pn_compiler.running.copying import unwrap
-from pn_compiler.running.evaluation import inputs_of
+from pn_compiler.running.evaluation import inputs_of, labels_of
 from pn_compiler.running.inputs import Inputs
 
 if TYPE_CHECKING:
@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     from pn_compiler.data.image_folder import ImageFolder, Size
 
 BATCH_SIZE = 32
-_FUNCTION = re.compile(r"[\w.]+:[\w.]+")  # package.module:function
 
 
 class Batches(Protocol):
@@ -35,8 +34,11 @@ class Batches(Protocol):
     ``len()`` is the number of batches, unless a function yields them.
     """
 
-    def __iter__(self) -> Iterator[Inputs]:
-        """Raises ConfigError where a batch cannot be read or holds nan or infinite values."""
+    def __iter__(self) -> Iterator[Any]:
+        """Of Inputs, or of (Inputs, labels).
+
+        Raises ConfigError where a batch cannot be read or holds nan or infinite values.
+        """
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -49,6 +51,7 @@ class ArrayBatches:
         dtype: dtype of the tensors made from floating-point arrays.
         batch_size: size of all batches but the last, which may be smaller.
         whole: drop a smaller last batch.
+        labels: of each sample, [N], if they were asked for.
     """
 
     path: Path
@@ -56,6 +59,7 @@ class ArrayBatches:
     dtype: torch.dtype
     batch_size: int
     whole: bool = False
+    labels: Tensor | None = None
 
     @property
     def samples(self) -> int:
@@ -64,10 +68,12 @@ class ArrayBatches:
     def __len__(self) -> int:
         return self.samples // self.batch_size if self.whole else -(-self.samples // self.batch_size)
 
-    def __iter__(self) -> Iterator[Inputs]:
+    def __iter__(self) -> Iterator[Any]:
         for start in range(0, len(self) * self.batch_size, self.batch_size):
-            rows = {name: array[start : start + self.batch_size] for name, array in self.arrays.items()}
-            yield _inputs(rows, self.dtype, str(self.path), start)
+            part = slice(start, start + self.batch_size)
+            rows = {name: array[part] for name, array in self.arrays.items()}
+            inputs = _inputs(rows, self.dtype, str(self.path), start)
+            yield inputs if self.labels is None else (inputs, self.labels[part])
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -82,6 +88,7 @@ class FunctionBatches:
         model: the model whose forward takes the batches.
         batch_size: size of all batches, if `whole`.
         whole: the model's batch size is fixed; a smaller last batch is dropped.
+        labelled: batches are (inputs, labels), and both are yielded.
     """
 
     name: str
@@ -89,8 +96,9 @@ class FunctionBatches:
     model: nn.Module
     batch_size: int
     whole: bool = False
+    labelled: bool = False
 
-    def __iter__(self) -> Iterator[Inputs]:
+    def __iter__(self) -> Iterator[Any]:
         samples, short = 0, ""
         for number, batch in enumerate(self._produced(), start=1):
             where = f"batch {number} of {self.name}"
@@ -105,7 +113,8 @@ class FunctionBatches:
             if self.whole and size < self.batch_size:
                 short = where
             else:
-                yield _inputs(arrays, _dtype(self.model), where)
+                inputs = _inputs(arrays, _dtype(self.model), where)
+                yield (inputs, labels_of(batch, where)) if self.labelled else inputs
         _refuse_few(self.name, samples, self.batch_size if self.whole else 2)
 
     def _produced(self) -> Iterator[Any]:
@@ -128,6 +137,8 @@ def load_batches(
     std: Sequence[float] | None = None,
     resize: "Size | None" = None,
     crop: "Size | None" = None,
+    interpolation: str | None = None,
+    labelled: bool = False,
     allow_code: bool = False,
 ) -> Batches:
     """The samples in `source` as inputs of `model`.
@@ -143,27 +154,42 @@ def load_batches(
         model: floating-point arrays get the dtype of its parameters.
         batch_size: samples per batch; a function chooses its own.
         whole: drop a smaller last batch, for a model whose batch size is fixed.
-        mean, std, resize, crop: for images, see `pn_compiler.data.image_folder.Preprocessing`.
+        mean, std, resize, crop, interpolation: for images, see
+            `pn_compiler.data.image_folder.Preprocessing`.
+        labelled: whether labels are read, too: of images the class that their folder names, see
+            `pn_compiler.data.class_folders`; of a function what it yields as (inputs, labels).
         allow_code: whether a function may be imported and called.
 
     Raises:
         ConfigError: `source` cannot be read, or its values do not fit each other, the forward or the options.
     """
     path = Path(source)
-    images = {"mean": mean, "std": std, "resize": resize, "crop": crop}
-    given = [name for name, value in images.items() if value is not None]
-    is_function = isinstance(source, str) and bool(_FUNCTION.fullmatch(source)) and not path.exists()
+    images = {"mean": mean, "std": std, "resize": resize, "crop": crop, "interpolation": interpolation}
+    images = {name: value for name, value in images.items() if value is not None}
+    given = list(images)
+    is_function = isinstance(source, str) and bool(FUNCTION_NAME.fullmatch(source)) and not path.exists()
     if given and not path.is_dir() and (is_function or path.exists()):
         raise ConfigError(
             f"{source} is not a folder of images, for which {', '.join(given)} would be: leave out "
             f"{', '.join(f'--{name}' for name in given)}"
         )
     if is_function:
-        return FunctionBatches(str(source), _function(str(source), allow_code), model, batch_size, whole)
+        function = _function(str(source), allow_code)
+        return FunctionBatches(str(source), function, model, batch_size, whole, labelled)
+    if labelled and not path.is_dir() and path.exists():
+        raise ConfigError(
+            f"{source} has no labels, which a metric needs: give a folder of images with a folder for each "
+            "class, or package.module:function that yields (inputs, labels)"
+        )
     arrays = {"": _images(path, model, images)} if path.is_dir() else read_arrays(path)
     samples = _check(arrays, str(path), model)
     _refuse_few(str(path), samples, batch_size if whole else 2)
-    return ArrayBatches(path, arrays, _dtype(model), batch_size, whole)
+    batches = ArrayBatches(path, arrays, _dtype(model), batch_size, whole)
+    if labelled:
+        from pn_compiler.data.class_folders import labels_for
+
+        return dataclasses.replace(batches, labels=labels_for(model, path, next(iter(batches))))
+    return batches
 
 
 def _function(source: str, allow_code: bool) -> Callable[[], Iterable[Any]]:
@@ -173,15 +199,7 @@ def _function(source: str, allow_code: bool) -> Callable[[], Iterable[Any]]:
             f"{source} is not a file, and a function is only imported and called with --allow-data-code "
             "(allow_code=True)"
         )
-    import_from_here()
-    try:
-        function = resolve(source.replace(":", "."))
-    except LoadError as error:
-        raise ConfigError(f"{source}: {error}") from error
-    if not callable(function):
-        raise ConfigError(f"{source} is a {type(function).__name__}, not a function that yields batches")
-    batches_of: Callable[[], Iterable[Any]] = function
-    return batches_of
+    return named_function(source, "a function that yields batches")
 
 
 def _images(path: Path, model: nn.Module, options: Mapping[str, Any]) -> "ImageFolder":

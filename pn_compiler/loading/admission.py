@@ -8,14 +8,14 @@ import inspect
 import re
 import sys
 from _compat_pickle import IMPORT_MAPPING  # modules of Python 2
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import fx, nn
 
-from pn_compiler.base.errors import LoadError, first_line
+from pn_compiler.base.errors import ConfigError, LoadError, first_line
 from pn_compiler.operators.activations import activation_functions
 
 _LIBRARIES = ("torch.nn", "torchvision.models", "torchvision.ops", "timm.models", "timm.layers")
@@ -167,6 +167,27 @@ def declare_torchvision_operators() -> None:
         if not hasattr(torch.ops.torchvision, name):
             signature = "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
             torch.library.define(f"torchvision::{name}", signature)
+
+
+def named_function(name: str, what: str) -> Callable[..., Any]:
+    """Imports the function ``package.module:function``.
+
+    Args:
+        name: the user's, whose code runs.
+        what: it is, for the message.
+
+    Raises:
+        ConfigError: there is none of that name.
+    """
+    import_from_here()
+    try:
+        function = resolve(name.replace(":", "."))
+    except LoadError as error:
+        raise ConfigError(f"{name}: {error}") from error
+    if not callable(function):
+        raise ConfigError(f"{name} is a {type(function).__name__}, not {what}")
+    found: Callable[..., Any] = function
+    return found
 
 
 def import_from_here() -> None:

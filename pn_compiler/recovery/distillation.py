@@ -11,12 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pn_compiler.base.config import DistillConfig, Logits
+from pn_compiler.base.config import DistillConfig, Logits, MetricFunction
 from pn_compiler.base.errors import ConfigError
 from pn_compiler.base.option_checks import check_function, check_path
 from pn_compiler.base.options import pick
 from pn_compiler.base.strict_json import to_json
 from pn_compiler.data.samples import Outputs, Samples, digest
+from pn_compiler.recovery.metric import Metric
 from pn_compiler.recovery.trainer import Checkpoint, Loss, Trainer
 from pn_compiler.running.copying import copy_model, unwrap
 from pn_compiler.running.evaluation import untouched
@@ -40,6 +41,8 @@ class DistillReport:
         unit: "samples", or "batches" if batches could not be split: then batches are counted.
         seconds: total time, including the steps of earlier runs if it was resumed.
         stopped: why it stopped early, or "".
+        metric: name of the user's metric, or "".
+        metric_before, metric_after: its value for the original model and for the result.
     """
 
     steps: int
@@ -55,6 +58,9 @@ class DistillReport:
     unit: str
     seconds: float
     stopped: str = ""
+    metric: str = ""
+    metric_before: float | None = None
+    metric_after: float | None = None
 
     def to_json(self) -> str:
         return to_json(dataclasses.asdict(self))
@@ -68,6 +74,8 @@ class DistillReport:
         if self.agreement_before is not None and self.agreement_after is not None:
             shares = f"{100 * self.agreement_before:.1f} % -> {100 * self.agreement_after:.1f} %"
             lines[1] += f", the teacher's class {shares}"
+        if self.metric_before is not None and self.metric_after is not None:
+            lines[1] += f", {self.metric} {self.metric_before:.6g} -> {self.metric_after:.6g}"
         if self.rollbacks:
             lines.append(
                 f"rolled back to its best state and lowered the learning rate {self.rollbacks} times"
@@ -89,6 +97,7 @@ def distill(
     max_samples: int = DistillConfig.max_samples,
     held_out: float = DistillConfig.held_out,
     logits: Logits = DistillConfig.logits,
+    metric: str | MetricFunction | None = DistillConfig.metric,
     loss: Loss | None = None,
     checkpoint: str | os.PathLike[str] | None = None,
 ) -> tuple[nn.Module, DistillReport]:
@@ -125,6 +134,11 @@ def distill(
             of shape [N, K] and [N, K, *S]; use it for a segmentation network. "none": they are values, such
             as embeddings. "auto": those of shape [N, K]; those of shape [N, K, *S] count as values, but a
             state whose divergence as logits is worse than the initial one is not kept.
+        metric: (outputs, labels) -> a number, higher is better; or its name, ``package.module:function``,
+            which is imported. Batches are then (inputs, labels). It decides instead of the loss: the result
+            is the state with the highest metric on the held-out samples, of equal ones that with the lowest
+            loss, and training rolls back where it falls below the initial one. It is called as by
+            `freeze_statistics`; nothing is trained on labels.
         loss: (model's outputs, teacher's outputs) -> scalar, instead of `output_loss`; `logits` then only
             selects what the agreement compares.
         checkpoint: a file that is written every few seconds. A later call with the same arguments resumes
@@ -152,7 +166,8 @@ def distill(
     _refuse(student)
     with untouched(teacher), untouched(student):
         torch.manual_seed(seed)
-        samples = Samples.read(batches, teacher, max_samples)
+        samples = Samples.read(batches, teacher, max_samples, labelled=metric is not None)
+        measure = None if metric is None else Metric(metric, samples)
         expected = Outputs(teacher, samples, 1 if samples.whole else batch_size)
         outputs = readings(expected([0]), logits)
         generator = torch.Generator().manual_seed(seed)
@@ -160,11 +175,12 @@ def distill(
         size = 1 if samples.whole else min(batch_size, len(train))
         trainer = Trainer(
             student, expected, samples, loss or functools.partial(output_loss, logits=logits),
-            watched=watched, lr=lr, logits=logits, seed=seed,
+            watched=watched, metric=measure, lr=lr, logits=logits, seed=seed,
             batches=_order(train, steps, size, generator), held_out=torch.split(held, size),
         )  # fmt: skip
         if file is not None:
             values = {"samples": samples.digest(), "model": _digest(student), "teacher": _digest(teacher)}
+            values["metric"] = "" if measure is None else measure.name
             file.resume(trainer, {**dataclasses.asdict(config), **values})
         prepared = time.monotonic()
         trainer.train(file)
@@ -175,6 +191,8 @@ def distill(
         outputs=outputs, rollbacks=trainer.rollbacks,
         training=len(train), held_out=len(held), unit="batches" if samples.whole else "samples",
         seconds=prepared - began + trainer.seconds, stopped=trainer.stopped,
+        metric="" if measure is None else measure.name,
+        metric_before=trainer.start.metric, metric_after=result.metric,
     )  # fmt: skip
 
 

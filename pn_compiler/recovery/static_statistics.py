@@ -3,14 +3,14 @@
 import copy
 import dataclasses
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from pn_compiler.base.config import FreezeConfig
+from pn_compiler.base.config import FreezeConfig, MetricFunction
 from pn_compiler.base.errors import ConfigError
 from pn_compiler.base.options import pick
 from pn_compiler.data.samples import Samples
@@ -23,6 +23,7 @@ from pn_compiler.nn import FunctionalGroupNorm
 from pn_compiler.passes import freeze_pipeline
 from pn_compiler.pipeline.folding import fold
 from pn_compiler.recovery.freeze_report import FreezeReport, FrozenSite
+from pn_compiler.recovery.metric import Metric
 from pn_compiler.recovery.site_constants import Constants, Norms, estimate, replaced
 from pn_compiler.regions.regions import named_graphs
 from pn_compiler.running.evaluation import run, untouched
@@ -30,6 +31,7 @@ from pn_compiler.running.inputs import Inputs
 from pn_compiler.running.losses import floating_outputs, is_logits, squared_norm, widened
 
 _BATCH = 16  # samples; the outputs of all sites for one batch are held in memory
+_ROUNDING = 1e-9  # of a metric: 0.9 - 0.4 is not 0.5
 
 
 def freeze_statistics(
@@ -37,6 +39,7 @@ def freeze_statistics(
     calibration: Any,
     *,
     budget: float | None = FreezeConfig.budget,
+    metric: str | MetricFunction | None = FreezeConfig.metric,
     held_out: float = FreezeConfig.held_out,
     max_samples: int = FreezeConfig.max_samples,
 ) -> tuple[nn.Module, FreezeReport]:
@@ -57,6 +60,12 @@ def freeze_statistics(
             Of a tuple or list the first element is the input, as in (images, labels); a mapping holds
             arguments by name; anything else is the one argument. They are read once, and held in memory.
         budget: the largest error of the output, such as 0.01; see `FreezeReport`. None freezes all sites.
+            With `metric` it is what the metric may lose, in its own units.
+        metric: (outputs, labels) -> a number, higher is better; or its name, ``package.module:function``,
+            which is imported. Batches are then (inputs, labels). It is called once with the outputs and
+            labels of all held-out samples, joined along their first axis; where batches cannot be split,
+            with lists that have an entry for each batch. The order of sites is that of the error all the
+            same, which tells sites apart that change no prediction.
         held_out: share of the samples that is used only to measure errors, never to estimate constants.
         max_samples: the most samples to read; reading also stops at 1 GB.
 
@@ -65,7 +74,7 @@ def freeze_statistics(
 
     Raises:
         ConfigError: an impossible option; fewer than two samples; the model does not run on them, or values
-            are nan or infinite.
+            are nan or infinite; samples have no labels, or the metric fails.
         TraceError: torch.fx cannot trace the forward of `model`.
         UnsupportedModelError: the model cannot be copied.
 
@@ -74,8 +83,9 @@ def freeze_statistics(
     pick(FreezeConfig, locals())  # checks them
     network = fold(model)
     with untouched(network):
-        samples = Samples.read(calibration, network, max_samples, "calibration")
+        samples = Samples.read(calibration, network, max_samples, "calibration", labelled=metric is not None)
         data = _Data(samples, *samples.divide(held_out, torch.Generator().manual_seed(0)))
+        scale = None if metric is None else _Scale.of(Metric(metric, samples), network, data)
         norms, refused = _find_sites(network)
         alone = estimate(network, norms, data.batches(data.estimation, "statistics"), frozen=False)
         refused |= _unusable(norms, alone)
@@ -84,7 +94,7 @@ def freeze_statistics(
         order = sorted(constants, key=damages.__getitem__)
         best, count = _longest(
             len(order),
-            lambda length: _freeze(network, {name: norms[name] for name in order[:length]}, data),
+            lambda length: _freeze(network, {name: norms[name] for name in order[:length]}, data, scale),
             math.inf if budget is None else budget,
         )
     frozen = set(order[:count])
@@ -96,6 +106,7 @@ def freeze_statistics(
     return best.network, FreezeReport(
         tuple(rows), budget, best.errors.relative_l2, best.errors.agreement,
         len(data.estimation), len(data.held_out), "batches" if samples.whole else "samples",
+        "" if scale is None else scale.metric.name, None if scale is None else scale.before, best.score,
     )  # fmt: skip
 
 
@@ -112,9 +123,29 @@ class _Data:
 
     def batches(self, rows: Tensor, title: str) -> Iterator[Inputs]:
         """The samples `rows`, under a progress bar."""
-        size = 1 if self.samples.whole else _BATCH
-        for part in tqdm(torch.split(rows, size), desc=title, disable=None, leave=False):
+        for part in tqdm(self.parts(rows), desc=title, disable=None, leave=False):
             yield self.samples.inputs(part.tolist())
+
+    def parts(self, rows: Tensor) -> Sequence[Tensor]:
+        """The numbers of the samples in each batch."""
+        return torch.split(rows, 1 if self.samples.whole else _BATCH)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Scale:
+    """The user's metric on the held-out samples, and its value before anything is frozen."""
+
+    metric: Metric
+    rows: Sequence[Tensor]
+    before: float
+
+    @classmethod
+    def of(cls, metric: Metric, network: nn.Module, data: _Data) -> "_Scale":
+        rows = data.parts(data.held_out)
+        before = metric.of(network, rows)
+        if not math.isfinite(before):
+            raise ConfigError(f"the metric {metric.name} is {before} before anything is frozen")
+        return cls(metric, rows, before)
 
 
 def _find_sites(network: nn.Module) -> tuple[Norms, dict[str, str]]:
@@ -204,13 +235,20 @@ def _damages(network: nn.Module, norms: Norms, constants: Constants, data: _Data
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class _Frozen:
-    """A network with constants, and its errors on the held-out samples."""
+    """A network with constants, and its errors on the held-out samples.
+
+    Attributes:
+        score: the user's metric, if there is one.
+        lost: of it.
+    """
 
     network: nn.Module
     errors: _Errors
+    score: float | None = None
+    lost: float | None = None
 
 
-def _freeze(network: nn.Module, norms: Norms, data: _Data) -> _Frozen:
+def _freeze(network: nn.Module, norms: Norms, data: _Data, scale: _Scale | None) -> _Frozen:
     """A copy of `network` with all of `norms` frozen."""
     title = f"{len(norms)} sites frozen"
     constants = estimate(network, norms, data.batches(data.estimation, title), frozen=True)
@@ -221,11 +259,17 @@ def _freeze(network: nn.Module, norms: Norms, data: _Data) -> _Frozen:
         own = {name.removeprefix(prefix): pair for name, pair in constants.items() if name.startswith(prefix)}
         if own:
             run_pipeline(freeze_pipeline(own), graph)
-    errors = _Errors()
+    errors, outputs = _Errors(), []
     for inputs in data.batches(data.held_out, title):
         before = run(network, inputs.map(torch.clone), "the calibration data")
-        errors.add(run(frozen, inputs, "the calibration data"), before)
-    return _Frozen(frozen.requires_grad_(False), errors)
+        actual = run(frozen, inputs, "the calibration data")
+        errors.add(actual, before)
+        outputs += [actual] if scale else []
+    frozen.requires_grad_(False)
+    if scale is None:
+        return _Frozen(frozen, errors)
+    score = scale.metric.value(outputs, scale.rows)
+    return _Frozen(frozen, errors, score, scale.before - score)
 
 
 def _longest(total: int, freeze: Callable[[int], _Frozen], budget: float) -> tuple[_Frozen, int]:
@@ -248,4 +292,8 @@ def _longest(total: int, freeze: Callable[[int], _Frozen], budget: float) -> tup
 
 
 def _fits(tried: _Frozen, budget: float) -> bool:
-    return math.isfinite(tried.errors.relative_l2) and tried.errors.relative_l2 <= budget
+    """Whether the error, or what the metric loses, is at most `budget`; nan is not."""
+    error = tried.errors.relative_l2
+    if tried.lost is None:
+        return math.isfinite(error) and error <= budget
+    return math.isfinite(error) and tried.lost <= budget + _ROUNDING * abs(tried.score or 0.0)

@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from pn_compiler.base.errors import ConfigError, LoadError
 from pn_compiler.data.samples import Outputs, Samples, digest
+from pn_compiler.recovery.metric import Metric
 from pn_compiler.running.evaluation import run
 from pn_compiler.running.losses import Logits, agreement
 
@@ -36,12 +37,26 @@ class EvalResult:
         agreement: share of samples, or of their pixels, where student and teacher predict the same class;
             None without logits.
         watched: mean of a second loss; 0 without one.
+        metric: the user's, higher is better; None without one. It decides alone.
     """
 
     step: int
     loss: float
     agreement: float | None
     watched: float
+    metric: float | None = None
+
+    def better_than(self, best: "EvalResult", start: "EvalResult") -> bool:
+        """Whether it replaces the best one so far; by the loss where the metric is equal."""
+        if self.metric is None or best.metric is None:
+            return self.loss < best.loss and self.watched <= start.watched
+        return self.metric > best.metric or (self.metric == best.metric and self.loss < best.loss)
+
+    def worse_than(self, start: "EvalResult") -> bool:
+        """Whether it is worse than the initial one; a metric that is nan is."""
+        if self.metric is None or start.metric is None:
+            return self.loss > start.loss or self.watched > start.watched
+        return not self.metric >= start.metric
 
 
 class Trainer:
@@ -55,6 +70,7 @@ class Trainer:
         teacher, samples: the target outputs, and the samples that they belong to.
         loss: returns a scalar.
         watched: a second loss, by which the result must be no worse than the start either; or None.
+        metric: what decides instead of both losses; or None.
         lr: initial learning rate; it falls to zero along a cosine.
         logits: which outputs `agreement` compares.
         seed: of torch's random numbers, for a student that draws some.
@@ -80,6 +96,7 @@ class Trainer:
         loss: Loss,
         *,
         watched: Loss | None,
+        metric: Metric | None,
         lr: float,
         logits: Logits,
         seed: int,
@@ -88,7 +105,7 @@ class Trainer:
     ) -> None:
         self._student, self._teacher, self._samples, self._loss = student, teacher, samples, loss
         self._watched, self._lr, self._logits, self._seed = watched, lr, logits, seed
-        self._batches, self._held_out = batches, held_out
+        self._batches, self._held_out, self._metric = batches, held_out, metric
         self._parameters = [p for p in student.parameters() if p.requires_grad]
         self._optimizer = torch.optim.Adam(self._parameters)
         self._best = self._copies()
@@ -96,6 +113,8 @@ class Trainer:
         self.start = self.result = self._evaluate()
         if not math.isfinite(self.start.loss):
             raise ConfigError("the loss is nan or infinite before the first step: so are the model's outputs")
+        if metric is not None and not math.isfinite(self.start.metric or 0.0):
+            raise ConfigError(f"the metric {metric.name} is {self.start.metric} before the first step")
 
     def train(self, checkpoint: "Checkpoint | None" = None) -> None:
         """Runs the remaining steps and leaves the student in its best state."""
@@ -135,9 +154,9 @@ class Trainer:
         evaluated = self._evaluate()
         if not math.isfinite(evaluated.loss):
             self.stopped = f"the held-out loss is nan or infinite after step {number}"
-        elif evaluated.loss < self.result.loss and evaluated.watched <= self.start.watched:
+        elif evaluated.better_than(self.result, self.start):
             self.result, self._best = evaluated, self._copies()
-        elif evaluated.loss > self.start.loss or evaluated.watched > self.start.watched:
+        elif evaluated.worse_than(self.start):
             self.rollbacks += 1
             self._assign(self._best)
             self._optimizer = torch.optim.Adam(self._parameters)
@@ -161,15 +180,18 @@ class Trainer:
     def _evaluate(self) -> EvalResult:
         total = watched = same = 0.0
         count = sum(map(len, self._held_out))
-        classes = True
+        classes, kept = True, []
         for rows in self._held_out:
             loss, outputs, expected = self._loss_on(rows)
+            kept += [outputs] if self._metric else []
             share = agreement(outputs, expected, self._logits)
             total += float(loss) * len(rows)
             watched += float(self._watched(outputs, expected)) * len(rows) if self._watched else 0.0
             same += (share or 0.0) * len(rows)
             classes = share is not None
-        return EvalResult(self.step, total / count, same / count if classes else None, watched / count)
+        metric = None if self._metric is None else self._metric.value(kept, self._held_out)
+        share = same / count if classes else None
+        return EvalResult(self.step, total / count, share, watched / count, metric)
 
     def _copies(self) -> list[Tensor]:
         return [p.detach().clone() for p in self._parameters]
@@ -198,9 +220,9 @@ class Trainer:
         self._assign(state["parameters"])
         self._best = [value.to(p.device) for value, p in zip(state["best"], self._parameters, strict=True)]
         self._optimizer.load_state_dict(state["optimizer"])
-        watched = self.start.watched  # the file may come from another loss with equal values
+        own = self.start  # the file may come from another loss, or metric, with equal values
         self.start, self.result = EvalResult(*state["start"]), EvalResult(*state["result"])
-        self.start = dataclasses.replace(self.start, watched=watched)
+        self.start = dataclasses.replace(self.start, watched=own.watched, metric=own.metric)
         self.step, self.rollbacks = state["step"], state["retreats"]
         self.seconds, self.stopped = state["seconds"], state["stopped"]
 

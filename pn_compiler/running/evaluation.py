@@ -42,11 +42,20 @@ def of_each_shard(function: Callable[[Iterable[Any]], T], batches: Iterable[Any]
 
 def inputs_of(batch: Any) -> Inputs:
     """The arguments in a batch: the first of (images, labels), all of a mapping by name, else the batch."""
+    if isinstance(batch, tuple | list) and batch and isinstance(batch[0], Inputs):
+        batch = batch[0]
     if isinstance(batch, Inputs):
         return batch
     if isinstance(batch, Mapping):
         return Inputs((), dict(batch))
     return Inputs(tuple(batch[:1]) if isinstance(batch, tuple | list) else (batch,))
+
+
+def labels_of(batch: Any, name: str) -> Any:
+    """The labels in a batch: the second of (inputs, labels). Raises ConfigError if it has none."""
+    if isinstance(batch, tuple | list) and len(batch) > 1:
+        return batch[1]
+    raise ConfigError(f"{name} has no labels, which a metric needs: give batches (inputs, labels)")
 
 
 def batches_of(batches: Any, *, again: bool = False) -> Iterable[Any]:

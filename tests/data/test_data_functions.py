@@ -181,3 +181,11 @@ def batches():
     (folder / "counted_data.py").write_text(code)
     for number, inputs in enumerate(load_batches("counted_data:batches", NET, allow_code=True)):
         assert inputs.args[0].unique().tolist() == [number]
+
+
+def test_labels_are_yielded_with_their_inputs() -> None:
+    pairs = list(load_batches("my_data:pairs", NET, allow_code=True, labelled=True))
+    assert torch.equal(torch.cat([inputs.args[0] for inputs, _ in pairs]), IMAGES)
+    assert torch.cat([labels for _, labels in pairs]).tolist() == list(range(10))
+    with pytest.raises(ConfigError, match="batch 1 of my_data:tensors has no labels"):
+        list(load_batches("my_data:tensors", NET, allow_code=True, labelled=True))

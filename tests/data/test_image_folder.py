@@ -46,7 +46,8 @@ def tensors(source: Path | str, model: nn.Module = RGB_NET, **options: Any) -> T
 def of_torchvision(gray: bool, **options: Any) -> Any:
     transforms = torchvision().transforms
     steps = [transforms.Grayscale()] if gray else []
-    steps += [transforms.Resize(options["resize"])] if options.get("resize") else []
+    mode = transforms.InterpolationMode(options.get("interpolation", "bilinear"))
+    steps += [transforms.Resize(options["resize"], mode)] if options.get("resize") else []
     steps += [transforms.CenterCrop(options["crop"])] if options.get("crop") else []
     steps += [transforms.ToTensor()]
     return transforms.Compose(
@@ -67,12 +68,14 @@ MEANS = st.sampled_from([(0.485, 0.456, 0.406), (0.5,), [0.0, 1.0, 1 / 3]])
     SIZES,
     st.none() | MEANS,
     st.booleans(),
+    st.booleans(),
 )
 def test_the_same_values_as_torchvision(
-    size: tuple[int, int], mode: str, resize: Any, crop: Any, mean: Any, gray: bool
+    size: tuple[int, int], mode: str, resize: Any, crop: Any, mean: Any, gray: bool, bicubic: bool
 ) -> None:
     mean = mean[:1] if mean and gray else mean
     options = {"resize": resize, "crop": crop, "mean": mean, "std": mean and [0.229] * len(mean)}
+    options |= {"interpolation": "bicubic"} if bicubic and resize else {}
     image = picture(*size, mode).convert("RGB")
     preprocessing = Preprocessing(1 if gray else 3, **options)
     result = preprocessing.values(torch.from_numpy(preprocessing.pixels(image))[None])[0]

@@ -1,0 +1,89 @@
+"""What the benchmark compares: functions from a network with BatchNorm to one without."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, Protocol, get_args
+
+from torch import Tensor, nn
+
+import pn_compiler
+from benchmarks import swaps
+from pn_compiler.base.config import Norm, TransformConfig
+
+BATCH = 32  # samples in each batch of those that are read
+
+
+class Variant(Protocol):
+    """Makes a network from one with BatchNorm and from unlabelled samples [N, *], which some do not read."""
+
+    needs_data: bool
+
+    def __call__(self, network: nn.Module, samples: Tensor, options: Mapping[str, Any]) -> nn.Module:
+        """`options` are those of `pn_compiler.distill` that belong to the network."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Swapped:
+    """What there is without us; with `keep`, weight and bias of the BatchNorm stay. None is BatchNorm."""
+
+    keep: bool | None
+    needs_data: bool = False
+
+    def __call__(self, network: nn.Module, samples: Tensor, options: Mapping[str, Any]) -> nn.Module:
+        if self.keep is None:
+            return network
+        return swaps.group_norm(network) if self.keep else swaps.opacus(network)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Converted:
+    """By running statistics, without data, with options of `pn_compiler.transform`."""
+
+    options: Mapping[str, Any]
+    needs_data: bool = False
+
+    def __call__(self, network: nn.Module, samples: Tensor, options: Mapping[str, Any]) -> nn.Module:
+        return pn_compiler.transform(network, samples[:1], **self.options)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Calibrated:
+    """Fitted to the samples, with options of `pn_compiler.transform`."""
+
+    options: Mapping[str, Any]
+    needs_data: bool = True
+
+    def __call__(self, network: nn.Module, samples: Tensor, options: Mapping[str, Any]) -> nn.Module:
+        return pn_compiler.transform(
+            network, samples[:1], warm_start="calibrate", calibration=samples.split(BATCH), **self.options
+        )
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Distilled:
+    """Converted with options of `pn_compiler.transform`, and trained to match BatchNorm on the samples."""
+
+    options: Mapping[str, Any]
+    needs_data: bool = True
+
+    def __call__(self, network: nn.Module, samples: Tensor, options: Mapping[str, Any]) -> nn.Module:
+        converted = pn_compiler.transform(network, samples[:1], **self.options)
+        distilled, _ = pn_compiler.distill(converted, network, samples.split(BATCH), **options)
+        return distilled
+
+
+#: constant share of the variance; 1 would be BatchNorm as evaluated
+ANCHORS = (0.0, 0.25, 0.5, 0.75) if "rms" in get_args(Norm) else ()
+
+VARIANTS: dict[str, Variant] = {
+    "BatchNorm": Swapped(None),
+    "plain swap": Swapped(keep=True),
+    "opacus": Swapped(keep=False),
+    **({} if TransformConfig() == TransformConfig(norm="layer") else {"default": Converted({})}),
+    "layer": Converted({"norm": "layer"}),
+    "group": Converted({"norm": "group"}),
+    **{f"rms {anchor:g}": Converted({"norm": "rms", "anchor": anchor}) for anchor in ANCHORS},
+    "calibrated": Calibrated({}),
+    "distilled": Distilled({}),
+    **{f"rms {anchor:g}, distilled": Distilled({"norm": "rms", "anchor": anchor}) for anchor in ANCHORS[2:3]},
+}
