@@ -1,6 +1,7 @@
 """The pass that turns proxy statistics into constants and folds them away."""
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -17,6 +18,7 @@ from pn_compiler.graph.graph_utils import (
 from pn_compiler.graph.pass_base import GraphPass, PassResult
 from pn_compiler.nn import (
     INPUT_AFFINE,
+    AnchoredNorm,
     ChannelAffine,
     ConstantAffine,
     ConstantClamp,
@@ -110,9 +112,7 @@ def _fold_site(
         weight, bias = weight * scale, bias * scale + shift
     elif site.scales_affine:
         weight, bias = weight * scale, bias * scale
-    norm = nn.GroupNorm(
-        site.num_groups, site.num_channels, site.eps, device=weight.device, dtype=site.weight.dtype
-    )
+    norm = _normalizer(site)
     norm.weight.copy_(weight)
     norm.bias.copy_(bias)
     dtype = site.weight.dtype
@@ -135,6 +135,17 @@ def _fold_site(
             for read in old.get(name, ()):
                 for user in [u for u in read.users if u not in chain]:
                     user.replace_input_with(read, node)
+
+
+def _normalizer(site: ProxyNormAct) -> nn.GroupNorm | AnchoredNorm:
+    """The normalizer of the site as a module of its own, with weight 1 and bias 0."""
+    options: dict[str, Any] = {"device": site.weight.device, "dtype": site.weight.dtype}
+    if site.statistics == "group":
+        return nn.GroupNorm(site.num_groups, site.num_channels, site.eps, **options)
+    norm = AnchoredNorm(site.num_groups, site.num_channels, site.eps, statistics=site.statistics, **options)
+    for name, buffer in site.named_buffers(recurse=False):
+        setattr(norm, name, buffer)
+    return norm
 
 
 def _pure(activation: nn.Module) -> nn.Module:
