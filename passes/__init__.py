@@ -11,7 +11,6 @@ from pn_compiler.graph.warm_start import Calibrated
 from pn_compiler.passes.convert.insert_proxy_norm import InsertProxyNorm
 from pn_compiler.passes.convert.replace_batch_norm import ReplaceBatchNorm
 from pn_compiler.passes.convert.share_statistics import ShareStatistics
-from pn_compiler.passes.fold.fold_anchors import FoldAnchors
 from pn_compiler.passes.fold.fold_proxy_norm import FoldProxyNorm
 from pn_compiler.passes.fold.sink_affine import SinkAffine
 from pn_compiler.passes.fold.unshare_statistics import UnshareStatistics
@@ -96,8 +95,7 @@ def fold_pipeline() -> tuple[GraphPass, ...]:
         UnshareStatistics(),  # a site is folded with its own constants
         RouteAffine(through_padding=False),  # sites still whole: as far as is exact
         SinkAffine(),  # the rest moves through branches, where every path ends in an absorber
-        FoldProxyNorm(),  # constants go into weights, biases and bounds
-        FoldAnchors(),  # likewise; normalizers are modules of their own now
+        FoldProxyNorm(),  # constants, anchors included, go into weights, biases and bounds
         RemoveDeadModules(),  # last: drops what the rewrites orphaned
     )
 

@@ -23,6 +23,7 @@ from pn_compiler.nn import (
     ConstantAffine,
     ConstantClamp,
     InputAffineLinear,
+    Normalizer,
     Output,
     ProxyNormAct,
 )
@@ -30,6 +31,7 @@ from pn_compiler.nn.consumers import MEMO
 from pn_compiler.numerics.affine import absorb_affine
 from pn_compiler.operators.activations import clip_bounds
 from pn_compiler.passes.absorption import set_weight_and_bias
+from pn_compiler.passes.fold.anchored_norms import fold_anchored_norms
 from pn_compiler.passes.route_affine import RouteAffine
 from pn_compiler.passes.site_outputs import chain_between, site_outputs, where_it_went
 
@@ -42,6 +44,7 @@ class FoldProxyNorm(GraphPass):
     Given:   a, r, v = ProxyNormAct(x); InputAffineConv(a, r, v)      Result:  conv'(act(gn'(x)))
              z = ProxyNormAct(x) with ReLU                                     max(gn'(x), -mean r)
              z = ProxyNormAct(x), other                                        act(gn(x)) * r + v
+             AnchoredNorm(x)                                                   see `fold_anchored_norms`
     Leaves alone: nothing.
     Outputs: preserved to rounding, in eval mode only.
     Source: docs/method.md, "Folding".
@@ -67,12 +70,12 @@ class FoldProxyNorm(GraphPass):
                 _fold_channel_affine(gm, path, calls, constants)
             elif type(module) in _PLAIN:
                 _fold_consumer(module, calls, constants)
-        return PassResult(rewritten, tuple(notes))
+        return PassResult(rewritten + fold_anchored_norms(gm), tuple(notes))
 
     def ensures(self, gm: fx.GraphModule) -> None:
         for name in module_calls(gm):  # a region inside a leaf is a separate graph
             module = gm.get_submodule(name)
-            if isinstance(module, ProxyNormAct | ChannelAffine) or type(module) in _PLAIN:
+            if isinstance(module, Normalizer | ChannelAffine) or type(module) in _PLAIN:
                 raise PostconditionError(f"{name} ({type(module).__name__}) is not folded")
 
 

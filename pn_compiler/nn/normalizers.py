@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pn_compiler.base.errors import ConfigError
-from pn_compiler.numerics.affine import per_channel
+from pn_compiler.numerics.affine import channel_affine, per_channel
 
 Statistics = Literal["group", "anchored", "rms"]
 
@@ -90,7 +90,11 @@ class Normalizer(nn.Module):
         share, var = 1 - self.anchor.to(wide), self.anchor.to(wide) * self.population_var.to(wide) + self.eps
         mean = self.population_mean
         center = group_means(wide, self.num_groups) if mean is None else _of_groups(mean.to(wide), self, wide)
-        return _rescaled(wide - center, self, share, var, weight, bias).to(x.dtype)
+        d = wide - center
+        factor = _factor(d, self, share, var)
+        if weight is not None:
+            factor = factor * per_channel(weight, d)  # one product less of the size of x
+        return (d * factor if bias is None else d * factor + per_channel(bias, d)).to(x.dtype)
 
     def constants(self) -> tuple[Tensor, Tensor, Tensor | None]:
         """(V, b, M) in float64, [G] each; M is None if the instance's mean is subtracted."""
@@ -172,7 +176,8 @@ class FoldedNorm(nn.Module):
             x = x - group_means(x, self.num_groups)
         elif self.shift is not None:
             x = x - per_channel(self.shift, x)
-        return _rescaled(x, self, self.share, self.var, weight, bias)
+        y = x * _factor(x, self, self.share, self.var)
+        return y if weight is None else channel_affine(y, weight, bias)  # which becomes one Conv
 
     def constant_scale(self, mean: Tensor, var: Tensor) -> Tensor:
         """weight / sqrt(share V + var), [C] float64, V of inputs with these moments per channel, [C]."""
@@ -209,22 +214,12 @@ def _of_groups(values: Tensor, norm: "Normalizer | FoldedNorm", x: Tensor) -> Te
     return values.view(-1, *[1] * (x.dim() - 2))
 
 
-def _rescaled(
-    d: Tensor,
-    norm: "Normalizer | FoldedNorm",
-    share: Tensor | None,
-    var: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-) -> Tensor:
-    """weight d / sqrt(share E[d^2] + var) + bias, E over the group; share and var [G]."""
+def _factor(d: Tensor, norm: "Normalizer | FoldedNorm", share: Tensor | None, var: Tensor) -> Tensor:
+    """1 / sqrt(share E[d^2] + var), E over the group, [N, 1 or C, 1, ...]; share and var [G]."""
     squares = group_means(d * d, norm.num_groups)
     if share is not None:
         squares = squares * _of_groups(share, norm, d)
-    factor = torch.rsqrt(squares + _of_groups(var, norm, d))
-    if weight is not None:
-        factor = factor * per_channel(weight, d)
-    return d * factor if bias is None else d * factor + per_channel(bias, d)
+    return torch.rsqrt(squares + _of_groups(var, norm, d))
 
 
 def normalize(

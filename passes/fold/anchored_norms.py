@@ -1,52 +1,35 @@
-"""The pass that folds the statistics of the population into normalizers and what stands before them."""
+"""Folds the statistics of the population into normalizers and into what stands before them."""
 
 import torch
 from torch import Tensor, fx, nn
 
-from pn_compiler.base.errors import PostconditionError
 from pn_compiler.graph.aliases import find_aliases
 from pn_compiler.graph.graph_utils import module_calls, replace_module
-from pn_compiler.graph.pass_base import GraphPass, PassResult
 from pn_compiler.nn import AnchoredNorm, ConstantAffine, FoldedNorm
 from pn_compiler.passes.absorption import put_before
-from pn_compiler.passes.fold.fold_proxy_norm import FoldProxyNorm
 
 
-class FoldAnchors(GraphPass):
-    """Turns anchored normalizers into plain ones, with constants in weights, biases and epsilon.
+@torch.no_grad()
+def fold_anchored_norms(gm: fx.GraphModule) -> int:
+    """Replaces each AnchoredNorm, exactly; returns how many there were.
 
-    Given:   AnchoredNorm, one group, "anchored", b < 1      Result:  gn, eps' = (b V + eps) / (1 - b)
-             conv(W, c) -> AnchoredNorm, "rms"                        conv(W, c - M) -> FoldedNorm
-             conv -> AnchoredNorm, "rms", b = 1                       conv'
-    Leaves alone: nothing. Where no convolution can take the mean, it is subtracted, and where none can take a
-        constant scale and shift, they become one operator.
-    Outputs: preserved to rounding, in eval mode only.
+    The mean goes into the bias of the layer before, variance and anchor b into epsilon and weight. A constant
+    scale and shift, which "rms" with b = 1 is, go into that layer, too. What no layer takes stays.
     Source: docs/method.md, "Anchored statistics".
     """
-
-    runs_after = (FoldProxyNorm,)
-    preserves_outputs = True
-
-    @torch.no_grad()
-    def run(self, gm: fx.GraphModule) -> PassResult:
-        rewritten = 0
-        overwritten = find_aliases(gm).overwritten
-        for path, calls in module_calls(gm).items():
-            norm = gm.get_submodule(path)
-            if not isinstance(norm, AnchoredNorm):
-                continue
-            movable = len(calls) == 1 and calls[0].all_input_nodes[0] not in overwritten
-            if norm.statistics == "rms":
-                _fold_rms(gm, path, norm, calls, movable=movable)
-            else:
-                replace_module(gm, path, _folded_anchored(norm))
-            rewritten += 1
-        return PassResult(rewritten)
-
-    def ensures(self, gm: fx.GraphModule) -> None:
-        for name in module_calls(gm):
-            if isinstance(gm.get_submodule(name), AnchoredNorm):
-                raise PostconditionError(f"{name} is not folded")
+    rewritten = 0
+    overwritten = find_aliases(gm).overwritten
+    for path, calls in module_calls(gm).items():
+        norm = gm.get_submodule(path)
+        if not isinstance(norm, AnchoredNorm):
+            continue
+        movable = len(calls) == 1 and calls[0].all_input_nodes[0] not in overwritten
+        if norm.statistics == "rms":
+            _fold_rms(gm, path, norm, calls, movable=movable)
+        else:
+            replace_module(gm, path, _folded_anchored(norm))
+        rewritten += 1
+    return rewritten
 
 
 def _fold_rms(
