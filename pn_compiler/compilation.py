@@ -69,7 +69,7 @@ def export_onnx(
     verify: bool = ExportConfig.verify,
     progress: Progress | None = None,
 ) -> "Report":
-    """Folds `model` if it holds proxy normalization, exports it to ONNX and compares the two.
+    """Folds `model` if it holds sites, exports it to ONNX and compares the two.
 
     Args:
         model: a result of `transform` or `fold`, or any other module. It is left untouched.

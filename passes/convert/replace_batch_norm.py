@@ -206,7 +206,7 @@ class ReplaceBatchNorm(GraphPass):
             return nn.GroupNorm(*size, norm.eps, **options)
         statistics: Statistics = "rms" if self.config.norm == "rms" else "anchored"
         new = AnchoredNorm(*size, norm.eps, statistics=statistics, **options)
-        values = {"anchor": torch.tensor(self.config.anchor_for(path))}
+        values = {"anchor": torch.tensor(self.config.anchor_for(path), dtype=torch.float64)}
         if warm and has_values(like):
             values["population_mean"], values["population_var"] = population(norm, num_groups)
         for name, buffer in new.named_buffers():

@@ -203,11 +203,21 @@ def _affine(x: Tensor, scale: Tensor | None, shift: Tensor | None) -> Tensor:
 # What opacus calls ---------------------------------------------------------------------------------
 
 
+_UNPREPARED = "call pn_compiler.integrations.opacus.prepare(model) before make_private"
+
+
 @register_module_validator(ProxyNormAct)  # type: ignore[untyped-decorator]  # opacus has no types
 def _errors(site: ProxyNormAct) -> list[UnsupportedModuleError]:
     if _hand_out_rows in site._forward_hooks.values():
         return []
-    return [UnsupportedModuleError("call pn_compiler.integrations.opacus.prepare(model) before make_private")]
+    return [UnsupportedModuleError(_UNPREPARED)]
+
+
+@register_module_validator(AnchoredNorm)  # type: ignore[untyped-decorator]  # as above
+def _errors_of_normalizer(site: AnchoredNorm) -> list[UnsupportedModuleError]:
+    if _BUFFERS in site.__dict__:
+        return []
+    return [UnsupportedModuleError(_UNPREPARED)]
 
 
 @register_grad_sampler(ProxyNormAct)  # type: ignore[untyped-decorator]  # as above

@@ -5,6 +5,7 @@ activation, and `FoldedNorm` what `pn_compiler.fold` makes of it if no ``nn.Grou
 are leaves for torch.fx.
 """
 
+import math
 from typing import Literal, get_args
 
 import torch
@@ -87,14 +88,19 @@ class Normalizer(nn.Module):
                 x = x.contiguous()  # torch 2.13 crashes in the backward of channels_last ones on a CPU
             return F.group_norm(x, self.num_groups, weight, bias, self.eps)
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        share, var = 1 - self.anchor.to(wide), self.anchor.to(wide) * self.population_var.to(wide) + self.eps
-        mean = self.population_mean
-        center = group_means(wide, self.num_groups) if mean is None else _of_groups(mean.to(wide), self, wide)
-        d = wide - center
-        factor = _factor(d, self, share, var)
+        mean, anchor = self.population_mean, self._of_groups(self.anchor, wide)
+        d = wide - (group_means(wide, self.num_groups) if mean is None else self._of_groups(mean, wide))
+        var = anchor * self._of_groups(self.population_var, wide) + self.eps
+        factor = torch.rsqrt((1 - anchor) * group_means(d * d, self.num_groups) + var)
         if weight is not None:
             factor = factor * per_channel(weight, d)  # one product less of the size of x
         return (d * factor if bias is None else d * factor + per_channel(bias, d)).to(x.dtype)
+
+    def _of_groups(self, values: Tensor, x: Tensor) -> Tensor:
+        """`values` [G] in dtype and shape to broadcast against `x`, [N, C, *]."""
+        if self.num_groups > 1:
+            values = values.repeat_interleave(self.num_channels // self.num_groups)
+        return values.to(x).view(-1, *[1] * (x.dim() - 2))
 
     def constants(self) -> tuple[Tensor, Tensor, Tensor | None]:
         """(V, b, M) in float64, [G] each; M is None if the instance's mean is subtracted."""
@@ -172,12 +178,18 @@ class FoldedNorm(nn.Module):
 
     def normalize(self, x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
         """weight * normalized x + bias; both [C] or None."""
-        if self.centered:
-            x = x - group_means(x, self.num_groups)
-        elif self.shift is not None:
+        if self.shift is not None:
             x = x - per_channel(self.shift, x)
-        y = x * _factor(x, self, self.share, self.var)
-        return y if weight is None else channel_affine(y, weight, bias)  # which becomes one Conv
+        # each operator treats all elements of a group alike, in a file, too: onnxruntime may reorder them
+        size = self.num_channels // self.num_groups
+        grouped = x.reshape(x.shape[0], self.num_groups, size, math.prod(x.shape[2:]))
+        if self.centered:
+            grouped = grouped - _mean_of_groups(grouped)
+        squares = _mean_of_groups(grouped * grouped)
+        if self.share is not None:
+            squares = squares * self.share.view(-1, 1, 1)
+        y = (grouped * torch.rsqrt(squares + self.var.view(-1, 1, 1))).reshape(x.shape)
+        return y if weight is None else channel_affine(y, weight, bias)
 
     def constant_scale(self, mean: Tensor, var: Tensor) -> Tensor:
         """weight / sqrt(share V + var), [C] float64, V of inputs with these moments per channel, [C]."""
@@ -203,23 +215,13 @@ def group_means(x: Tensor, num_groups: int) -> Tensor:
     means = x.mean(tuple(range(2, x.dim())), keepdim=True) if x.dim() > 2 else x
     if num_groups == 1:
         return means.mean(1, keepdim=True)
-    grouped = means.reshape(len(x), num_groups, -1)
+    grouped = means.reshape(x.shape[0], num_groups, x.shape[1] // num_groups)
     return grouped.mean(2, keepdim=True).expand_as(grouped).reshape(means.shape)
 
 
-def _of_groups(values: Tensor, norm: "Normalizer | FoldedNorm", x: Tensor) -> Tensor:
-    """`values` [G] in the shape to broadcast against `x`, [N, C, *]."""
-    if norm.num_groups > 1:
-        values = values.repeat_interleave(norm.num_channels // norm.num_groups)
-    return values.view(-1, *[1] * (x.dim() - 2))
-
-
-def _factor(d: Tensor, norm: "Normalizer | FoldedNorm", share: Tensor | None, var: Tensor) -> Tensor:
-    """1 / sqrt(share E[d^2] + var), E over the group, [N, 1 or C, 1, ...]; share and var [G]."""
-    squares = group_means(d * d, norm.num_groups)
-    if share is not None:
-        squares = squares * _of_groups(share, norm, d)
-    return torch.rsqrt(squares + _of_groups(var, norm, d))
+def _mean_of_groups(grouped: Tensor) -> Tensor:
+    """Means over each group of [N, G, C / G, S], [N, G, 1, 1], in two stages, as `group_means`."""
+    return grouped.mean(3, keepdim=True).mean(2, keepdim=True)
 
 
 def normalize(
