@@ -17,7 +17,7 @@ from pn_compiler.base.stopwatch import Stopwatch
 from pn_compiler.data.input_shape import choose_inputs, stated_inputs
 from pn_compiler.graph.graph_module import is_converted, notes, sites
 from pn_compiler.graph.graph_utils import count_operators
-from pn_compiler.nn import ProxyNormAct
+from pn_compiler.nn import Normalizer
 from pn_compiler.pipeline.conversion import measure_conversion
 from pn_compiler.pipeline.fidelity import Fidelity
 from pn_compiler.pipeline.folding import fold_in_place
@@ -190,7 +190,7 @@ def _is_on_cpu(model: nn.Module) -> bool:
 
 
 def has_sites(model: nn.Module) -> bool:
-    return any(isinstance(module, ProxyNormAct) for module in model.modules())
+    return any(isinstance(module, Normalizer) for module in model.modules())
 
 
 def check_calibration(

@@ -274,8 +274,12 @@ class _Session:
     def _draw_options(self) -> Options:
         rng = self.rng
         norm = rng.choice(("layer", "layer", "group", "instance"))
+        later = random.Random(
+            f"anchors of {self.seed}"
+        )  # a stream of its own: older seeds keep their networks
         return Options(
-            norm=norm,
+            norm="rms" if later.random() < 0.25 else norm,
+            anchor=later.choice((0.0, 0.0, 0.3, 0.9, 1.0)),
             num_groups=rng.choice((None, 2)) if norm == "group" else None,
             proxy_padding=rng.choice(("activation", "activation", "activation", "output")),
             warm_start=rng.choice(("auto", "auto", "none")),

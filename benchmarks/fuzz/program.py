@@ -29,10 +29,11 @@ class Options:
     training: bool = False  # the mode in which it is converted
     gain: float = 1.0  # of the BatchNorms' weights: large ones reach bounds far out
     dtype: str = "float64"
+    anchor: float = 0.0
 
     def for_transform(self) -> dict[str, Any]:
         """The keyword arguments of `pn_compiler.transform`."""
-        names = ("norm", "num_groups", "proxy", "proxy_padding", "warm_start")
+        names = ("norm", "num_groups", "anchor", "proxy", "proxy_padding", "warm_start")
         return {name: getattr(self, name) for name in names}
 
 

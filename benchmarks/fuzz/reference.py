@@ -78,12 +78,40 @@ _SIGNATURES = {
 def _normalized(call: dict[str, Any], site: Site) -> Tensor:
     """The normalizer of `site` in the place of a batch norm with the arguments `call`."""
     weight, bias, eps = call.get("weight"), call.get("bias"), call.get("eps", 1e-5)
+    statistics = (call["running_mean"], call["running_var"]) if site.warm_start else None
+    if site.norm == "rms" or site.anchor:
+        if statistics is not None:
+            weight, bias = warm_affine(weight, bias, *statistics, eps, site.num_groups or 1)
+        return _anchored(call["input"], site, weight, bias, eps, statistics)
     if torch.is_grad_enabled() and _ends_backward(call["input"]):
         raise RuntimeError("torch's backward of group_norm would end the process")
-    if site.warm_start:
-        statistics = call["running_mean"], call["running_var"]
+    if statistics is not None:
         weight, bias = warm_affine(weight, bias, *statistics, eps, site.num_groups or 1)
     return F.group_norm(call["input"], site.num_groups or 1, weight, bias, eps)
+
+
+def _anchored(
+    x: Tensor,
+    site: Site,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    statistics: tuple[Tensor, Tensor] | None,
+) -> Tensor:
+    """The normalizer of docs/method.md, "Anchored statistics"; `statistics` are the running ones, if warm."""
+    groups = site.num_groups or 1
+    mean, var = x.new_zeros(groups, 1), x.new_ones(groups, 1)
+    if statistics is not None:
+        mu, sigma2 = (values.to(x).view(groups, -1) for values in statistics)
+        mean = mu.mean(1, keepdim=True)
+        var = (sigma2 + mu**2).mean(1, keepdim=True) - mean**2
+    parts = x.reshape(len(x), groups, -1)
+    deviation = parts - (mean if site.norm == "rms" else parts.mean(2, keepdim=True))
+    mixed = (1 - site.anchor) * (deviation**2).mean(2, keepdim=True) + site.anchor * var
+    y = (deviation / (mixed + eps).sqrt()).view(x.shape)
+    column = (-1, *[1] * (x.dim() - 2))
+    y = y if weight is None else y * weight.view(column)
+    return y if bias is None else y + bias.view(column)
 
 
 def _ends_backward(x: Tensor) -> bool:
@@ -99,9 +127,11 @@ class _Plain(nn.Module):
     def __init__(self, norm: _BatchNorm, site: Site) -> None:
         super().__init__()
         self.weight, self.bias = norm.weight, norm.bias
-        self.num_groups, self.eps = site.num_groups, norm.eps
+        self.site, self.num_groups, self.eps = site, site.num_groups, norm.eps
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.site.norm == "rms" or self.site.anchor:
+            return _anchored(x, self.site, self.weight, self.bias, self.eps, None)
         return F.group_norm(x, self.num_groups, self.weight, self.bias, self.eps)
 
 

@@ -8,6 +8,7 @@ memory in both layouts: there the normalizer works on the blocked memory as it i
 """
 
 import dataclasses
+import math
 import tempfile
 from collections.abc import Iterator, Set
 from pathlib import Path
@@ -26,7 +27,7 @@ from pn_compiler.export.rewrites.rules import contents, is_constant, sizes
 from pn_compiler.export.sessions import make_session, session_options
 
 DOMAIN = "com.microsoft.nchwc"
-_STATISTICS = {"InstanceNormalization", "ReduceMean", "Sub", "Mul", "Add", "Sqrt", "Div"}
+_STATISTICS = {"InstanceNormalization", "ReduceMean", "Sub", "Mul", "Add", "Sqrt", "Reciprocal", "Div"}
 _PROBED = 4  # channels, the fewest that ReorderInput takes
 
 
@@ -115,7 +116,7 @@ def _normalizer_behind(reorder: onnx_ir.Node) -> _Normalizer | None:
     inner = dict.fromkeys(_until_reshape(entry))
     exits = [node for node in inner if node.op_type == "Reshape"]
     shape = _constant_input(entry, 1)
-    if shape is None or len(shape) < 3 or shape[0] != 0 or len(exits) != 1:
+    if shape is None or len(shape) < 3 or len(exits) != 1 or not _keeps_batch(shape, reorder.outputs[0]):
         return None
     (last,) = exits
     restored = _constant_input(last, 1)
@@ -130,6 +131,12 @@ def _normalizer_behind(reorder: onnx_ir.Node) -> _Normalizer | None:
     if result.is_graph_output() or any(node.op_type != "ReorderInput" for node in readers):
         return None
     return _Normalizer(entry, result, int(shape[1]), tuple(node.outputs[0] for node in readers))
+
+
+def _keeps_batch(shape: np.ndarray[Any, Any], value: onnx_ir.Value) -> bool:
+    """Whether a Reshape of `value` to `shape` leaves its first axis as it is: 0, or what remains."""
+    rest = math.prod(sizes(value)[1:])
+    return bool(shape[0] == 0 or (shape[0] == -1 and rest > 0 and math.prod(shape[1:].tolist()) == rest))
 
 
 def _only_reader(value: onnx_ir.Value) -> onnx_ir.Node | None:
@@ -172,7 +179,8 @@ def _ignores_order(node: onnx_ir.Node, inside: Set[onnx_ir.Value], dims: int) ->
         return bool(axes[0] == 3) and reader is not None and reader.op_type == "ReduceMean"
     places = [place for place, value in enumerate(node.inputs) if value not in inside]
     constants = [_constant_input(node, place) for place in places]
-    return node.op_type in _STATISTICS and all(c is not None and c.size == 1 for c in constants)
+    alike = all(c is not None and (c.size == 1 or (dims == 4 and c.shape[-2:] == (1, 1))) for c in constants)
+    return node.op_type in _STATISTICS and alike  # constants of all elements, or of all of a group
 
 
 def _optimized(model: onnx.ModelProto) -> onnx_ir.Model:

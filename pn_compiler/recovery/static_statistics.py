@@ -19,12 +19,12 @@ from pn_compiler.graph.graph_utils import module_calls
 from pn_compiler.graph.pass_base import run_pipeline
 from pn_compiler.graph.ranks import infer_ranks
 from pn_compiler.inspection.hooks import has_hooks
-from pn_compiler.nn import FunctionalGroupNorm
+from pn_compiler.nn import FoldedNorm, Normalizer
 from pn_compiler.passes import freeze_pipeline
 from pn_compiler.pipeline.folding import fold
 from pn_compiler.recovery.freeze_report import FreezeReport, FrozenSite
 from pn_compiler.recovery.metric import Metric
-from pn_compiler.recovery.site_constants import Constants, Norms, estimate, replaced
+from pn_compiler.recovery.site_constants import Constants, Norm, Norms, estimate, replaced
 from pn_compiler.regions.regions import named_graphs
 from pn_compiler.running.evaluation import run, untouched
 from pn_compiler.running.inputs import Inputs
@@ -55,7 +55,8 @@ def freeze_statistics(
 
     Args:
         model: a result of `transform` or `fold`, or any other module that torch.fx can trace; the sites are
-            its ``nn.GroupNorm`` modules. It is left untouched. Proxy normalization is folded first.
+            its ``nn.GroupNorm`` modules, and what `fold` makes of anchored ones. It is left untouched. Proxy
+            normalization is folded first.
         calibration: batches of inputs like those that the model will see, such as a DataLoader or a list.
             Of a tuple or list the first element is the input, as in (images, labels); a mapping holds
             arguments by name; anything else is the one argument. They are read once, and held in memory.
@@ -150,20 +151,23 @@ class _Scale:
 
 def _find_sites(network: nn.Module) -> tuple[Norms, dict[str, str]]:
     """(the normalizers that can be frozen, in call order; why others cannot), both by path."""
-    kinds = (nn.GroupNorm, FunctionalGroupNorm)
-    norms = {name: module for name, module in network.named_modules() if type(module) in kinds}
     called = [
         f"{path}.{name}" if path else name
         for path, graph in named_graphs(network)
         for name in module_calls(graph)
     ]
+    norms: dict[str, Norm] = {}
     refused = {}
-    for name, norm in norms.items():
-        if name not in called:
+    for name, norm in network.named_modules():
+        if not isinstance(norm, nn.GroupNorm | Normalizer | FoldedNorm):
+            continue
+        if name not in called or not isinstance(norm, nn.GroupNorm | FoldedNorm):
             refused[name] = "it is called by code that torch.fx cannot trace, or not at all"
         elif has_hooks(norm):
             refused[name] = "it has hooks"
-    return {name: norms[name] for name in called if name in norms.keys() - refused.keys()}, refused
+        else:
+            norms[name] = norm
+    return {name: norms[name] for name in called if name in norms}, refused
 
 
 def _unusable(norms: Norms, constants: Constants) -> dict[str, str]:

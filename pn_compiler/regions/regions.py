@@ -8,7 +8,6 @@ import dataclasses
 import functools
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from typing import cast
 
 from torch import fx, nn
 
@@ -24,7 +23,7 @@ from pn_compiler.inspection.functional_uses import calls_nothing_else, norms_cal
 from pn_compiler.inspection.hooks import HookedModules, sharing_tensors
 from pn_compiler.inspection.model_checks import refuse_global_hooks
 from pn_compiler.inspection.weight_writes import may_write_weights
-from pn_compiler.nn import FunctionalGroupNorm, put_behind
+from pn_compiler.nn import answer_batch_norm, put_behind
 from pn_compiler.proxies.trace_failures import whole_note
 from pn_compiler.regions.observed_calls import ObservedCalls
 from pn_compiler.running.copying import copy_model
@@ -63,7 +62,7 @@ class Region:
         if rest:
             put_behind(norm, {path.removeprefix(f"{first}_"): self.gm.get_submodule(path) for path in rest})
         if self.functional:
-            FunctionalGroupNorm.of(cast("nn.GroupNorm", norm), getattr(self.owner, first).momentum)
+            answer_batch_norm(norm, getattr(self.owner, first).momentum)
         setattr(self.owner, first, norm)
 
 

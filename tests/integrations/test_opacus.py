@@ -173,6 +173,33 @@ def test_every_kind_of_site_and_consumer(name: str, warm_start: str) -> None:
     assert_gradients_of_samples(model, x, tolerance=1e-9, reduction="sum" if name == "conv1d" else "mean")
 
 
+@pytest.mark.parametrize(
+    "options", [{"norm": "rms", "anchor": 0.3}, {"norm": "group", "anchor": 0.5}], ids=str
+)
+@pytest.mark.parametrize("warm_start", ["running_stats", "none"])
+@pytest.mark.parametrize("name", NETWORKS)
+def test_anchored_sites(name: str, warm_start: str, options: dict[str, Any]) -> None:
+    torch.manual_seed(0)
+    build, rank = NETWORKS[name]
+    x = images(rank=rank)
+    model = converted(build(), x, warm_start=warm_start, **options)
+    state = {key: value.clone() for key, value in model.state_dict().items()}
+    assert_gradients_of_samples(model, x, tolerance=1e-9)
+    released = release(model).state_dict()
+    assert released.keys() == state.keys()
+    assert all(torch.equal(released[key], value) for key, value in state.items() if "population" in key)
+
+
+def test_anchored_networks_train_privately() -> None:
+    private, optimizer, loader = make_private(
+        prepare(small(norm="rms", anchor=0.5)).train(), poisson_sampling=True
+    )
+    train(private, optimizer, loader)
+    x = images(torch.float32)
+    model = release(private).eval()
+    assert_same_outputs(pn_compiler.fold(model)(x), model(x))
+
+
 LAYOUTS: dict[int, list[tuple[int, ...]]] = {
     1: [(2, 0, 1)],
     2: [(0, 2, 3, 1), (3, 2, 1, 0)],

@@ -2,6 +2,7 @@
 
 import copy
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -14,12 +15,13 @@ from torch import Tensor, nn
 import pn_compiler
 from pn_compiler.base.errors import ConfigError
 from pn_compiler.nn import (
-    FunctionalGroupNorm,
+    AnchoredNorm,
     InputAffineConv1d,
     InputAffineConv2d,
     InputAffineConv3d,
     InputAffineLinear,
     ProxyNormAct,
+    answer_batch_norm,
 )
 from pn_compiler.testing import assert_batch_independent, assert_same_outputs
 
@@ -276,26 +278,27 @@ def test_channels_last_behind_frozen_layers_trains() -> None:
     torch.testing.assert_close(*gradients)
 
 
-def functional() -> tuple[FunctionalGroupNorm, Tensor, Tensor]:
-    """(a normalizer, an input, and what it gives for that)."""
-    norm = nn.GroupNorm(2, 4)
+def functional(norm: nn.GroupNorm | AnchoredNorm) -> tuple[Any, Tensor, Tensor]:
+    """(the normalizer with other parameters, an input, and what it gives for that)."""
     with torch.no_grad():
         norm.weight.uniform_(0.5, 2)
         norm.bias.normal_()
     x = torch.randn(3, 4, 5)
-    expected = F.group_norm(x, 2, norm.weight, norm.bias, norm.eps)
-    return FunctionalGroupNorm.of(norm, 0.2), x, expected
+    expected = norm(x)
+    answer_batch_norm(norm, 0.2)
+    return norm, x, expected
 
 
-def test_batch_norm_with_its_statistics_calls_the_normalizer() -> None:
-    norm, x, expected = functional()
+@pytest.mark.parametrize("norm", [nn.GroupNorm(2, 4), AnchoredNorm(2, 4)], ids=["group", "rms"])
+def test_batch_norm_with_its_statistics_calls_the_normalizer(norm: nn.Module) -> None:
+    norm, x, expected = functional(copy.deepcopy(norm))
     tensors = norm.running_mean, norm.running_var, norm.weight, norm.bias
     seen: list[Tensor] = []
     norm.register_forward_hook(lambda module, args, output: seen.append(output))
     results = (
-        F.batch_norm(x, *tensors),  # type: ignore[arg-type]  # statistics that are no tensors
-        F.batch_norm(running_var=norm.running_var, running_mean=norm.running_mean, input=x, training=True),  # type: ignore[arg-type]
-        torch.batch_norm(x, *tensors[2:], *tensors[:2], False, norm.momentum, norm.eps, False),  # type: ignore[call-overload]
+        F.batch_norm(x, *tensors),  # statistics that are no tensors
+        F.batch_norm(running_var=norm.running_var, running_mean=norm.running_mean, input=x, training=True),
+        torch.batch_norm(x, *tensors[2:], *tensors[:2], False, norm.momentum, norm.eps, False),
     )
     assert all(torch.equal(result, expected) for result in results)
     assert [id(output) for output in seen] == [id(result) for result in results]
@@ -303,14 +306,14 @@ def test_batch_norm_with_its_statistics_calls_the_normalizer() -> None:
 
 
 def test_nothing_else_takes_its_statistics() -> None:
-    norm, x, _ = functional()
-    other, _, _ = functional()
+    norm, x, _ = functional(nn.GroupNorm(2, 4))
+    other, _, _ = functional(nn.GroupNorm(2, 4))
     for wrong in (
-        lambda: torch.sub(x[0, :, 0], norm.running_mean),  # type: ignore[call-overload]
-        lambda: torch.sqrt(norm.running_var),  # type: ignore[arg-type]
-        lambda: F.instance_norm(x, norm.running_mean, norm.running_var),  # type: ignore[arg-type]
-        lambda: torch.native_batch_norm(x, None, None, norm.running_mean, norm.running_var, False, 0.1, 1e-5),  # type: ignore[arg-type]
-        lambda: F.batch_norm(x, norm.running_mean, other.running_var),  # type: ignore[arg-type]
+        lambda: torch.sub(x[0, :, 0], norm.running_mean),
+        lambda: torch.sqrt(norm.running_var),
+        lambda: F.instance_norm(x, norm.running_mean, norm.running_var),
+        lambda: torch.native_batch_norm(x, None, None, norm.running_mean, norm.running_var, False, 0.1, 1e-5),
+        lambda: F.batch_norm(x, norm.running_mean, other.running_var),
     ):
         with pytest.raises(TypeError, match="only batch_norm takes them"):
             wrong()
