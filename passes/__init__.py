@@ -95,7 +95,7 @@ def fold_pipeline() -> tuple[GraphPass, ...]:
         UnshareStatistics(),  # a site is folded with its own constants
         RouteAffine(through_padding=False),  # sites still whole: as far as is exact
         SinkAffine(),  # the rest moves through branches, where every path ends in an absorber
-        FoldProxyNorm(),  # constants go into weights, biases and bounds
+        FoldProxyNorm(),  # constants, anchors included, go into weights, biases and bounds
         RemoveDeadModules(),  # last: drops what the rewrites orphaned
     )
 

@@ -11,7 +11,7 @@ from pn_compiler.graph.graph_utils import called_module, module_calls, operator_
 from pn_compiler.graph.ranks import flattens_channels, rank, reads_batch
 from pn_compiler.inspection.hooks import has_hooks
 from pn_compiler.nn import INPUT_AFFINE
-from pn_compiler.numerics.affine import absorb_affine
+from pn_compiler.numerics.affine import absorb_affine, absorb_output_affine
 from pn_compiler.operators.op_names import operands, operator_name, reads_shape, reduced_dims
 
 
@@ -119,6 +119,17 @@ class Router:
         return None
 
 
+_PRODUCERS = (
+    nn.Conv1d,
+    nn.Conv2d,
+    nn.Conv3d,
+    nn.ConvTranspose1d,
+    nn.ConvTranspose2d,
+    nn.ConvTranspose3d,
+    nn.Linear,
+)
+
+
 @torch.no_grad()
 def set_weight_and_bias(module: nn.Module, weight: Tensor, bias: Tensor | None) -> None:
     """Gives a convolution or linear layer these values, rounded to the dtype of its weight."""
@@ -138,6 +149,29 @@ def put_into(gm: fx.GraphModule, absorber: fx.Node, scale: Tensor, shift: Tensor
     scale, shift = (values.repeat_interleave(repeats) for values in (scale, shift))
     bias = None if module.bias is None else module.bias.double()
     set_weight_and_bias(module, *absorb_affine(module.weight.double(), bias, scale, shift, groups))
+
+
+@torch.no_grad()
+def put_before(gm: fx.GraphModule, call: fx.Node, scale: Tensor, shift: Tensor) -> bool:
+    """Puts the affine of `call` into the operator it reads, if that is linear and has no other readers.
+
+    Returns whether it did. scale and shift are float64 [C].
+    """
+    producer = call.all_input_nodes[0]
+    module = called_module(gm, producer)
+    if type(module) not in _PRODUCERS or not all(u is call or reads_shape(u) for u in producer.users):
+        return False
+    assert isinstance(module, nn.Linear | nn.modules.conv._ConvNd)
+    if isinstance(module, nn.Linear) and rank(producer) != 2:  # its outputs are on the last axis
+        return False
+    if Router(gm, through_padding=False).fixed_weight(producer) is not None:
+        return False
+    weight, bias = absorb_output_affine(
+        module.weight.double(), None if module.bias is None else module.bias.double(), scale, shift,
+        groups=getattr(module, "groups", 1), transposed=getattr(module, "transposed", False),
+    )  # fmt: skip
+    set_weight_and_bias(module, weight, bias)
+    return True
 
 
 def _refusal_of_linear(module: nn.Linear, where: str, known: int | None, num_channels: int) -> str | None:

@@ -12,7 +12,7 @@ from torch import fx, nn
 
 from pn_compiler.graph.graph_utils import attribute_of, called_module, operator_of, traits_of
 from pn_compiler.graph.ranks import flattened_axes, rank, reads_batch, size_of
-from pn_compiler.nn import ProxyNormAct
+from pn_compiler.nn import FoldedNorm, Normalizer, ProxyNormAct
 from pn_compiler.operators.op_names import input_of, listed_sizes, operands, operator_name
 
 
@@ -21,7 +21,7 @@ def channels_of(gm: fx.GraphModule, node: fx.Node) -> int | None:
     module = called_module(gm, node)
     if isinstance(module, nn.modules.conv._ConvNd):
         return module.out_channels if reads_batch(gm, node, node) else None
-    if isinstance(module, nn.GroupNorm | ProxyNormAct):
+    if isinstance(module, nn.GroupNorm | Normalizer | FoldedNorm):
         return module.num_channels
     if not node.all_input_nodes:
         return None

@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import nn
 
-from pn_compiler.base.config import Norm, ProxyPadding, TransformConfig, WarmStart
+from pn_compiler.base.config import Anchor, Norm, ProxyPadding, TransformConfig, WarmStart
 from pn_compiler.base.errors import ConfigError
 from pn_compiler.base.option_checks import check_function
 from pn_compiler.base.options import pick
@@ -28,6 +28,7 @@ def transform(
     example_kwargs: Mapping[str, Any] | None = None,
     norm: Norm = TransformConfig.norm,
     num_groups: int | None = TransformConfig.num_groups,
+    anchor: Anchor = TransformConfig.anchor,
     proxy: bool = TransformConfig.proxy,
     proxy_padding: ProxyPadding = TransformConfig.proxy_padding,
     warm_start: WarmStart = TransformConfig.warm_start,
@@ -40,7 +41,8 @@ def transform(
     """Rewrites every BatchNorm of `model` into a normalizer that does not depend on the batch.
 
     A BatchNorm followed by an activation becomes a `pn_compiler.nn.ProxyNormAct` at the path of the
-    BatchNorm; any other becomes an ``nn.GroupNorm``. What cannot be converted is left as it is and
+    BatchNorm; any other becomes an ``nn.GroupNorm``, or, with norm="rms" or an anchor, a
+    `pn_compiler.nn.AnchoredNorm`. What cannot be converted is left as it is and
     reported: see `pn_compiler.sites`.
 
     Args:
@@ -52,9 +54,16 @@ def transform(
             traced is compared with `model`, in float64, before it is converted; they are not written to.
         example_kwargs: the arguments of that call that are given by name.
         norm: "layer" normalizes over [C, *] (one group), "group" over groups of channels, "instance"
-            over each channel alone. LayerNorm stays closest to a trained BatchNorm.
-        num_groups: groups of norm="group", which it implies. Without it as many as leave 8 channels in
-            each, at most 32. Where it does not divide C, the greatest common divisor is taken.
+            over each channel alone; "rms" over [C, *], too, but divides by the root of the mean square about
+            the constant mean of the training set. Of those without an `anchor`, LayerNorm and "rms" stay
+            closest to a trained BatchNorm.
+        num_groups: groups of norm="group", which it implies, or of norm="rms". Without it "group" has as many
+            as leave 8 channels in each, at most 32, and "rms" one. Where it does not divide C, the greatest
+            common divisor is taken.
+        anchor: the share, from 0 to 1, that the variance of the training set has in that of an instance
+            (docs/method.md); for all, or by path of the BatchNorm, 0 where a mapping names none. The higher,
+            the closer to the trained network; norm="rms" with 1 is BatchNorm as it is evaluated. What starts
+            cold has the statistics of an untrained BatchNorm, mean 0 and variance 1.
         proxy: whether to add proxy normalization where an activation follows.
         proxy_padding: where the zero padding of later convolutions stands: before the proxy shift
             ("activation", exact to fold) or behind it ("output", as the reference implementation).

@@ -39,7 +39,7 @@ def _share(text: str) -> float:
     except ValueError:
         share = -1
     if not 0 <= share < math.inf:
-        raise argparse.ArgumentTypeError(f"{text!r}: expected an error of 0 or more, such as 0.01")
+        raise argparse.ArgumentTypeError(f"{text!r}: expected a number of 0 or more, such as 0.01")
     return share
 
 

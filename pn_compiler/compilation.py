@@ -8,6 +8,7 @@ from torch import nn
 
 from pn_compiler.api import convert_trace
 from pn_compiler.base.config import (
+    Anchor,
     DType,
     ExportConfig,
     Logits,
@@ -130,6 +131,7 @@ def compile(  # noqa: A001  # the name that users of torch.compile look for
     input_shape: tuple[int, ...] | None = None,
     norm: Norm = TransformConfig.norm,
     num_groups: int | None = TransformConfig.num_groups,
+    anchor: Anchor = TransformConfig.anchor,
     proxy: bool = TransformConfig.proxy,
     proxy_padding: ProxyPadding = TransformConfig.proxy_padding,
     warm_start: WarmStart = TransformConfig.warm_start,

@@ -167,6 +167,7 @@ def test_the_help_states_the_defaults() -> None:
 TYPED: dict[tuple[str, ...], tuple[str, Any]] = {
     ("--norm", "group"): ("norm", "group"),
     ("--num-groups", "4"): ("num_groups", 4),
+    ("--anchor", "0.5"): ("anchor", 0.5),
     ("--no-proxy",): ("proxy", False),
     ("--proxy-padding", "output"): ("proxy_padding", "output"),
     ("--warm-start", "none"): ("warm_start", "none"),

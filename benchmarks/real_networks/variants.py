@@ -84,4 +84,5 @@ VARIANTS: dict[str, Variant] = {
     **{f"rms {anchor:g}": Converted({"norm": "rms", "anchor": anchor}) for anchor in ANCHORS},
     "calibrated": Calibrated({}),
     "distilled": Distilled({}),
+    **{f"rms {anchor:g}, distilled": Distilled({"norm": "rms", "anchor": anchor}) for anchor in ANCHORS[2:3]},
 }

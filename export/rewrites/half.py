@@ -11,10 +11,11 @@ from torch.utils import _pytree as pytree
 
 from pn_compiler.base.errors import ConfigError
 from pn_compiler.base.option_checks import one_of
+from pn_compiler.nn import AnchoredNorm, FoldedNorm
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 _CONV_OPSET = 22  # the first whose Conv takes bfloat16
-_NORMALIZERS = (nn.GroupNorm, nn.LayerNorm, _NormBase)
+_NORMALIZERS = (nn.GroupNorm, nn.LayerNorm, _NormBase, AnchoredNorm, FoldedNorm)
 
 
 def check_dtype(dtype: str, opset_version: int) -> None:

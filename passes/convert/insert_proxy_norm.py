@@ -14,7 +14,7 @@ from pn_compiler.graph.pass_base import GraphPass, PassResult
 from pn_compiler.graph.site_table import site_table, update_site
 from pn_compiler.inspection.fake_tensors import has_values
 from pn_compiler.inspection.hooks import has_hooks
-from pn_compiler.nn import ProxyNormAct
+from pn_compiler.nn import AnchoredNorm, Normalizer, ProxyNormAct
 from pn_compiler.numerics.affine import absorb_affine
 from pn_compiler.operators.activations import activation_name, is_activation, same_activation
 from pn_compiler.passes.absorption import Blocked, Route, Router
@@ -77,7 +77,7 @@ class InsertProxyNorm(GraphPass):
         site = site_table(gm)[name]
         if site.kind == "norm_only" and not site.warm_start and not self.config.norm_only_bias:
             norm = gm.get_submodule(name)
-            assert isinstance(norm, nn.GroupNorm)
+            assert isinstance(norm, nn.GroupNorm | Normalizer)
             nn.init.zeros_(norm.bias).requires_grad_(False)
 
     def _try_rewrite(
@@ -87,7 +87,7 @@ class InsertProxyNorm(GraphPass):
         if not self.config.proxy:
             return Diagnostic("PN203", site.name, "proxy normalization is switched off")
         norm = gm.get_submodule(site.name)
-        assert isinstance(norm, nn.GroupNorm)
+        assert isinstance(norm, nn.GroupNorm | AnchoredNorm)
         remark = None
         routes: list[Route] = []
         if site.warm_start:
@@ -148,7 +148,9 @@ def _blocked(name: str, blocked: list[Blocked]) -> Diagnostic:
     )
 
 
-def _inexact(gm: fx.GraphModule, name: str, norm: nn.GroupNorm, calls: list[_Call]) -> Diagnostic | None:
+def _inexact(
+    gm: fx.GraphModule, name: str, norm: nn.GroupNorm | AnchoredNorm, calls: list[_Call]
+) -> Diagnostic | None:
     """A diagnostic if some consumer pads with zeros behind the shift."""
     router = Router(gm, through_padding=False)
     blocked = [b for c in calls for b in router.route(c.activation, norm.num_channels).blocked]
@@ -163,8 +165,8 @@ def _inexact(gm: fx.GraphModule, name: str, norm: nn.GroupNorm, calls: list[_Cal
     )
 
 
-def _proxy_norm_act(norm: nn.GroupNorm, act: nn.Module, proxy_eps: float) -> ProxyNormAct:
-    """A ProxyNormAct with the parameters of `norm`, in its dtype and on its device."""
+def _proxy_norm_act(norm: nn.GroupNorm | AnchoredNorm, act: nn.Module, proxy_eps: float) -> ProxyNormAct:
+    """A ProxyNormAct with the parameters and buffers of `norm`, in its dtype and on its device."""
     if not list(act.parameters()):
         act = copy.deepcopy(act)
         if hasattr(act, "inplace"):
@@ -175,10 +177,13 @@ def _proxy_norm_act(norm: nn.GroupNorm, act: nn.Module, proxy_eps: float) -> Pro
         act,
         norm.eps,
         proxy_eps,
+        statistics="group" if isinstance(norm, nn.GroupNorm) else norm.statistics,
         device=norm.weight.device,
         dtype=norm.weight.dtype,
     )
     new.weight, new.bias = norm.weight, norm.bias
+    for name, buffer in norm.named_buffers():
+        setattr(new, name, buffer)
     new.proxy_weight.requires_grad_(norm.weight.requires_grad)
     new.proxy_bias.requires_grad_(norm.bias.requires_grad)
     return new

@@ -1,6 +1,7 @@
 """The pass that replaces each BatchNorm by a batch-independent normalizer."""
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import fx, nn
@@ -19,6 +20,7 @@ from pn_compiler.graph.warm_start import (
     affine_from_running_stats,
     is_warm,
     plain_affine,
+    population,
 )
 from pn_compiler.inspection.batch_norms import (
     FixedMode,
@@ -30,15 +32,17 @@ from pn_compiler.inspection.batch_norms import (
 from pn_compiler.inspection.fake_tensors import has_values
 from pn_compiler.inspection.functional_norms import NAMES, reaches_batch_norm
 from pn_compiler.inspection.hooks import has_hooks
+from pn_compiler.nn import AnchoredNorm, Statistics
 from pn_compiler.operators.op_names import operator_name
 from pn_compiler.passes.prepare.canonicalize_modules import CanonicalizeModules
 from pn_compiler.passes.prepare.norm_calls import is_norm_call, norm_operands
 
 
 class ReplaceBatchNorm(GraphPass):
-    """Replaces each BatchNorm by a GroupNorm that starts from its running statistics.
+    """Replaces each BatchNorm by a normalizer that starts from its running statistics.
 
     Given:   bn(C)                    Result:  gn(G, C) at the same path; G = 1 is LayerNorm over [C, *]
+                                               AnchoredNorm(G, C) with norm="rms" or an anchor
     Leaves alone: PN103 frozen, PN104 no running statistics, PN105 unknown subclass, or read by
         other code, PN106 functional with operands of mixed owners, PN107 one value per group, PN108
         hooks, PN109 not finite, PN111 TorchScript or quantized.
@@ -124,7 +128,8 @@ class ReplaceBatchNorm(GraphPass):
             return Diagnostic(
                 "PN109", path, "its running statistics are not finite", "retrain or repair them"
             )
-        if norm.num_features == 1 and self._may_be_flat(norm, calls):
+        constant = self.config.norm == "rms" and self.config.anchor_for(path) == 1
+        if norm.num_features == 1 and not constant and self._may_be_flat(norm, calls):
             return Diagnostic("PN107", path, "its input holds one value per instance")
         return None
 
@@ -172,8 +177,8 @@ class ReplaceBatchNorm(GraphPass):
     def _rewrite(self, gm: fx.GraphModule, path: str, norm: _BatchNorm, num_groups: int) -> Site:
         """Returns the record of the new normalizer."""
         like = next((t for t in (norm.weight, norm.running_mean) if t is not None), _nearby(gm, path))
-        new = nn.GroupNorm(num_groups, norm.num_features, norm.eps, device=like.device, dtype=like.dtype)
         warm = is_warm(norm, self.config.warm_start)
+        new = self._normalizer(path, norm, num_groups, like, warm=warm)
         weight, bias = affine_from_running_stats(norm, num_groups) if warm else plain_affine(norm)
         fitted = self.calibrated.get(path)
         if fitted is not None:
@@ -186,9 +191,28 @@ class ReplaceBatchNorm(GraphPass):
         replace_module(gm, path, new)
         if isinstance(norm, FixedMode):
             new.train(gm.training)
-        kind = norm_name(num_groups, norm.num_features)
+        kind = "rms" if self.config.norm == "rms" else norm_name(num_groups, norm.num_features)
         residual = None if fitted is None else fitted.residual
-        return Site(path, "norm_only", kind, num_groups, warm_start=warm, residual=residual)
+        anchor = self.config.anchor_for(path)
+        return Site(path, "norm_only", kind, num_groups, warm_start=warm, residual=residual, anchor=anchor)
+
+    def _normalizer(
+        self, path: str, norm: _BatchNorm, num_groups: int, like: torch.Tensor, *, warm: bool
+    ) -> nn.GroupNorm | AnchoredNorm:
+        """The new normalizer with the statistics of the population, if it has any; weight 1 and bias 0."""
+        size = num_groups, norm.num_features
+        options: dict[str, Any] = {"device": like.device, "dtype": like.dtype}
+        if not self.config.anchored:
+            return nn.GroupNorm(*size, norm.eps, **options)
+        statistics: Statistics = "rms" if self.config.norm == "rms" else "anchored"
+        new = AnchoredNorm(*size, norm.eps, statistics=statistics, **options)
+        values = {"anchor": torch.tensor(self.config.anchor_for(path))}
+        if warm and has_values(like):
+            values["population_mean"], values["population_var"] = population(norm, num_groups)
+        for name, buffer in new.named_buffers():
+            if name in values:
+                buffer.copy_(values[name])
+        return new
 
 
 def _read_outside(gm: fx.GraphModule) -> set[int]:

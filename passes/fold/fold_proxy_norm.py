@@ -1,6 +1,7 @@
 """The pass that turns proxy statistics into constants and folds them away."""
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -17,10 +18,12 @@ from pn_compiler.graph.graph_utils import (
 from pn_compiler.graph.pass_base import GraphPass, PassResult
 from pn_compiler.nn import (
     INPUT_AFFINE,
+    AnchoredNorm,
     ChannelAffine,
     ConstantAffine,
     ConstantClamp,
     InputAffineLinear,
+    Normalizer,
     Output,
     ProxyNormAct,
 )
@@ -28,6 +31,7 @@ from pn_compiler.nn.consumers import MEMO
 from pn_compiler.numerics.affine import absorb_affine
 from pn_compiler.operators.activations import clip_bounds
 from pn_compiler.passes.absorption import set_weight_and_bias
+from pn_compiler.passes.fold.anchored_norms import fold_anchored_norms
 from pn_compiler.passes.route_affine import RouteAffine
 from pn_compiler.passes.site_outputs import chain_between, site_outputs, where_it_went
 
@@ -40,6 +44,7 @@ class FoldProxyNorm(GraphPass):
     Given:   a, r, v = ProxyNormAct(x); InputAffineConv(a, r, v)      Result:  conv'(act(gn'(x)))
              z = ProxyNormAct(x) with ReLU                                     max(gn'(x), -mean r)
              z = ProxyNormAct(x), other                                        act(gn(x)) * r + v
+             AnchoredNorm(x)                                                   see `fold_anchored_norms`
     Leaves alone: nothing.
     Outputs: preserved to rounding, in eval mode only.
     Source: docs/method.md, "Folding".
@@ -65,12 +70,12 @@ class FoldProxyNorm(GraphPass):
                 _fold_channel_affine(gm, path, calls, constants)
             elif type(module) in _PLAIN:
                 _fold_consumer(module, calls, constants)
-        return PassResult(rewritten, tuple(notes))
+        return PassResult(rewritten + fold_anchored_norms(gm), tuple(notes))
 
     def ensures(self, gm: fx.GraphModule) -> None:
         for name in module_calls(gm):  # a region inside a leaf is a separate graph
             module = gm.get_submodule(name)
-            if isinstance(module, ProxyNormAct | ChannelAffine) or type(module) in _PLAIN:
+            if isinstance(module, Normalizer | ChannelAffine) or type(module) in _PLAIN:
                 raise PostconditionError(f"{name} ({type(module).__name__}) is not folded")
 
 
@@ -110,9 +115,7 @@ def _fold_site(
         weight, bias = weight * scale, bias * scale + shift
     elif site.scales_affine:
         weight, bias = weight * scale, bias * scale
-    norm = nn.GroupNorm(
-        site.num_groups, site.num_channels, site.eps, device=weight.device, dtype=site.weight.dtype
-    )
+    norm = _normalizer(site)
     norm.weight.copy_(weight)
     norm.bias.copy_(bias)
     dtype = site.weight.dtype
@@ -135,6 +138,17 @@ def _fold_site(
             for read in old.get(name, ()):
                 for user in [u for u in read.users if u not in chain]:
                     user.replace_input_with(read, node)
+
+
+def _normalizer(site: ProxyNormAct) -> nn.GroupNorm | AnchoredNorm:
+    """The normalizer of the site as a module of its own, with weight 1 and bias 0."""
+    options: dict[str, Any] = {"device": site.weight.device, "dtype": site.weight.dtype}
+    if site.statistics == "group":
+        return nn.GroupNorm(site.num_groups, site.num_channels, site.eps, **options)
+    norm = AnchoredNorm(site.num_groups, site.num_channels, site.eps, statistics=site.statistics, **options)
+    for name, buffer in site.named_buffers(recurse=False):
+        setattr(norm, name, buffer)
+    return norm
 
 
 def _pure(activation: nn.Module) -> nn.Module:

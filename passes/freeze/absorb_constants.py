@@ -1,28 +1,15 @@
 """The pass that lets convolutions absorb constant scales and shifts."""
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 
 from pn_compiler.graph.aliases import find_aliases
-from pn_compiler.graph.graph_utils import called_module, module_calls
+from pn_compiler.graph.graph_utils import module_calls
 from pn_compiler.graph.pass_base import GraphPass, PassResult
-from pn_compiler.graph.ranks import rank
 from pn_compiler.nn import ConstantAffine
-from pn_compiler.numerics.affine import absorb_output_affine
-from pn_compiler.operators.op_names import reads_shape
-from pn_compiler.passes.absorption import Router, put_into, set_weight_and_bias
+from pn_compiler.passes.absorption import Router, put_before, put_into
 from pn_compiler.passes.freeze.split_clips import SplitClips
 from pn_compiler.passes.freeze.split_gates import SplitGates
-
-_PRODUCERS = (
-    nn.Conv1d,
-    nn.Conv2d,
-    nn.Conv3d,
-    nn.ConvTranspose1d,
-    nn.ConvTranspose2d,
-    nn.ConvTranspose3d,
-    nn.Linear,
-)
 
 
 class AbsorbConstants(GraphPass):
@@ -54,30 +41,11 @@ class AbsorbConstants(GraphPass):
                 fixed = call.all_input_nodes[0] in overwritten  # its readers would read it later
                 if fixed:
                     continue
-                if _put_before(gm, call, scale, shift) or _put_behind(gm, call, scale, shift):
+                if put_before(gm, call, scale, shift) or _put_behind(gm, call, scale, shift):
                     call.replace_all_uses_with(call.all_input_nodes[0])
                     gm.graph.erase_node(call)
                     rewritten += 1
         return PassResult(rewritten)
-
-
-def _put_before(gm: fx.GraphModule, call: fx.Node, scale: Tensor, shift: Tensor) -> bool:
-    """Puts the affine of `call` into the operator it reads, if that is linear and has no other readers."""
-    producer = call.all_input_nodes[0]
-    module = called_module(gm, producer)
-    if type(module) not in _PRODUCERS or not all(u is call or reads_shape(u) for u in producer.users):
-        return False
-    assert isinstance(module, nn.Linear | nn.modules.conv._ConvNd)
-    if isinstance(module, nn.Linear) and rank(producer) != 2:  # its outputs are on the last axis
-        return False
-    if Router(gm, through_padding=False).fixed_weight(producer) is not None:
-        return False
-    weight, bias = absorb_output_affine(
-        module.weight.double(), None if module.bias is None else module.bias.double(), scale, shift,
-        groups=getattr(module, "groups", 1), transposed=getattr(module, "transposed", False),
-    )  # fmt: skip
-    set_weight_and_bias(module, weight, bias)
-    return True
 
 
 def _put_behind(gm: fx.GraphModule, call: fx.Node, scale: Tensor, shift: Tensor) -> bool:

@@ -17,11 +17,11 @@ from pn_compiler.base.option_checks import check_flags
 from pn_compiler.graph.graph_module import is_converted, sites
 from pn_compiler.graph.warm_start import is_trained
 from pn_compiler.inspection.model_checks import refuse_uninitialised
-from pn_compiler.nn import ProxyNormAct
+from pn_compiler.nn import Normalizer, ProxyNormAct
 from pn_compiler.running.copying import unwrap
 from pn_compiler.running.evaluation import batches_of, each_batch, run, untouched
 
-_NORMALIZERS = (_BatchNorm, _InstanceNorm, nn.GroupNorm, nn.LayerNorm, ProxyNormAct)
+_NORMALIZERS = (_BatchNorm, _InstanceNorm, nn.GroupNorm, nn.LayerNorm, Normalizer)
 
 
 def diagnose(
@@ -39,7 +39,7 @@ def diagnose(
     the powers are then averaged over channels. [N, C] inputs have no spatial axes: s = 0.
 
     Normalizers are ``nn.BatchNorm*``, ``SyncBatchNorm``, ``nn.InstanceNorm*``, ``nn.GroupNorm``,
-    ``nn.LayerNorm`` over [C, *], their subclasses, and `pn_compiler.nn.ProxyNormAct`. Functional calls such
+    ``nn.LayerNorm`` over [C, *], their subclasses, and those of `pn_compiler.nn`. Functional calls such
     as ``F.group_norm`` are not seen. A module that is called several times counts as several sites.
 
     The model runs in eval mode without gradients, and its state is restored when this returns or raises:
@@ -233,16 +233,26 @@ def _statistics(module: nn.Module, mean: Tensor, var: Tensor) -> tuple[Tensor, T
     grouped = mean.view(len(mean), groups, -1)
     centre = grouped.mean(2, True)
     spread = var.view_as(grouped).mean(2, True) + grouped.var(2, correction=0, keepdim=True)
+    if isinstance(module, Normalizer) and module.statistics != "group":
+        population, anchor, fixed = (
+            None if value is None else value.cpu().view(1, groups, 1) for value in module.constants()
+        )
+        assert population is not None
+        assert anchor is not None
+        if fixed is not None:  # deviations are about it
+            centre, spread = fixed.expand_as(centre), spread + (centre - fixed) ** 2
+        spread = (1 - anchor) * spread + anchor * population
     return centre.expand_as(grouped).flatten(1), spread.expand_as(grouped).flatten(1)
 
 
 def _groups(module: nn.Module) -> int:
-    return module.num_groups if isinstance(module, nn.GroupNorm | ProxyNormAct) else 1
+    return module.num_groups if isinstance(module, nn.GroupNorm | Normalizer) else 1
 
 
 def _kind(module: nn.Module, channels: int) -> str:
     if isinstance(module, _BatchNorm):
         return "BN"
     groups = channels if isinstance(module, _InstanceNorm) else _groups(module)
-    kind = "LN" if groups == 1 else "IN" if groups == channels else "GN"
+    rms = isinstance(module, Normalizer) and module.statistics == "rms"
+    kind = "RMS" if rms else "LN" if groups == 1 else "IN" if groups == channels else "GN"
     return f"{kind}+PN" if isinstance(module, ProxyNormAct) else kind

@@ -6,14 +6,15 @@ flags, and docs/options.md its tables.
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 from pn_compiler.base.errors import ConfigError
 from pn_compiler.base.option_checks import check_metric, check_number, is_number
 from pn_compiler.base.options import about, check_kinds, freeze_lists
 
-Norm = Literal["layer", "group", "instance"]
+Norm = Literal["layer", "group", "instance", "rms"]
+Anchor = float | Mapping[str, float]
 ProxyPadding = Literal["activation", "output"]
 WarmStart = Literal["auto", "running_stats", "calibrate", "none"]
 Logits = Literal["auto", "all", "none"]
@@ -32,10 +33,22 @@ class TransformConfig:
 
     norm: Norm = dataclasses.field(
         default="layer",
-        metadata=about("what a normalizer takes its statistics over: all channels, groups, or each alone"),
+        metadata=about(
+            "what a normalizer takes its statistics over: all channels, groups, or each alone; rms: the mean "
+            "square alone, over all channels, about the mean of the training set"
+        ),
     )
     num_groups: int | None = dataclasses.field(
-        default=None, metadata=about("groups of --norm group, which it implies", metavar="G")
+        default=None,
+        metadata=about("groups of --norm group, which it implies, or of --norm rms", metavar="G"),
+    )
+    anchor: Anchor = dataclasses.field(
+        default=0.0,
+        metadata=about(
+            "share of the training set's variance in that of an instance, 0 to 1; 1 with --norm rms is "
+            "BatchNorm as it is evaluated. In Python also a mapping, from the path of a BatchNorm",
+            metavar="B",
+        ),
     )
     proxy: bool = dataclasses.field(
         default=True, metadata=about("add proxy normalization where an activation follows")
@@ -75,23 +88,50 @@ class TransformConfig:
             check_number("num_groups", self.num_groups, "a positive integer", 1, whole=True)
             if self.norm == "instance":
                 raise ConfigError("num_groups goes with norm='group', not with norm='instance'")
-            object.__setattr__(self, "norm", "group")  # num_groups alone means GroupNorm
+            if self.norm == "layer":
+                object.__setattr__(self, "norm", "group")  # num_groups alone means GroupNorm
+        _check_anchor(self.anchor)
         check_number("proxy_eps", self.proxy_eps, "a positive number", math.ulp(0))
 
     def groups_for(self, num_channels: int) -> int:
         """Number of groups for `num_channels` channels; always a divisor of it.
 
-        "layer" is one group, "instance" one group a channel. "group" with ``num_groups`` takes the
-        greatest common divisor; without, the most groups up to 32 that leave 8 channels in each.
+        "layer" is one group, as is "rms" without ``num_groups``, "instance" one group a channel. With
+        ``num_groups`` it is the greatest common divisor; "group" without takes the most groups up to 32 that
+        leave 8 channels in each.
         """
-        if self.norm == "layer":
-            return 1
         if self.norm == "instance":
             return num_channels
         if self.num_groups is not None:
             return math.gcd(num_channels, self.num_groups)
+        if self.norm in ("layer", "rms"):
+            return 1
         most = max(1, min(DEFAULT_NUM_GROUPS, num_channels // MIN_CHANNELS_PER_GROUP))
         return next(g for g in range(most, 0, -1) if num_channels % g == 0)
+
+    @property
+    def anchored(self) -> bool:
+        """Whether normalizers hold the statistics of the population."""
+        return self.norm == "rms" or isinstance(self.anchor, Mapping) or self.anchor > 0
+
+    def anchor_for(self, path: str) -> float:
+        """The anchor of the site at `path`; 0 where a mapping names none."""
+        return float(self.anchor.get(path, 0) if isinstance(self.anchor, Mapping) else self.anchor)
+
+    def inside(self, prefix: str) -> "TransformConfig":
+        """These options for a part of the model, whose paths have no `prefix`."""
+        if not (prefix and isinstance(self.anchor, Mapping)):
+            return self
+        own = {p.removeprefix(prefix): b for p, b in self.anchor.items() if p.startswith(prefix)}
+        return dataclasses.replace(self, anchor=own)
+
+
+def _check_anchor(anchor: object) -> None:
+    """Raises ConfigError unless it is a number from 0 to 1, or a mapping from paths to such numbers."""
+    expected = "a number from 0 to 1, or a mapping from paths of BatchNorms to such numbers"
+    for path, value in anchor.items() if isinstance(anchor, Mapping) else [("", anchor)]:
+        if not isinstance(path, str) or not is_number(value, 0, math.nextafter(1, 2)):
+            raise ConfigError(f"anchor={anchor!r:.80}: expected {expected}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

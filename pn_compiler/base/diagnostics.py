@@ -86,8 +86,9 @@ class Site:
     Attributes:
         name: path of the BatchNorm in the input model.
         kind: "pn" (normalizer + activation + proxy normalization), "norm_only" or "skipped".
-        norm: normalizer put in its place: "layer", "group" or "instance"; None if skipped.
+        norm: normalizer put in its place: "layer", "group", "instance" or "rms"; None if skipped.
         num_groups: groups of that normalizer; None if skipped.
+        anchor: share of the population's variance in that of an instance, from 0 to 1.
         activation: name of the activation that follows, such as "relu"; None if there is none.
         code: code of the reason why it is not "pn", or of the most important remark; None if none.
         reason: that remark in words; empty if none.
@@ -112,6 +113,7 @@ class Site:
     error: float | None = None
     static: bool = False
     affine: str = ""
+    anchor: float = 0.0
 
 
 def skipped(diagnostic: Diagnostic) -> Site:
@@ -135,7 +137,7 @@ def format_sites(sites: tuple[Site, ...]) -> str:
         (
             s.name,
             s.kind,
-            f"{s.norm or '-'}{', static' if s.static else ''}",
+            f"{s.norm or '-'}{f', anchor {s.anchor:g}' if s.anchor else ''}{', static' if s.static else ''}",
             str(s.num_groups or "-"),
             s.activation or "-",
             *((_percent(s.residual),) if calibrated else ()),

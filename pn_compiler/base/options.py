@@ -37,7 +37,7 @@ class Option:
     """An option as its dataclass declares it.
 
     Attributes:
-        kind: bool, int, float, str, Literal or another class; int for "int | None".
+        kind: bool, int, float, str, Literal or another class; int for "int | None", and the first of several.
         choices: of a Literal.
         optional: whether None is a value.
         default: ``dataclasses.MISSING`` if it must be given.
@@ -76,6 +76,8 @@ def _option(field: "dataclasses.Field[Any]", hint: Any) -> Option:
     optional = union and type(None) in get_args(hint)
     if optional:
         hint = next(part for part in get_args(hint) if part is not type(None))
+    elif union:
+        hint = get_args(hint)[0]  # what the command takes; Python takes the others, too
     kind = get_origin(hint) or hint
     choices = get_args(hint) if kind is Literal else ()
     return Option(field.name, kind, choices, optional, field.default, field.metadata["about"])

@@ -18,7 +18,7 @@ from torch import fx, nn
 
 from pn_compiler.graph.graph_utils import called_module
 from pn_compiler.inspection.hooks import has_hooks
-from pn_compiler.nn import ConstantClamp, ProxyNormAct
+from pn_compiler.nn import AnchoredNorm, ConstantClamp, ProxyNormAct
 from pn_compiler.operators.op_names import operator_name, reads_shape
 from pn_compiler.operators.traits import traits_named
 
@@ -61,7 +61,7 @@ _SHARING_MODULES = (
     nn.ChannelShuffle,
     ConstantClamp,
 )
-_OWN_LAYERS = (ProxyNormAct.__module__, ConstantClamp.__module__)
+_OWN_LAYERS = (ProxyNormAct.__module__, AnchoredNorm.__module__, ConstantClamp.__module__)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

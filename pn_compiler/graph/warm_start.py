@@ -53,23 +53,31 @@ def plain_affine(norm: _BatchNorm) -> tuple[Tensor, Tensor]:
 def affine_from_running_stats(norm: _BatchNorm, num_groups: int) -> tuple[Tensor, Tensor]:
     """(weight, bias), [C], float64, with which a normalizer of `num_groups` groups replaces `norm`.
 
-    Exact where each instance's statistics equal the population's. With BatchNorm's
-    g (x - mu) / sd + b, sd^2 = var + eps, over the channels k of the group that holds c::
+    Exact where each instance's statistics equal the population's, whatever the anchor. With BatchNorm's
+    g (x - mu) / sd + b, sd^2 = var + eps, and M and V of the group that holds c::
 
-        M = mean_k(mu_k)        V = mean_k(sd_k^2 + mu_k^2) - M^2
-        weight_c = g_c sqrt(V) / sd_c        bias_c = b_c + g_c (M - mu_c) / sd_c
+        weight_c = g_c sqrt(V + eps) / sd_c        bias_c = b_c + g_c (M - mu_c) / sd_c
     """
     g, b = plain_affine(norm)
     if not has_values(g):
         return g, b  # there are no values to compute with
     assert norm.running_mean is not None
     assert norm.running_var is not None
-    mu = norm.running_mean.double()
-    sd2 = norm.running_var.double() + norm.eps
-    grouped_mu, grouped_sd2 = mu.view(num_groups, -1), sd2.view(num_groups, -1)
-    m = grouped_mu.mean(1, keepdim=True)
-    # mean(sd^2 + mu^2) - M^2, written as a sum of two nonnegative terms
-    v = (grouped_sd2 + (grouped_mu - m) ** 2).mean(1, keepdim=True)
-    m, v = (t.expand_as(grouped_mu).reshape(-1) for t in (m, v))
-    sd = sd2.sqrt()
-    return g * v.sqrt() / sd, b + g * (m - mu) / sd
+    m, v = (t.repeat_interleave(norm.num_features // num_groups) for t in population(norm, num_groups))
+    sd = (norm.running_var.double() + norm.eps).sqrt()
+    return g * (v + norm.eps).sqrt() / sd, b + g * (m - norm.running_mean.double()) / sd
+
+
+def population(norm: _BatchNorm, num_groups: int) -> tuple[Tensor, Tensor]:
+    """Mean and variance, [G], float64, of each group of channels in a population with the running statistics.
+
+    Over the channels k of a group::
+
+        M = mean_k(mu_k)        V = mean_k(var_k + mu_k^2) - M^2
+    """
+    assert norm.running_mean is not None
+    assert norm.running_var is not None
+    mu, var = (t.double().view(num_groups, -1) for t in (norm.running_mean, norm.running_var))
+    m = mu.mean(1, keepdim=True)
+    # written as a sum of two nonnegative terms
+    return m.view(-1), (var + (mu - m) ** 2).mean(1)

@@ -25,12 +25,13 @@ from torch.nn.utils._expanded_weights.expanded_weights_impl import ExpandedWeigh
 
 from pn_compiler.base.errors import ConfigError
 from pn_compiler.inspection.model_checks import check_module
-from pn_compiler.nn import INPUT_AFFINE, ChannelAffine, ProxyNormAct
+from pn_compiler.nn import INPUT_AFFINE, AnchoredNorm, ChannelAffine, Normalizer, ProxyNormAct
 from pn_compiler.numerics.affine import channel_affine
 
 _CONSUMERS = tuple(INPUT_AFFINE.values())
 _GRADS = "_opacus_grads"  # of a site: the gradients of its outputs but the first
 _SHIFT = "_opacus_shift"  # of a consumer: the shift that it took in, [1, C]
+_BUFFERS = "_opacus_buffers"  # of a site: names of its buffers, which are attributes until `release`
 
 
 def prepare(model: nn.Module) -> nn.Module:
@@ -56,12 +57,16 @@ def prepare(model: nn.Module) -> nn.Module:
     for module in release(model).modules():
         if getattr(module, "inplace", False):
             module.inplace = False  # type: ignore[assignment]  # a bool, typed for tensors
+        if isinstance(module, Normalizer):
+            _hide_buffers(module)
         if isinstance(module, ProxyNormAct):
             _check(module, ())
             module.register_forward_pre_hook(_check)
             module.register_forward_pre_hook(_compute_alone)
             module.register_forward_hook(_hand_out_rows)
             module.register_full_backward_hook(_keep_grads)
+        elif isinstance(module, AnchoredNorm):
+            module.register_forward_pre_hook(_check)
         elif isinstance(module, _CONSUMERS):
             module.register_forward_pre_hook(_check)
             module.register_forward_pre_hook(_take_in_scale)
@@ -89,9 +94,22 @@ def release(model: nn.Module | AbstractGradSampleHooks) -> nn.Module:
         for hooks in (module._forward_pre_hooks, module._forward_hooks, module._backward_hooks):
             for key in [key for key, hook in hooks.items() if hook in _HOOKS]:
                 del hooks[key]
+        for name in module.__dict__.pop(_BUFFERS, ()):
+            module.register_buffer(name, module.__dict__.pop(name))
         for name in (_GRADS, _SHIFT):
             module.__dict__.pop(name, None)
     return model
+
+
+def _hide_buffers(site: Normalizer) -> None:
+    """Makes attributes of the buffers: opacus refuses any, for those of a BatchNorm gather private data.
+
+    A site's are constants from before the training. Files are written after `release`, which undoes this.
+    """
+    names = [name for name, buffer in site.named_buffers(recurse=False) if buffer is not None]
+    for name in names:
+        site.__dict__[name] = site._buffers.pop(name)
+    site.__dict__[_BUFFERS] = names
 
 
 # Hooks ---------------------------------------------------------------------------------------------
@@ -232,7 +250,7 @@ def _sample_affine(
     """Gradients of weight, bias, scale if there is one, and shift, each [N, C]."""
     with torch.enable_grad():
         weight, bias, *pair = (None if value is None else value.detach() for value in values)
-        affine = F.group_norm(x, site.num_groups, weight, bias, site.eps)
+        affine = site.normalize(x, weight, bias)
         scale, shift = (None if value is None else value.expand(len(x), -1) for value in pair)
         leaves = [leaf.requires_grad_() for leaf in (affine, scale, shift) if leaf is not None]
         activation = site.activation(affine)
@@ -244,9 +262,22 @@ def _sample_affine(
             [output for output, _ in given], leaves, [grad for _, grad in given], materialize_grads=True
         )
     by_affine, *others = found
-    normalized = F.group_norm(x, site.num_groups, eps=site.eps)
+    normalized = site.normalize(x)
     by_weight = torch.einsum("nc...,nc...->nc", by_affine, normalized)
     return by_weight, torch.einsum("nc...->nc", by_affine), *others
+
+
+@register_grad_sampler(AnchoredNorm)  # type: ignore[untyped-decorator]  # as above
+def _sample_normalizer(
+    site: AnchoredNorm, activations: list[Tensor], backprops: Tensor
+) -> dict[nn.Parameter, Tensor]:
+    x = activations[0].to(torch.promote_types(activations[0].dtype, site.weight.dtype))
+    samples: dict[nn.Parameter, Tensor] = {}
+    if site.weight.requires_grad:
+        samples[site.weight] = torch.einsum("nc...,nc...->nc", backprops, site.normalize(x))
+    if site.bias.requires_grad:
+        samples[site.bias] = torch.einsum("nc...->nc", backprops)
+    return samples
 
 
 @register_grad_sampler(_CONSUMERS)  # type: ignore[untyped-decorator]  # as above

@@ -21,6 +21,7 @@ import torch
 from torch import nn
 
 from pn_compiler.base.errors import ConfigError, PnCompilerError
+from pn_compiler.nn import FoldedNorm
 from pn_compiler.numerics.least_squares import ChannelFit, merged
 from pn_compiler.recovery.site_constants import Constants, solved, sums
 from pn_compiler.running.evaluation import Shards, each_batch, untouched
@@ -93,7 +94,7 @@ class RayBatches(Shards):
 
 
 def static_statistics(network: nn.Module, batches: RayBatches) -> Constants:
-    """Scale and shift of each ``nn.GroupNorm`` of `network` on its own, by path.
+    """Scale and shift of each ``nn.GroupNorm`` or FoldedNorm of `network` on its own, by path.
 
     They are the least squares of its output on its input, per channel [C], as the first step of
     `pn_compiler.freeze_statistics` takes them, over all `batches`.
@@ -105,7 +106,9 @@ def static_statistics(network: nn.Module, batches: RayBatches) -> Constants:
     Raises:
         ConfigError: the network does not run on a batch, or values are nan or infinite.
     """
-    norms = {name: norm for name, norm in network.named_modules() if type(norm) is nn.GroupNorm}
+    norms: Any = {
+        name: norm for name, norm in network.named_modules() if type(norm) in (nn.GroupNorm, FoldedNorm)
+    }
     parts = batches.each(functools.partial(_static_sums, network, tuple(norms)))
     return solved(norms, merged(parts))
 

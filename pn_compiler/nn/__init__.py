@@ -11,7 +11,9 @@ from pn_compiler.nn.consumers import (
     InputAffineLinear,
     ReadTraining,
 )
+from pn_compiler.nn.normalizers import AnchoredNorm, FoldedNorm, Normalizer, Statistics, normalize
 from pn_compiler.nn.proxy_norm import (
+    FollowedAnchoredNorm,
     FollowedGroupNorm,
     FollowedProxyNormAct,
     Output,
@@ -24,20 +26,26 @@ from pn_compiler.nn.proxy_norm import (
 
 __all__ = [
     "INPUT_AFFINE",
+    "AnchoredNorm",
     "ChannelAffine",
     "ConstantAffine",
     "ConstantClamp",
+    "FoldedNorm",
+    "FollowedAnchoredNorm",
     "FollowedGroupNorm",
     "FollowedProxyNormAct",
     "InputAffineConv1d",
     "InputAffineConv2d",
     "InputAffineConv3d",
     "InputAffineLinear",
+    "Normalizer",
     "Output",
     "ProxyNormAct",
     "ProxyStatistics",
     "ReadTraining",
     "Recipe",
     "SiteGroup",
+    "Statistics",
+    "normalize",
     "put_behind",
 ]

@@ -11,11 +11,11 @@ from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pn_compiler.base.errors import ConfigError
 from pn_compiler.inspection.hooks import has_hooks
+from pn_compiler.nn.normalizers import AnchoredNorm, Normalizer, Statistics
 from pn_compiler.numerics.affine import channel_affine
 from pn_compiler.numerics.memo import Memo
 from pn_compiler.numerics.proxy_statistics import PARAMETERS, SiteAffine, scale_and_shift, site_affine
@@ -24,8 +24,8 @@ from pn_compiler.operators.activations import is_homogeneous, run_in_place
 Output = Literal["output", "activation", "scale", "shift", "affine"]
 
 
-class ProxyNormAct(nn.Module):
-    """Group normalization, activation and proxy normalization of the activation.
+class ProxyNormAct(Normalizer):
+    """A normalizer, an activation and proxy normalization of the activation.
 
     With y = normalizer(x) and phi the activation, per channel c::
 
@@ -44,6 +44,7 @@ class ProxyNormAct(nn.Module):
             "output" is z. The others let the consumers absorb the affine z = activation * scale +
             shift: "activation" is phi(...), already scaled if a positive scale commutes with phi
             (then "scale" is None); "scale" and "shift" have shape [C]; "affine" is weight * y + bias.
+        statistics: of the normalizer: see `Normalizer`, also for buffers.
         device, dtype: device and dtype of the parameters.
 
     Parameters: ``weight``, ``bias``, ``proxy_weight``, ``proxy_bias``, each [C].
@@ -62,32 +63,25 @@ class ProxyNormAct(nn.Module):
         proxy_eps: float = 0.03,
         *,
         outputs: tuple[Output, ...] = ("output",),
+        statistics: Statistics = "group",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__()
-        if num_groups < 1 or num_channels % num_groups:
-            raise ConfigError(f"num_groups={num_groups} does not divide num_channels={num_channels}")
+        super().__init__(num_groups, num_channels, eps, statistics=statistics, device=device, dtype=dtype)
         unknown = set(outputs) - set(get_args(Output))
         if unknown or not outputs:
             raise ConfigError(f"outputs={outputs!r}: expected names out of {get_args(Output)}")
-        self.num_groups = num_groups
-        self.num_channels = num_channels
-        self.eps = eps
         self.proxy_eps = proxy_eps
         self.outputs: tuple[Output, ...] = outputs
         self.activation = activation
-        self.weight = nn.Parameter(torch.empty(num_channels, device=device, dtype=dtype))
-        self.bias = nn.Parameter(torch.empty(num_channels, device=device, dtype=dtype))
-        self.proxy_weight = nn.Parameter(torch.empty(num_channels, device=device, dtype=dtype))
-        self.proxy_bias = nn.Parameter(torch.empty(num_channels, device=device, dtype=dtype))
-        self.reset_parameters()
+        self.proxy_weight = nn.Parameter(torch.zeros(num_channels, device=device, dtype=dtype))
+        self.proxy_bias = nn.Parameter(torch.zeros(num_channels, device=device, dtype=dtype))
         self._memo = Memo()
 
     def reset_parameters(self) -> None:
         """Sets weight to 1, bias to 0, and the proxy distribution to standard normal."""
-        nn.init.ones_(self.weight)
-        for parameter in (self.bias, self.proxy_weight, self.proxy_bias):
+        super().reset_parameters()
+        for parameter in (self.proxy_weight, self.proxy_bias):
             nn.init.zeros_(parameter)
 
     def scale_and_shift(self, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
@@ -129,9 +123,7 @@ class ProxyNormAct(nn.Module):
     def forward(self, x: Tensor, given: tuple["Recipe", SiteAffine] | None = None) -> Any:
         """Runs the site; `given` is what `ProxyStatistics` computed for it, and the recipe it used."""
         weight, bias, scale, shift = self.compute_affine(given)
-        if torch.is_grad_enabled() and not x.requires_grad:
-            x = x.contiguous()  # torch 2.13 crashes in the backward of channels_last ones on a CPU
-        affine = F.group_norm(x, self.num_groups, weight, bias, self.eps)
+        affine = self.normalize(x, weight, bias)
         shared = "affine" in self.outputs
         if shared or has_hooks(self.activation):
             in_place = shared and getattr(self.activation, "inplace", False)
@@ -150,6 +142,7 @@ class ProxyNormAct(nn.Module):
 
     def extra_repr(self) -> str:
         text = f"{self.num_groups}, {self.num_channels}, eps={self.eps}, proxy_eps={self.proxy_eps}"
+        text += self._describe()
         return text if self.outputs == ("output",) else f"{text}, outputs={self.outputs}"
 
 
@@ -169,16 +162,21 @@ class FollowedGroupNorm(_Followed, nn.GroupNorm):
     """A GroupNorm and the modules named in `following`, its children, in this order."""
 
 
+class FollowedAnchoredNorm(_Followed, AnchoredNorm):
+    """An AnchoredNorm and the modules named in `following`, its children, in this order."""
+
+
 class FollowedProxyNormAct(_Followed, ProxyNormAct):
     """A ProxyNormAct and the modules named in `following`, its children, in this order."""
 
 
 def put_behind(norm: nn.Module, following: dict[str, nn.Module]) -> None:
-    """Makes `norm`, a GroupNorm or ProxyNormAct, apply these modules to its result."""
+    """Makes `norm`, a site, apply these modules to its result."""
     for name, module in following.items():
         norm.add_module(name, module)
     norm.following = tuple(following)  # type: ignore[assignment]
-    norm.__class__ = FollowedProxyNormAct if isinstance(norm, ProxyNormAct) else FollowedGroupNorm
+    kinds = {ProxyNormAct: FollowedProxyNormAct, AnchoredNorm: FollowedAnchoredNorm}
+    norm.__class__ = kinds.get(type(norm), FollowedGroupNorm)
 
 
 class Recipe(NamedTuple):

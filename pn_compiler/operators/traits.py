@@ -68,7 +68,7 @@ _ROWS: dict[str, Traits] = {
     "interpolate upsample upsampling_nearest2d upsampling_bilinear2d": _RESIZING,
     "conv{n}d conv_transpose{n}d input_affine_conv{n}d linear input_affine_linear": _LINEAR,
     "batch_norm group_norm layer_norm instance_norm instance_norm1d instance_norm2d instance_norm3d": _FLOAT,
-    "channel_affine constant_affine constant_clamp proxy_norm_act": _FLOAT,
+    "anchored_norm channel_affine constant_affine constant_clamp folded_norm proxy_norm_act": _FLOAT,
     "bfloat16 double exp float half log_softmax rsqrt softmax sqrt": _FLOAT,
     "add iadd imul isub maximum minimum mul multiply pow rsub sub subtract": Traits(
         rank="largest", dtype="any"

@@ -131,7 +131,9 @@ def convert(
             if name.startswith(region.prefix)
         }
         left = frozenset(name.removeprefix(region.prefix) for name in left_alone)
-        _, passes = edited(edit, preparation_pipeline(), conversion_pipeline(config, own, left))
+        _, passes = edited(
+            edit, preparation_pipeline(), conversion_pipeline(config.inside(region.prefix), own, left)
+        )
         result = run_pipeline(passes, region.gm, progress)
         region.finish()
         for name, site in take_sites(region.gm).items():
@@ -140,6 +142,7 @@ def convert(
             table[region.prefix + name] = dataclasses.replace(site, name=region.prefix + name, reason=reason)
         all_notes += [dataclasses.replace(note, site=region.prefix + note.site) for note in result.notes]
     found = account(model, traced, table, all_notes)
+    _refuse_unknown_paths(config, found)
     if not found:
         all_notes.append(Diagnostic("PN100", "", "the model has no BatchNorm"))
     for note in all_notes:
@@ -148,6 +151,17 @@ def convert(
     if strict and refused:
         raise RefusedError("; ".join(refused))
     record(traced.root, found, tuple(all_notes))
+
+
+def _refuse_unknown_paths(config: TransformConfig, found: Sequence[Site]) -> None:
+    """Raises ConfigError if an anchor is meant for what is no BatchNorm of the model."""
+    given = config.anchor if isinstance(config.anchor, Mapping) else {}
+    unknown = sorted(set(given) - {site.name for site in found})
+    if unknown:
+        known = ", ".join(site.name for site in found[:3])
+        raise ConfigError(
+            f"anchor names {', '.join(unknown[:3])}: expected paths of BatchNorms, such as {known}"
+        )
 
 
 def _infer_shapes(region: Region, inputs: Inputs | None) -> None:

@@ -14,7 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils import _pytree as pytree
 
 from pn_compiler.data.samples import Samples
-from pn_compiler.nn import ProxyNormAct
+from pn_compiler.nn import Normalizer, normalize
 from pn_compiler.running.evaluation import run, seed_everything, untouched
 from pn_compiler.running.inputs import Inputs
 from pn_compiler.running.losses import Logits, agreement, divergence, named_outputs
@@ -212,12 +212,12 @@ class _SiteErrors:
     """Local error of each site: normalizer against BatchNorm, on the input that the BatchNorm has."""
 
     def __init__(self, original: nn.Module, converted: nn.Module, sites: Iterable[str]) -> None:
-        self._pairs: dict[str, tuple[_BatchNorm, nn.GroupNorm | ProxyNormAct]] = {}
+        self._pairs: dict[str, tuple[_BatchNorm, nn.GroupNorm | Normalizer]] = {}
         self._totals: dict[str, list[float]] = {}
         for name in sites:
             with contextlib.suppress(AttributeError):  # a functional batch_norm, or one that was frozen
                 norm, new = original.get_submodule(name), converted.get_submodule(name)
-                if isinstance(norm, _BatchNorm) and isinstance(new, nn.GroupNorm | ProxyNormAct):
+                if isinstance(norm, _BatchNorm) and isinstance(new, nn.GroupNorm | Normalizer):
                     self._pairs[name] = norm, new
 
     @contextlib.contextmanager
@@ -237,7 +237,7 @@ class _SiteErrors:
         expected = F.batch_norm(
             x, norm.running_mean, norm.running_var, norm.weight, norm.bias, training=False, eps=norm.eps
         )
-        actual = F.group_norm(x, new.num_groups, new.weight, new.bias, new.eps)
+        actual = normalize(new, x, new.weight, new.bias)
         total = self._totals.setdefault(name, [0.0, 0.0])
         total[0] += float((actual.double() - expected.double()).square().sum())
         total[1] += float(expected.double().square().sum())

@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -20,6 +19,7 @@ from pn_compiler.graph.graph_module import sites
 from pn_compiler.graph.warm_start import Calibrated
 from pn_compiler.inspection.batch_norms import has_plain_forward
 from pn_compiler.inspection.model_checks import refuse_uninitialised
+from pn_compiler.nn import normalize
 from pn_compiler.numerics.least_squares import ChannelFit, merged
 from pn_compiler.passes import PipelineEdit
 from pn_compiler.pipeline.conversion import convert
@@ -146,7 +146,7 @@ def _survey(
         norm = sites[name]
         if isinstance(module, _BatchNorm) and not has_plain_forward(module):  # with an activation in it
             output = _BatchNorm.forward(module, args[0])
-        n = F.group_norm(args[0], norm.num_groups, None, None, norm.eps)
+        n = normalize(norm, args[0])
         if not (n.isfinite().all() and output.isfinite().all()):
             raise ConfigError(f"the calibration data makes values that are nan or infinite at {name}")
         fits.setdefault(name, ChannelFit()).add(n, output)

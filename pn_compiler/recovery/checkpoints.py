@@ -12,7 +12,7 @@ from pn_compiler.base.errors import ConfigError
 from pn_compiler.graph.graph_module import sites
 from pn_compiler.graph.graph_utils import called_module, module_calls
 from pn_compiler.graph.ranks import infer_ranks
-from pn_compiler.graph.warm_start import affine_from_running_stats
+from pn_compiler.graph.warm_start import affine_from_running_stats, population
 from pn_compiler.nn import INPUT_AFFINE, ProxyNormAct
 from pn_compiler.passes.absorption import Router
 from pn_compiler.passes.convert.insert_proxy_norm import compensate
@@ -28,8 +28,10 @@ def convert_state_dict(state_dict: Mapping[str, Any], model: nn.Module) -> dict[
 
     For each BatchNorm ``p`` of the original model, ``p.weight`` and ``p.bias`` are computed from all of
     its entries; ``p.running_mean``, ``p.running_var`` and ``p.num_batches_tracked`` are dropped, and
-    ``p.proxy_weight`` and ``p.proxy_bias`` start at 0. Consumers of a site undo its proxy normalization in
-    their weight and bias; the bias may be new. All other entries keep their names and values.
+    ``p.proxy_weight`` and ``p.proxy_bias`` start at 0. ``p.population_mean`` and ``p.population_var``, where
+    there are any, follow from the running statistics; ``p.anchor`` stays that of `model`. Consumers of a site
+    undo its proxy normalization in their weight and bias; the bias may be new. All other entries keep their
+    names and values.
 
     Args:
         state_dict: state_dict of the original model, with running statistics.
@@ -56,6 +58,12 @@ def convert_state_dict(state_dict: Mapping[str, Any], model: nn.Module) -> dict[
         weight, bias = affine_from_running_stats(norm, new.num_groups)
         new.weight.copy_(weight)
         new.bias.copy_(bias)
+        values = dict(
+            zip(("population_mean", "population_var"), population(norm, new.num_groups), strict=True)
+        )
+        for name, buffer in new.named_buffers():
+            if name in values:  # an anchor stays as it is
+                buffer.copy_(values[name])
         for name, parameter in new.named_parameters():
             if name.startswith("proxy_"):
                 parameter.zero_()

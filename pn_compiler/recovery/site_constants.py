@@ -7,12 +7,14 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 import torch
 from torch import Tensor, nn
 
+from pn_compiler.nn import FoldedNorm
 from pn_compiler.numerics.affine import channel_affine
 from pn_compiler.numerics.least_squares import ChannelFit
 from pn_compiler.running.evaluation import run
 from pn_compiler.running.inputs import Inputs
 
-Norms = Mapping[str, nn.GroupNorm]  # by path
+Norm = nn.GroupNorm | FoldedNorm  # of a folded network
+Norms = Mapping[str, Norm]  # by path
 Constants = Mapping[str, tuple[Tensor, Tensor]]  # path of a normalizer -> scale and shift, [C] each
 
 _CONSTANT = 1e-6  # below this variance, relative to its group's, a channel is constant: its slope is unknown
@@ -42,7 +44,7 @@ def sums(network: nn.Module, norms: Norms, batches: Iterable[Inputs]) -> dict[st
     """Sums over the inputs and outputs of each site in `network`. Additive: data shards can be merged."""
     fits = {name: ChannelFit() for name in norms}
 
-    def add(name: str, norm: nn.GroupNorm, x: Tensor, output: Tensor) -> None:
+    def add(name: str, norm: Norm, x: Tensor, output: Tensor) -> None:
         fits[name].add(x, output)
 
     for inputs in batches:
@@ -59,10 +61,10 @@ def _sums_behind(network: nn.Module, norms: Norms, batches: Iterable[Inputs]) ->
     fits = {name: ChannelFit() for name in norms}
     outputs: dict[str, list[Tensor]] = {name: [] for name in norms}  # one for each call, in order
 
-    def keep(name: str, norm: nn.GroupNorm, x: Tensor, output: Tensor) -> None:
+    def keep(name: str, norm: Norm, x: Tensor, output: Tensor) -> None:
         outputs[name].append(output.clone())  # later layers may modify it in place
 
-    def replace(name: str, norm: nn.GroupNorm, x: Tensor, output: Tensor) -> Tensor:
+    def replace(name: str, norm: Norm, x: Tensor, output: Tensor) -> Tensor:
         fits[name].add(x, outputs[name].pop(0))
         return channel_affine(x, *_solve(norm, fits[name]))
 
@@ -83,21 +85,21 @@ def solved(norms: Norms, fits: Mapping[str, ChannelFit]) -> Constants:
 def replaced(norms: Norms, constants: Constants) -> Iterator[None]:
     """Makes each site in `constants` return x * scale + shift."""
 
-    def replace(name: str, norm: nn.GroupNorm, x: Tensor, output: Tensor) -> Tensor:
+    def replace(name: str, norm: Norm, x: Tensor, output: Tensor) -> Tensor:
         return channel_affine(x, *constants[name])
 
     with _hooked({name: norms[name] for name in constants}, replace):
         yield
 
 
-_Hook = Callable[[str, nn.GroupNorm, Tensor, Tensor], Tensor | None]
+_Hook = Callable[[str, Norm, Tensor, Tensor], Tensor | None]
 
 
 @contextlib.contextmanager
 def _hooked(norms: Norms, hook: _Hook) -> Iterator[None]:
     """Calls ``hook(path, site, input, output)`` after each site; a tensor it returns replaces the output."""
 
-    def call(name: str, norm: nn.GroupNorm, args: tuple[Tensor], output: Tensor) -> Tensor | None:
+    def call(name: str, norm: Norm, args: tuple[Tensor], output: Tensor) -> Tensor | None:
         return hook(name, norm, args[0], output)
 
     with contextlib.ExitStack() as stack:
@@ -106,19 +108,22 @@ def _hooked(norms: Norms, hook: _Hook) -> Iterator[None]:
         yield
 
 
-def _solve(norm: nn.GroupNorm, fit: ChannelFit) -> tuple[Tensor, Tensor]:
+def _solve(norm: Norm, fit: ChannelFit) -> tuple[Tensor, Tensor]:
     """Scale and shift of `fit`, in at least float32.
 
     If a channel hardly varies, its slope is noise, and that of a normalizer with the statistics of all
     samples is used: weight / sqrt(V + eps), where V = mean_k(var_k + (mean_k - M)^2) over the channels k of
-    the group.
+    the group; for a FoldedNorm likewise.
     """
     var, mean = fit.xx / fit.count, fit.mean_x
     grouped = mean.view(norm.num_groups, -1)
     spread = var.view_as(grouped) + (grouped - grouped.mean(1, keepdim=True)) ** 2
     total = spread.mean(1, keepdim=True).expand_as(grouped).flatten()
-    weight = torch.ones_like(var) if norm.weight is None else norm.weight.double().cpu()
-    default = weight / (total + norm.eps).sqrt()
+    if isinstance(norm, FoldedNorm):
+        default = norm.constant_scale(mean, var)
+    else:
+        weight = torch.ones_like(var) if norm.weight is None else norm.weight.double().cpu()
+        default = weight / (total + norm.eps).sqrt()
     scale = torch.where(var < _CONSTANT * total, default, fit.solve(default)[0])
     shift = fit.mean_y - scale * mean
     like = torch.empty(0) if norm.weight is None else norm.weight

@@ -19,6 +19,7 @@ from pn_compiler.graph.graph_utils import module_calls
 from pn_compiler.graph.pass_base import run_pipeline
 from pn_compiler.graph.ranks import infer_ranks
 from pn_compiler.inspection.hooks import has_hooks
+from pn_compiler.nn import FoldedNorm
 from pn_compiler.passes import freeze_pipeline
 from pn_compiler.pipeline.folding import fold
 from pn_compiler.recovery.freeze_report import FreezeReport, FrozenSite
@@ -54,7 +55,8 @@ def freeze_statistics(
 
     Args:
         model: a result of `transform` or `fold`, or any other module that torch.fx can trace; the sites are
-            its ``nn.GroupNorm`` modules. It is left untouched. Proxy normalization is folded first.
+            its ``nn.GroupNorm`` modules, and what `fold` makes of anchored ones. It is left untouched. Proxy
+            normalization is folded first.
         calibration: batches of inputs like those that the model will see, such as a DataLoader or a list.
             Of a tuple or list the first element is the input, as in (images, labels); a mapping holds
             arguments by name; anything else is the one argument. They are read once, and held in memory.
@@ -149,7 +151,9 @@ class _Scale:
 
 def _find_sites(network: nn.Module) -> tuple[Norms, dict[str, str]]:
     """(the normalizers that can be frozen, in call order; why others cannot), both by path."""
-    norms = {name: module for name, module in network.named_modules() if type(module) is nn.GroupNorm}
+    norms = {
+        name: module for name, module in network.named_modules() if type(module) in (nn.GroupNorm, FoldedNorm)
+    }
     called = [
         f"{path}.{name}" if path else name
         for path, graph in named_graphs(network)

@@ -16,7 +16,7 @@ from pn_compiler.inspection.captured import attributes, reachable
 from pn_compiler.inspection.containers import Containers
 from pn_compiler.inspection.execution_modes import ExecutionModes
 from pn_compiler.inspection.module_state import ModuleState, hidden, inside_checkpoint
-from pn_compiler.nn import ProxyNormAct, ReadTraining
+from pn_compiler.nn import AnchoredNorm, ProxyNormAct, ReadTraining
 from pn_compiler.proxies.known_types import SAMPLE, UNKNOWN, is_python_value, may_return_none, sample_of
 from pn_compiler.proxies.proxies import PROXIES, TracedProxy, module_proxy
 from pn_compiler.proxies.trace_failures import RefusingTracer
@@ -30,7 +30,7 @@ from pn_compiler.tracing.traced_ranks import TracedRanks
 from pn_compiler.tracing.traced_writes import TracedWrites
 from pn_compiler.tracing.training_flag import training_flags
 
-_LAYERS = (ProxyNormAct.__module__, ReadTraining.__module__)  # all that are there
+_LAYERS = (ProxyNormAct.__module__, AnchoredNorm.__module__, ReadTraining.__module__)  # all that are there
 
 
 class Tracer(RefusingTracer):

@@ -1,0 +1,234 @@
+"""Normalizers whose statistics know the population that the network was trained on.
+
+`Normalizer` is what the sites of a converted network have in common; `AnchoredNorm` is a site without an
+activation, and `FoldedNorm` what `pn_compiler.fold` makes of it if no ``nn.GroupNorm`` computes the same. All
+are leaves for torch.fx.
+"""
+
+from typing import Literal, get_args
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pn_compiler.base.errors import ConfigError
+from pn_compiler.numerics.affine import channel_affine, per_channel
+
+Statistics = Literal["group", "anchored", "rms"]
+
+
+class Normalizer(nn.Module):
+    """Normalizes over groups of channels, with weight and bias; `normalize` computes it.
+
+    With m and v the mean and variance over [C / G, *] of one instance and group, M and V those of the
+    population, and b the anchor, three kinds of statistics (docs/method.md)::
+
+        "group"       (x - m) / sqrt(v + eps)                                        GroupNorm
+        "anchored"    (x - m) / sqrt((1 - b) v + b V + eps)
+        "rms"         (x - M) / sqrt((1 - b) E[(x - M)^2] + b V + eps)               E over [C / G, *], too
+
+    With b = 0 nothing of V is left; "rms" with b = 1 is a BatchNorm as it is evaluated.
+
+    Args:
+        num_groups: G; 1 is LayerNorm over [C, *], C is InstanceNorm.
+        num_channels: C.
+        eps: added to the variance.
+        statistics: one of the three.
+        device, dtype: device and dtype of parameters and buffers.
+
+    Parameters: ``weight`` and ``bias``, [C].
+    Buffers: ``population_mean`` (M, "rms" only), ``population_var`` (V) and ``anchor`` (b), each [G]; "group"
+        has none. They start as 0, 1 and 0.
+    """
+
+    population_mean: Tensor | None
+    population_var: Tensor | None
+    anchor: Tensor | None
+
+    def __init__(
+        self,
+        num_groups: int,
+        num_channels: int,
+        eps: float = 1e-5,
+        *,
+        statistics: Statistics = "group",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        if num_groups < 1 or num_channels % num_groups:
+            raise ConfigError(f"num_groups={num_groups} does not divide num_channels={num_channels}")
+        if statistics not in get_args(Statistics):
+            raise ConfigError(f"statistics={statistics!r}: expected one of {get_args(Statistics)}")
+        self.num_groups = num_groups
+        self.num_channels = num_channels
+        self.eps = eps
+        self.statistics: Statistics = statistics
+        self.weight = nn.Parameter(torch.ones(num_channels, device=device, dtype=dtype))
+        self.bias = nn.Parameter(torch.zeros(num_channels, device=device, dtype=dtype))
+        zeros, has = torch.zeros(num_groups, device=device, dtype=dtype), statistics != "group"
+        self.register_buffer("population_mean", zeros if statistics == "rms" else None)
+        self.register_buffer("population_var", torch.ones_like(zeros) if has else None)
+        self.register_buffer("anchor", torch.zeros_like(zeros) if has else None)
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Sets weight to 1 and bias to 0. The population stays: it is no parameter."""
+        nn.init.ones_(self.weight)
+        nn.init.zeros_(self.bias)
+
+    def normalize(self, x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
+        """weight * normalized x + bias, in the dtype of `x`; both [C] or None.
+
+        Statistics of half precision are computed in float32.
+        """
+        if self.population_var is None or self.anchor is None:
+            if torch.is_grad_enabled() and not x.requires_grad:
+                x = x.contiguous()  # torch 2.13 crashes in the backward of channels_last ones on a CPU
+            return F.group_norm(x, self.num_groups, weight, bias, self.eps)
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        share, var = 1 - self.anchor.to(wide), self.anchor.to(wide) * self.population_var.to(wide) + self.eps
+        mean = self.population_mean
+        center = group_means(wide, self.num_groups) if mean is None else _of_groups(mean.to(wide), self, wide)
+        d = wide - center
+        factor = _factor(d, self, share, var)
+        if weight is not None:
+            factor = factor * per_channel(weight, d)  # one product less of the size of x
+        return (d * factor if bias is None else d * factor + per_channel(bias, d)).to(x.dtype)
+
+    def constants(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        """(V, b, M) in float64, [G] each; M is None if the instance's mean is subtracted."""
+        assert self.population_var is not None
+        assert self.anchor is not None
+        mean = None if self.population_mean is None else self.population_mean.double()
+        return self.population_var.double(), self.anchor.double(), mean
+
+    def _describe(self) -> str:
+        return "" if self.statistics == "group" else f", statistics={self.statistics!r}"
+
+
+class AnchoredNorm(Normalizer):
+    """A site without an activation, whose statistics are "anchored" or "rms": see `Normalizer`.
+
+    Shape: x is [N, C, *], and so is the result, in the dtype of x.
+    """
+
+    def __init__(
+        self,
+        num_groups: int,
+        num_channels: int,
+        eps: float = 1e-5,
+        *,
+        statistics: Statistics = "rms",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(num_groups, num_channels, eps, statistics=statistics, device=device, dtype=dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.normalize(x, self.weight, self.bias)
+
+    def extra_repr(self) -> str:
+        return f"{self.num_groups}, {self.num_channels}, eps={self.eps}{self._describe()}"
+
+
+class FoldedNorm(nn.Module):
+    """An `AnchoredNorm` at inference, with all that is constant folded::
+
+        y = weight (x - c) / sqrt(share E[(x - c)^2] + var) + bias        E over [C / G, *] of one instance
+
+    Args:
+        num_groups: G.
+        centered: whether c is the mean of the instance's group, and E its variance. Else it is `shift`.
+        share, var: [G]; a `share` of None is 1.
+        shift: [C]; None is 0.
+        weight, bias: [C].
+    """
+
+    share: Tensor | None
+    var: Tensor
+    shift: Tensor | None
+
+    def __init__(
+        self,
+        num_groups: int,
+        *,
+        centered: bool,
+        share: Tensor | None,
+        var: Tensor,
+        shift: Tensor | None,
+        weight: Tensor,
+        bias: Tensor,
+    ) -> None:
+        super().__init__()
+        self.num_groups, self.num_channels, self.centered = num_groups, len(weight), centered
+        self.weight, self.bias = nn.Parameter(weight), nn.Parameter(bias)
+        self.register_buffer("share", share)
+        self.register_buffer("var", var)
+        self.register_buffer("shift", shift)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.normalize(x, self.weight, self.bias)
+
+    def normalize(self, x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
+        """weight * normalized x + bias; both [C] or None."""
+        if self.centered:
+            x = x - group_means(x, self.num_groups)
+        elif self.shift is not None:
+            x = x - per_channel(self.shift, x)
+        y = x * _factor(x, self, self.share, self.var)
+        return y if weight is None else channel_affine(y, weight, bias)  # which becomes one Conv
+
+    def constant_scale(self, mean: Tensor, var: Tensor) -> Tensor:
+        """weight / sqrt(share V + var), [C] float64, V of inputs with these moments per channel, [C]."""
+        mean, share = mean.double(), 1.0 if self.share is None else self.share.double().cpu()
+        grouped = mean.view(self.num_groups, -1)
+        if self.centered:
+            center = grouped.mean(1, keepdim=True)
+        else:
+            center = torch.zeros(1) if self.shift is None else self.shift.double().cpu().view_as(grouped)
+        spread = (var.view_as(grouped) + (grouped - center) ** 2).mean(1)
+        deviation = (share * spread + self.var.double().cpu()).sqrt()
+        return self.weight.double().cpu() / deviation.repeat_interleave(self.num_channels // self.num_groups)
+
+    def extra_repr(self) -> str:
+        return f"{self.num_groups}, {self.num_channels}, centered={self.centered}"
+
+
+def group_means(x: Tensor, num_groups: int) -> Tensor:
+    """Means of x [N, C, *] over each group of an instance, [N, 1 or C, 1, ...].
+
+    They are taken over each channel, then over the group: no sum is long, and any memory format will do.
+    """
+    means = x.mean(tuple(range(2, x.dim())), keepdim=True) if x.dim() > 2 else x
+    if num_groups == 1:
+        return means.mean(1, keepdim=True)
+    grouped = means.reshape(len(x), num_groups, -1)
+    return grouped.mean(2, keepdim=True).expand_as(grouped).reshape(means.shape)
+
+
+def _of_groups(values: Tensor, norm: "Normalizer | FoldedNorm", x: Tensor) -> Tensor:
+    """`values` [G] in the shape to broadcast against `x`, [N, C, *]."""
+    if norm.num_groups > 1:
+        values = values.repeat_interleave(norm.num_channels // norm.num_groups)
+    return values.view(-1, *[1] * (x.dim() - 2))
+
+
+def _factor(d: Tensor, norm: "Normalizer | FoldedNorm", share: Tensor | None, var: Tensor) -> Tensor:
+    """1 / sqrt(share E[d^2] + var), E over the group, [N, 1 or C, 1, ...]; share and var [G]."""
+    squares = group_means(d * d, norm.num_groups)
+    if share is not None:
+        squares = squares * _of_groups(share, norm, d)
+    return torch.rsqrt(squares + _of_groups(var, norm, d))
+
+
+def normalize(
+    norm: "nn.GroupNorm | Normalizer | FoldedNorm",
+    x: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+) -> Tensor:
+    """weight * normalized x + bias, with the statistics of a site, folded or not; both [C] or None."""
+    if not isinstance(norm, nn.GroupNorm):
+        return norm.normalize(x, weight, bias)
+    return F.group_norm(x, norm.num_groups, weight, bias, norm.eps)
