@@ -270,6 +270,8 @@ def test_finished_rows_are_not_run_again(
         ([], "no network has its data: give --images DIR, --cifar and --weights, or --sounds"),
         (["--networks", "resnet20", "--cifar", "x"], "resnet20 needs --weights"),
         (["--networks", "crepe", "--images", "x"], "crepe needs --sounds"),
+        (["--images", "x", "--folds", "0"], "folds=0: expected 1 or more"),
+        (["--images", "x", "--recover", "-1"], "recover=-1: expected 1 or more"),
         (["--networks", "vgg"], r"unknown: \['vgg'\]"),
         (["--variants", "frozen", "--sounds"], r"unknown: \['frozen'\]"),
     ],

@@ -46,7 +46,16 @@ def _short(row: Row) -> str:
 
 def table(rows: Sequence[Row]) -> str:
     """Markdown: a line for each network and variant, with all figures."""
-    head = ("network", "variant", "accuracy, %", "lost", "same class, %", "divergence", "seconds", "samples")
+    head = (
+        "network",
+        "variant",
+        "accuracy, %",
+        "lost",
+        "same class, %",
+        "divergence",
+        "seconds",
+        "recovered with",
+    )
     lines = [" | ".join(["| " + head[0], *head[1:]]) + " |", "| --- " * len(head) + "|"]
     for network in TASKS:
         own = {row["variant"]: row for row in rows if row["network"] == network}
@@ -108,12 +117,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         check_writable(arguments.json)
     rows = tasks.read(arguments.json, "network", "variant", "settings")
     done = [(row["network"], row["variant"], row["settings"]) for row in rows]
-    missing = [row for row in asked if (row[0], row[1], settings(options)) not in done]
+    missing = [row for row in asked if (row[0], row[1], settings(row[0], options)) not in done]
     for row in tasks.run(run_row, dict.fromkeys(missing, 1), arguments.jobs):
         rows.append(row)
         if arguments.json is not None:
             write_atomically(arguments.json, json.dumps(rows, indent=1).encode())
-    wanted = [(name, variant, settings(options)) for name, variant, _ in asked]
+    wanted = [(name, variant, settings(name, options)) for name, variant, _ in asked]
     found = [row for row in rows if (row["network"], row["variant"], row["settings"]) in wanted]
     print(f"accuracy / same class as with BatchNorm, %\n\n{overview(found)}\n\n{table(found)}\n")
     print(

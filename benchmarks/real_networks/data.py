@@ -11,6 +11,7 @@ from torch import Tensor
 
 from benchmarks.real_networks import sounds
 from pn_compiler.base.errors import ConfigError
+from pn_compiler.base.option_checks import check_number
 from pn_compiler.data.class_folders import class_labels
 from pn_compiler.data.image_folder import RGB, ImageFolder, Preprocessing
 
@@ -41,6 +42,11 @@ class Options:
     folds: int = 5
     limit: int | None = None
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("sounds", "recover", "folds", "limit"):
+            if getattr(self, name) is not None:
+                check_number(name, getattr(self, name), "1 or more", 1, whole=True)
 
 
 class Inputs(Protocol):

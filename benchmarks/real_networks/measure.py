@@ -92,7 +92,7 @@ def run_row(name: str, variant: str, options: Options) -> Row:
     right = task.figures.right(actual, labels).double().mean()
     same = task.figures.same(actual, reference).double().mean()
     return {
-        "network": name, "variant": variant, "settings": settings(options), "samples": len(labels),
+        "network": name, "variant": variant, "settings": settings(name, options), "samples": len(labels),
         "recovery": max(len(split.recovery) for split in splits) if make.needs_data else 0,
         "accuracy": 100 * float(right), "same": 100 * float(same),
         "divergence": task.figures.divergence(actual, reference),
@@ -118,7 +118,8 @@ def outputs_of(network: nn.Module, inputs: Inputs) -> Tensor:
     return torch.cat(outputs)
 
 
-def settings(options: Options) -> Row:
-    """What a finished row must have in common with one that is asked for, as JSON has it."""
-    stored: Row = json.loads(json.dumps(dataclasses.asdict(options), default=str))
+def settings(name: str, options: Options) -> Row:
+    """What a finished row of a network must have in common with one that is asked for, as JSON has it."""
+    needed = (*TASKS[name].needs, "recover", "folds", "limit", "seed")
+    stored: Row = json.loads(json.dumps({need: getattr(options, need) for need in needed}, default=str))
     return stored
