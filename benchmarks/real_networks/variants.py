@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 import pn_compiler
 from benchmarks import swaps
-from pn_compiler.base.config import Norm
+from pn_compiler.base.config import Norm, TransformConfig
 
 BATCH = 32  # samples in each batch of those that are read
 
@@ -79,6 +79,7 @@ VARIANTS: dict[str, Variant] = {
     "BatchNorm": Swapped(None),
     "plain swap": Swapped(keep=True),
     "opacus": Swapped(keep=False),
+    **({} if TransformConfig() == TransformConfig(norm="layer") else {"default": Converted({})}),
     "layer": Converted({"norm": "layer"}),
     "group": Converted({"norm": "group"}),
     **{f"rms {anchor:g}": Converted({"norm": "rms", "anchor": anchor}) for anchor in ANCHORS},
