@@ -141,7 +141,7 @@ class RecoveryConfig:
     distill_steps: int = dataclasses.field(
         default=0,
         metadata=about(
-            "train the result for some steps, 150 for example, to match the outputs of the original on the "
+            "train the result for some steps, 200 for example, to match the outputs of the original on the "
             "samples of --calibrate",
             flag="--distill", metavar="STEPS",
         ),
@@ -204,9 +204,9 @@ _BOUNDS = {
 class DistillConfig:
     """Options of `pn_compiler.distill` that are numbers or choices; see there for their meaning."""
 
-    steps: int = dataclasses.field(default=150, metadata=about("of the optimizer; 0 only measures", flag=""))
-    batch_size: int = dataclasses.field(default=64, metadata=about("samples in a step", flag=""))
-    lr: float = dataclasses.field(default=5e-4, metadata=about("learning rate at the first step", flag=""))
+    steps: int = dataclasses.field(default=200, metadata=about("of the optimizer; 0 only measures", flag=""))
+    batch_size: int = dataclasses.field(default=16, metadata=about("samples in a step", flag=""))
+    lr: float = dataclasses.field(default=1e-3, metadata=about("learning rate at the first step", flag=""))
     seed: int = dataclasses.field(
         default=0, metadata=about("of the held-out part and the order of samples", flag="")
     )

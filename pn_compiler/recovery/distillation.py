@@ -18,10 +18,11 @@ from pn_compiler.base.options import pick
 from pn_compiler.base.strict_json import to_json
 from pn_compiler.data.samples import Outputs, Samples, digest
 from pn_compiler.recovery.metric import Metric
+from pn_compiler.recovery.site_matching import SiteMatching
 from pn_compiler.recovery.trainer import Checkpoint, Loss, Trainer
 from pn_compiler.running.copying import copy_model, unwrap
 from pn_compiler.running.evaluation import untouched
-from pn_compiler.running.losses import output_loss, readings
+from pn_compiler.running.losses import floating_outputs, output_loss, readings
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -31,9 +32,12 @@ class DistillReport:
     Attributes:
         steps: number of steps taken.
         best_step: the step whose state is returned; 0 is the original model.
-        loss_before, loss_after: loss of the original model and of the result on the held-out samples.
+        loss_before, loss_after: loss of the outputs of the original model and of the result, on the held-out
+            samples.
         agreement_before, agreement_after: share of held-out samples, or of their pixels, where the model and
             the teacher predict the same class, from 0 to 1; None if no output is treated as logits.
+        divergence_before, divergence_after: KL divergence from the teacher in nats, on the held-out samples;
+            None if no output is treated as logits.
         outputs: place of each floating-point output -> what it is treated as, in words.
         rollbacks: how often the model became worse than the original, so that training rolled back to its
             best state and continued at a quarter of the learning rate.
@@ -51,6 +55,8 @@ class DistillReport:
     loss_after: float
     agreement_before: float | None
     agreement_after: float | None
+    divergence_before: float | None
+    divergence_after: float | None
     outputs: dict[str, str]
     rollbacks: int
     training: int
@@ -74,6 +80,8 @@ class DistillReport:
         if self.agreement_before is not None and self.agreement_after is not None:
             shares = f"{100 * self.agreement_before:.1f} % -> {100 * self.agreement_after:.1f} %"
             lines[1] += f", the teacher's class {shares}"
+        if self.divergence_before is not None and self.divergence_after is not None:
+            lines[1] += f", KL divergence {self.divergence_before:.2g} -> {self.divergence_after:.2g} nats"
         if self.metric_before is not None and self.metric_after is not None:
             lines[1] += f", {self.metric} {self.metric_before:.6g} -> {self.metric_after:.6g}"
         if self.rollbacks:
@@ -103,12 +111,18 @@ def distill(
 ) -> tuple[nn.Module, DistillReport]:
     """Trains a copy of `model` for a few steps to match the outputs of `teacher`. It needs no labels.
 
+    Where `model` was converted from `teacher`, it learns what the BatchNorms give, on the inputs that the
+    normalizers have in the running model: a few hundred samples have too few outputs to learn from. The more
+    outputs there are for each parameter, the more they count; for any other model they are all there is.
+
     The optimizer is Adam without weight decay, on all parameters that require gradients. Both networks run in
-    eval mode, because that is the function that will be used: without dropout or stochastic depth. The loss
-    on held-out samples is measured before the first step, after every 25th and after the last one; the result
-    is the state with the lowest loss, which may be the initial one. If the loss rises above its initial
-    value, training rolls back to the best state and continues at a quarter of the learning rate. A loss or
-    gradient that is nan or infinite stops the training.
+    eval mode, because that is the function that will be used: without dropout or stochastic depth. Before the
+    first step, after every 25th and after the last one, the model is compared with the teacher on held-out
+    samples. The result is the state with the lowest distance, which may be the initial one: for logits the
+    KL divergence (at temperature 1), and only if no fewer samples than at the beginning have the teacher's
+    class; for other outputs the relative L2 distance. If the distance rises above its initial value, training
+    rolls back to the best state and continues at a quarter of the learning rate. A loss or gradient that is
+    nan or infinite stops the training.
 
     The first `max_samples` samples of `batches` are held in memory, up to 1 GB. A random part of them is held
     out; the rest are shuffled into batches of `batch_size`, again and again. So `batches` is read only once,
@@ -124,7 +138,8 @@ def distill(
         batches: an iterable of batches, such as a DataLoader or a list, or one tensor; as for `diagnose`.
         steps: number of optimizer steps; 0 only measures.
         batch_size: samples per step.
-        lr: Adam's learning rate at the first step; it falls to zero along a cosine.
+        lr: Adam's learning rate at the first step; it falls to zero along a cosine. For parameters with at
+            most one value a channel it is five times as high, if there are BatchNorms to learn from.
         seed: for the held-out split, the order of samples, and torch's random numbers while the batches are
             read. On a CPU with the same number of threads the result is bit-for-bit the same; torch's own
             random state is left as it was.
@@ -135,12 +150,12 @@ def distill(
             as embeddings. "auto": those of shape [N, K]; those of shape [N, K, *S] count as values, but a
             state whose divergence as logits is worse than the initial one is not kept.
         metric: (outputs, labels) -> a number, higher is better; or its name, ``package.module:function``,
-            which is imported. Batches are then (inputs, labels). It decides instead of the loss: the result
-            is the state with the highest metric on the held-out samples, of equal ones that with the lowest
-            loss, and training rolls back where it falls below the initial one. It is called as by
+            which is imported. Batches are then (inputs, labels). It decides instead of the distance: the
+            result is the state with the highest metric on the held-out samples, of equal ones the nearest to
+            the teacher, and training rolls back where it falls below the initial one. It is called as by
             `freeze_statistics`; nothing is trained on labels.
-        loss: (model's outputs, teacher's outputs) -> scalar, instead of `output_loss`; `logits` then only
-            selects what the agreement compares.
+        loss: (model's outputs, teacher's outputs) -> scalar, instead of `output_loss`. It also decides which
+            state is kept; `logits` then only selects what agreement and divergence compare.
         checkpoint: a file that is written every few seconds. A later call with the same arguments resumes
             from there, with a bit-for-bit identical result. It is kept at the end.
 
@@ -160,8 +175,6 @@ def distill(
     if checkpoint is not None:
         check_path("checkpoint", checkpoint)
     file = None if checkpoint is None else Checkpoint(Path(checkpoint))
-    # With "auto", maps may hold values or logits: the result must be no worse as either.
-    watched = functools.partial(output_loss, logits="all") if loss is None and logits == "auto" else None
     student, teacher = copy_model(unwrap(model)), unwrap(teacher)
     _refuse(student)
     with untouched(teacher), untouched(student):
@@ -175,7 +188,8 @@ def distill(
         size = 1 if samples.whole else min(batch_size, len(train))
         trainer = Trainer(
             student, expected, samples, loss or functools.partial(output_loss, logits=logits),
-            watched=watched, metric=measure, lr=lr, logits=logits, seed=seed,
+            by_loss=loss is not None, metric=measure, sites=SiteMatching(student, teacher),
+            output_share=_output_share(student, expected([0]), len(train)), lr=lr, logits=logits, seed=seed,
             batches=_order(train, steps, size, generator), held_out=torch.split(held, size),
         )  # fmt: skip
         if file is not None:
@@ -188,6 +202,7 @@ def distill(
     return student, DistillReport(
         steps=trainer.step, best_step=result.step, loss_before=trainer.start.loss, loss_after=result.loss,
         agreement_before=trainer.start.agreement, agreement_after=result.agreement,
+        divergence_before=trainer.start.divergence, divergence_after=result.divergence,
         outputs=outputs, rollbacks=trainer.rollbacks,
         training=len(train), held_out=len(held), unit="batches" if samples.whole else "samples",
         seconds=prepared - began + trainer.seconds, stopped=trainer.stopped,
@@ -207,6 +222,21 @@ def _refuse(student: nn.Module) -> None:
             f"{narrow[0]} is {str(trainable[narrow[0]].dtype).removeprefix('torch.')}, too coarse for small "
             "steps: distill the model and its teacher in float32 (model.float()), and convert the result"
         )
+
+
+def _output_share(student: nn.Module, output: Any, samples: int) -> float:
+    """Weight of the outputs' loss beside that of the sites: (output values / parameters)^2, from 0.01 to 1.
+
+    With fewer values than parameters, training learns the outputs of these samples by heart, and those of
+    others become worse: docs/distillation.md.
+
+    Args:
+        output: the teacher's, for one sample.
+        samples: how many are trained on.
+    """
+    values = samples * sum(tensor.numel() for tensor in floating_outputs(output).values())
+    parameters = sum(p.numel() for p in student.parameters() if p.requires_grad)
+    return min(1.0, max(0.1, values / parameters)) ** 2
 
 
 def _order(rows: Tensor, steps: int, size: int, generator: torch.Generator) -> Sequence[Tensor]:

@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import math
+import operator
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -16,15 +17,17 @@ from tqdm import tqdm
 from pn_compiler.base.errors import ConfigError, LoadError
 from pn_compiler.data.samples import Outputs, Samples, digest
 from pn_compiler.recovery.metric import Metric
+from pn_compiler.recovery.site_matching import SiteMatching
 from pn_compiler.running.evaluation import run
-from pn_compiler.running.losses import Logits, agreement
+from pn_compiler.running.losses import Logits, agreement, distance, divergence
 
 Loss = Callable[[Any, Any], Tensor]  # (student's outputs, teacher's outputs) -> scalar
 
 EVALUATE_EVERY = 25  # steps
 SAVE_EVERY = 5.0  # seconds
+AFFINE_RATE = 5.0  # factor on the learning rate of parameters with one value a channel, to match sites
 BACKOFF = 0.25  # factor on the learning rate at each rollback
-_KIND = "pn_compiler.distill, version 2"
+_KIND = "pn_compiler.distill, version 3"
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -33,44 +36,62 @@ class EvalResult:
 
     Attributes:
         step: the step after which it was evaluated.
-        loss: mean over the samples.
+        loss: mean over the samples of the loss that is trained on.
         agreement: share of samples, or of their pixels, where student and teacher predict the same class;
             None without logits.
-        watched: mean of a second loss; 0 without one.
-        metric: the user's, higher is better; None without one. It decides alone.
+        divergence: that of the logits in nats, at temperature 1; None without logits.
+        distance: the divergence, and the relative L2 distance of outputs that are not logits.
+        watched: the distance with maps that may hold logits taken for logits; 0 if it is said what they are.
+        metric: the user's, higher is better; None without one. It decides first.
     """
 
     step: int
     loss: float
     agreement: float | None
+    divergence: float | None
+    distance: float
     watched: float
     metric: float | None = None
 
-    def better_than(self, best: "EvalResult", start: "EvalResult") -> bool:
-        """Whether it replaces the best one so far; by the loss where the metric is equal."""
-        if self.metric is None or best.metric is None:
-            return self.loss < best.loss and self.watched <= start.watched
-        return self.metric > best.metric or (self.metric == best.metric and self.loss < best.loss)
+    def better_than(self, best: "EvalResult", start: "EvalResult", *, by_loss: bool) -> bool:
+        """Whether it replaces the best one so far: nearer to the teacher, and in no respect below the start.
 
-    def worse_than(self, start: "EvalResult") -> bool:
-        """Whether it is worse than the initial one; a metric that is nan is."""
-        if self.metric is None or start.metric is None:
-            return self.loss > start.loss or self.watched > start.watched
-        return not self.metric >= start.metric
+        Args:
+            best, start: the best evaluation, and the initial one.
+            by_loss: whether the loss decides alone, as the user's own does.
+        """
+        if self.metric is not None and best.metric is not None and self.metric != best.metric:
+            return self.metric > best.metric
+        if by_loss:
+            return self.loss < best.loss
+        if self.agreement is not None and start.agreement is not None and self.agreement < start.agreement:
+            return False
+        return self.distance < best.distance and self.watched <= start.watched
+
+    def worse_than(self, start: "EvalResult", *, by_loss: bool) -> bool:
+        """Whether the steps were too long, which a few samples of another class do not show."""
+        if self.metric is not None and start.metric is not None:
+            return not self.metric >= start.metric  # nan is worse, too
+        if by_loss:
+            return self.loss > start.loss
+        return self.distance > start.distance or self.watched > start.watched
 
 
 class Trainer:
     """Trains the student with Adam and keeps its best state.
 
-    If an evaluation is worse than the initial one, the steps are too long: the trainer rolls back to the best
+    It learns from the outputs of its teacher and, where it was converted from that, from its BatchNorms. If
+    an evaluation is worse than the initial one, the steps are too long: the trainer rolls back to the best
     state and continues with a new Adam at a quarter of the learning rate.
 
     Args:
         student: trained in place, in its current mode.
         teacher, samples: the target outputs, and the samples that they belong to.
         loss: returns a scalar.
-        watched: a second loss, by which the result must be no worse than the start either; or None.
-        metric: what decides instead of both losses; or None.
+        by_loss: whether it also decides what is kept, instead of agreement and divergence.
+        metric: what decides before all of them; or None.
+        sites: the sites to match besides; false if there are none.
+        output_share: weight of the loss, relative to its initial value, beside the distance of the sites.
         lr: initial learning rate; it falls to zero along a cosine.
         logits: which outputs `agreement` compares.
         seed: of torch's random numbers, for a student that draws some.
@@ -95,8 +116,10 @@ class Trainer:
         samples: Samples,
         loss: Loss,
         *,
-        watched: Loss | None,
+        by_loss: bool,
         metric: Metric | None,
+        sites: SiteMatching,
+        output_share: float,
         lr: float,
         logits: Logits,
         seed: int,
@@ -104,10 +127,11 @@ class Trainer:
         held_out: Sequence[Tensor],
     ) -> None:
         self._student, self._teacher, self._samples, self._loss = student, teacher, samples, loss
-        self._watched, self._lr, self._logits, self._seed = watched, lr, logits, seed
-        self._batches, self._held_out, self._metric = batches, held_out, metric
+        self._by_loss, self._sites, self._output_share = by_loss, sites, output_share
+        self._metric, self._lr, self._logits, self._seed = metric, lr, logits, seed
+        self._batches, self._held_out = batches, held_out
         self._parameters = [p for p in student.parameters() if p.requires_grad]
-        self._optimizer = torch.optim.Adam(self._parameters)
+        self._optimizer = self._adam()
         self._best = self._copies()
         self.step, self.rollbacks, self.seconds, self.stopped = 0, 0, 0.0, ""
         self.start = self.result = self._evaluate()
@@ -137,7 +161,7 @@ class Trainer:
         torch.manual_seed(self._seed + number)  # so that a resumed run draws the same numbers
         self._optimizer.zero_grad()
         with torch.enable_grad():
-            loss = self._loss_on(self._batches[self.step])[0]
+            loss = self._training_loss(self._batches[self.step])
             if not loss.requires_grad:
                 raise ConfigError("the loss does not depend on any parameter that requires gradients")
             torch.autograd.backward(loss)
@@ -146,7 +170,7 @@ class Trainer:
             self.stopped = f"loss or gradient of step {number} is nan or infinite"
             return
         for group in self._optimizer.param_groups:
-            group["lr"] = self._rate()
+            group["lr"] = self._rate() * group["factor"]
         self._optimizer.step()
         self.step = number
         if number % EVALUATE_EVERY and number < len(self._batches):
@@ -154,17 +178,37 @@ class Trainer:
         evaluated = self._evaluate()
         if not math.isfinite(evaluated.loss):
             self.stopped = f"the held-out loss is nan or infinite after step {number}"
-        elif evaluated.better_than(self.result, self.start):
+        elif evaluated.better_than(self.result, self.start, by_loss=self._by_loss):
             self.result, self._best = evaluated, self._copies()
-        elif evaluated.worse_than(self.start):
+        elif evaluated.worse_than(self.start, by_loss=self._by_loss):
             self.rollbacks += 1
             self._assign(self._best)
-            self._optimizer = torch.optim.Adam(self._parameters)
+            self._optimizer = self._adam()
+
+    def _adam(self) -> torch.optim.Adam:
+        kernels = [p for p in self._parameters if p.ndim > 1]
+        others = [p for p in self._parameters if p.ndim <= 1]
+        groups = [
+            {"params": kernels, "factor": 1.0},
+            {"params": others, "factor": AFFINE_RATE if self._sites else 1.0},
+        ]
+        return torch.optim.Adam([group for group in groups if group["params"]])
 
     def _rate(self) -> float:
         """Learning rate of the next step."""
         share = (1 + math.cos(math.pi * self.step / len(self._batches))) / 2
         return self._lr * BACKOFF**self.rollbacks * share
+
+    def _training_loss(self, rows: Tensor) -> Tensor:
+        if not self._sites:
+            return self._loss_on(rows)[0]
+        self._sites.observe_teacher(self._samples.inputs(rows.tolist()))
+        with self._sites.comparing():
+            loss = self._loss_on(rows)[0]
+        distance = self._sites.distance()
+        if distance is None:
+            return loss
+        return self._output_share / (abs(self.start.loss) or 1.0) * loss + distance
 
     def _loss_on(self, rows: Tensor) -> tuple[Tensor, Any, Any]:
         """Loss on the samples `rows`, and the outputs of the student and the teacher."""
@@ -178,20 +222,24 @@ class Trainer:
 
     @torch.no_grad()
     def _evaluate(self) -> EvalResult:
-        total = watched = same = 0.0
-        count = sum(map(len, self._held_out))
-        classes, kept = True, []
+        results, kept = [], []
         for rows in self._held_out:
             loss, outputs, expected = self._loss_on(rows)
             kept += [outputs] if self._metric else []
-            share = agreement(outputs, expected, self._logits)
-            total += float(loss) * len(rows)
-            watched += float(self._watched(outputs, expected)) * len(rows) if self._watched else 0.0
-            same += (share or 0.0) * len(rows)
-            classes = share is not None
+            maps = self._logits == "auto" and not self._by_loss
+            results.append(
+                EvalResult(
+                    self.step,
+                    float(loss),
+                    agreement(outputs, expected, self._logits),
+                    divergence(outputs, expected, self._logits),
+                    distance(outputs, expected, self._logits),
+                    distance(outputs, expected, "all") if maps else 0.0,
+                )
+            )
         metric = None if self._metric is None else self._metric.value(kept, self._held_out)
-        share = same / count if classes else None
-        return EvalResult(self.step, total / count, share, watched / count, metric)
+        mean = _mean(results, [len(rows) for rows in self._held_out])
+        return dataclasses.replace(mean, metric=metric)
 
     def _copies(self) -> list[Tensor]:
         return [p.detach().clone() for p in self._parameters]
@@ -210,7 +258,7 @@ class Trainer:
             "optimizer": self._optimizer.state_dict(),
             "start": dataclasses.astuple(self.start),
             "result": dataclasses.astuple(self.result),
-            "retreats": self.rollbacks,  # its name in files of version 2
+            "rollbacks": self.rollbacks,
             "seconds": self.seconds,
             "stopped": self.stopped,
         }
@@ -223,8 +271,17 @@ class Trainer:
         own = self.start  # the file may come from another loss, or metric, with equal values
         self.start, self.result = EvalResult(*state["start"]), EvalResult(*state["result"])
         self.start = dataclasses.replace(self.start, watched=own.watched, metric=own.metric)
-        self.step, self.rollbacks = state["step"], state["retreats"]
+        self.step, self.rollbacks = state["step"], state["rollbacks"]
         self.seconds, self.stopped = state["seconds"], state["stopped"]
+
+
+def _mean(results: Sequence[EvalResult], sizes: Sequence[int]) -> EvalResult:
+    """The mean over batches of these sizes; what is None in one of them is None."""
+    columns = zip(*map(dataclasses.astuple, results), strict=True)
+    means = [
+        None if None in column else sum(map(operator.mul, column, sizes)) / sum(sizes) for column in columns
+    ]
+    return EvalResult(results[0].step, *means[1:])  # type: ignore[arg-type]  # only two can be None
 
 
 class Checkpoint:

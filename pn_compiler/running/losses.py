@@ -89,13 +89,28 @@ def divergence(student: Any, teacher: Any, logits: Logits = "auto") -> float | N
     ])  # fmt: skip
 
 
+def distance(student: Any, teacher: Any, logits: Logits = "auto") -> float:
+    """`divergence` of the logits, plus the relative L2 distance of each other floating-point output.
+
+    Outputs that only one of the models has, or in another shape, do not count.
+    """
+    others = [_l2(widened(s), widened(t)) for s, t in _common(student, teacher) if not is_logits(t, logits)]
+    return (divergence(student, teacher, logits) or 0.0) + float(sum(others))
+
+
 def _logit_pairs(student: Any, teacher: Any, logits: Logits) -> list[tuple[Tensor, Tensor]]:
     """The outputs that hold logits, where both models have them in the same shape."""
+    return [(s, t) for s, t in _common(student, teacher) if is_logits(t, logits) and t.numel()]
+
+
+def _common(student: Any, teacher: Any) -> list[tuple[Tensor, Tensor]]:
+    """The floating-point outputs that both models have in the same shape."""
     actual, expected = floating_outputs(student), floating_outputs(teacher)
-    both = [
-        name for name, tensor in expected.items() if name in actual and actual[name].shape == tensor.shape
+    return [
+        (actual[name], tensor)
+        for name, tensor in expected.items()
+        if name in actual and actual[name].shape == tensor.shape
     ]
-    return [(actual[n], expected[n]) for n in both if is_logits(expected[n], logits) and expected[n].numel()]
 
 
 def _mean(values: list[float]) -> float | None:
