@@ -1,12 +1,10 @@
 """The calibrated warm start: fits weight and bias of the normalizers to unlabelled samples."""
 
-import collections
 import contextlib
 import copy
 import dataclasses
 import functools
-import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -16,6 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from pn_compiler.base.config import TransformConfig
 from pn_compiler.base.errors import ConfigError
+from pn_compiler.data.samples import Samples
 from pn_compiler.graph.graph_module import sites
 from pn_compiler.graph.warm_start import Calibrated
 from pn_compiler.inspection.batch_norms import has_plain_forward
@@ -23,13 +22,14 @@ from pn_compiler.inspection.model_checks import refuse_uninitialised
 from pn_compiler.numerics.least_squares import ChannelFit, merged
 from pn_compiler.passes import PipelineEdit
 from pn_compiler.pipeline.conversion import convert
-from pn_compiler.recovery.output_error import Batches, OutputError, observed, owner, put, values_of
+from pn_compiler.recovery.affine_fit import AffineFit, observed, owner
 from pn_compiler.recovery.site_constants import Norms
 from pn_compiler.regions.regions import Trace
-from pn_compiler.running.evaluation import batches_of, each_batch, of_each_shard, untouched
-from pn_compiler.running.losses import squared_norm
+from pn_compiler.running.evaluation import batches_of, each_batch, inputs_of, of_each_shard, untouched
+from pn_compiler.running.inputs import Inputs
 
-EVALUATIONS = 12  # of the error and its gradient; more gains little: docs/calibration.md
+MOST_SAMPLES = 256  # that are trained on and held out
+STEPS = 64
 
 
 def calibrate_prepared(
@@ -62,27 +62,28 @@ def calibrate(
     names: Iterable[str],
     batches: Iterable[Any],
     *,
-    evaluations: int = EVALUATIONS,
+    steps: int = STEPS,
 ) -> dict[str, Calibrated]:
-    """Fits weight and bias of all normalizers jointly to the outputs of the BatchNorm network.
+    """Fits weight and bias of all normalizers jointly to the BatchNorms of the network that was converted.
 
-    It minimizes |s - t|^2 / |t|^2 over all samples, where s are the outputs of `student` and t those of
-    `teacher`; see `OutputError`. The descent (L-BFGS) starts at the better of two points: the current weight
-    and bias, and a least-squares fit of each site alone, per channel, of the BatchNorm's output to the
-    normalized input n that the site has in `teacher`::
+    A short training (`AffineFit`) reduces the distance of what the sites of `student` give from what the
+    BatchNorms of `teacher` give. It starts at the better of two points: the current weight and bias, and a
+    least-squares fit of each site alone, per channel, of the BatchNorm's output t to the normalized input n
+    that the site has in `teacher`::
 
         weight = cov(n, t) / var(n)        bias = mean(t) - weight mean(n)
 
     This fit is exact wherever a normalizer can be; where it cannot, the errors of the sites accumulate, which
-    the descent reduces.
+    the training reduces. What is kept is no worse than the current weight and bias, by the outputs for
+    samples that are held out.
 
     Args:
         student: a network with GroupNorms in place of BatchNorms. It is modified.
         teacher: the BatchNorm network; it runs in eval mode. Values in half precision become float32.
         names: paths of the GroupNorms.
-        batches: unlabelled samples, read once for the least squares, once per evaluation and once at the end.
-            Torch's random numbers are the same each time.
-        evaluations: number of evaluations of the error and its gradient.
+        batches: unlabelled samples, read once for the least squares, the first 256 for the training, and once
+            at the end. Torch's random numbers are the same each time.
+        steps: of the training.
 
     Returns:
         The result for each site that the data reaches, by path.
@@ -96,21 +97,17 @@ def calibrate(
     _widen(teacher)
     student.requires_grad_(requires_grad=False)
     sites = {name: cast("nn.GroupNorm", student.get_submodule(name)) for name in names}
-    surveys = of_each_shard(functools.partial(_survey, teacher, sites), batches)
-    fits = merged(fits for fits, _ in surveys)
+    fits = merged(of_each_shard(functools.partial(_survey, teacher, sites), batches))
     norms = {name: norm for name, norm in sites.items() if name in fits}
     if not norms:
         return {}
-    powers = sum((collections.Counter(powers) for _, powers in surveys), collections.Counter[str]())
-    error = OutputError(student, teacher, norms, powers)
-
-    def evaluate(values: Tensor) -> tuple[float, Tensor]:
-        put(norms, values)
-        parts = of_each_shard(functools.partial(_evaluate, error), batches)
-        return sum(value for value, _ in parts), torch.stack([gradient for _, gradient in parts]).sum(0)
-
-    starts = [values_of(norms), _solutions(norms, fits)]
-    put(norms, _descend(evaluate, starts, _scale(norms), evaluations))
+    with untouched(teacher), untouched(student):
+        torch.manual_seed(0)
+        inputs = (_in_float32(inputs_of(batch)) for batch in batches)
+        samples = Samples.read(inputs, teacher, MOST_SAMPLES, "calibration: samples")
+        fit = AffineFit(student, teacher, norms, samples)
+        fit.propose(_solutions(norms, fits))
+        fit.train(steps)
     compared = merged(of_each_shard(functools.partial(_compare, student, teacher, tuple(norms)), batches))
     return {
         name: Calibrated(norm.weight.double().cpu(), norm.bias.double().cpu(), compared[name].difference())
@@ -125,22 +122,23 @@ def _widen(model: nn.Module) -> None:
             tensor.data = tensor.float()
 
 
-def _read(model: nn.Module, batches: Iterable[Any], title: str) -> Batches:
+def _read(model: nn.Module, batches: Iterable[Any], title: str) -> Iterator[tuple[str, Inputs]]:
     """Yields all `batches`, with the same random numbers each time; call it within `untouched`."""
     torch.manual_seed(0)
     for name, inputs in each_batch(model, batches, title):
-        yield name, inputs.map(lambda x: x.float() if x.dtype in (torch.float16, torch.bfloat16) else x)
+        yield name, _in_float32(inputs)
+
+
+def _in_float32(inputs: Inputs) -> Inputs:
+    return inputs.map(lambda x: x.float() if x.dtype in (torch.float16, torch.bfloat16) else x)
 
 
 # The results of the next functions are additive: each data shard can be summed where it is.
 
 
-def _survey(
-    teacher: nn.Module, sites: Norms, batches: Iterable[Any]
-) -> tuple[dict[str, ChannelFit], dict[str, float]]:
-    """(least-squares fit of each site that the data reaches, sum of squares of each output and site)."""
+def _survey(teacher: nn.Module, sites: Norms, batches: Iterable[Any]) -> dict[str, ChannelFit]:
+    """The least-squares fit of each site that the data reaches."""
     fits: dict[str, ChannelFit] = {}
-    powers: dict[str, float] = collections.defaultdict(float)
 
     def add(name: str, module: nn.Module, args: tuple[Tensor], output: Tensor) -> None:
         norm = sites[name]
@@ -150,7 +148,6 @@ def _survey(
         if not (n.isfinite().all() and output.isfinite().all()):
             raise ConfigError(f"the calibration data makes values that are nan or infinite at {name}")
         fits.setdefault(name, ChannelFit()).add(n, output)
-        powers[name] += squared_norm(output)
 
     with untouched(teacher), contextlib.ExitStack() as stack:
         for name in sites:
@@ -160,14 +157,7 @@ def _survey(
             for place, output in observed(teacher, (), inputs, name).items():
                 if not output.isfinite().all():
                     raise ConfigError(f"{name} makes values that are nan or infinite at {place}")
-                powers[place] += squared_norm(output)
-    return fits, powers
-
-
-def _evaluate(error: OutputError, batches: Iterable[Any]) -> tuple[float, Tensor]:
-    """Error of the outputs and its gradient."""
-    with untouched(error.teacher), untouched(error.student):
-        return error(_read(error.teacher, batches, "calibration: outputs"))
+    return fits
 
 
 def _compare(
@@ -188,48 +178,3 @@ def _compare(
 def _solutions(norms: Norms, fits: Mapping[str, ChannelFit]) -> Tensor:
     """The least-squares fit of each site, laid out as `values_of`."""
     return torch.cat([part for name, norm in norms.items() for part in fits[name].solve(norm.weight)])
-
-
-def _scale(norms: Norms) -> Tensor:
-    """The magnitude of each weight, also used for its bias, laid out as `values_of`."""
-    sizes = [norm.weight.detach().double().cpu().abs() for norm in norms.values()]
-    return torch.cat([part for size in sizes for part in (size, size)])
-
-
-def _descend(
-    evaluate: Callable[[Tensor], tuple[float, Tensor]],
-    starts: Sequence[Tensor],
-    scale: Tensor,
-    evaluations: int,
-) -> Tensor:
-    """The values of least error that L-BFGS visits, starting from the better of `starts`.
-
-    Args:
-        evaluate: values -> (error, gradient).
-        starts: two points; one of them may overflow.
-        scale: the unit of change of each value.
-        evaluations: how many to use, besides those of `starts`.
-
-    Source: Nocedal & Wright, "Numerical Optimization", 2nd ed., section 7.2; strong Wolfe conditions: 3.5.
-    """
-    known = [(values, *evaluate(values)) for values in starts]
-    start, least, slope = min(known, key=lambda point: point[1] if math.isfinite(point[1]) else math.inf)
-    best, ceiling = start, 10 * least
-    ready = [(least, slope)]  # already evaluated
-    change = torch.zeros_like(start, requires_grad=True)
-
-    def closure() -> float:
-        nonlocal best, least
-        values = start + scale * change.detach()
-        error, gradient = ready.pop() if ready else evaluate(values)
-        if not math.isfinite(error):
-            error, gradient = ceiling, torch.zeros_like(values)
-        if error < least:
-            best, least = values, error
-        change.grad = gradient * scale
-        return error
-
-    torch.optim.LBFGS(
-        [change], max_iter=evaluations, max_eval=evaluations + 1, line_search_fn="strong_wolfe"
-    ).step(closure)  # type: ignore[no-untyped-call]
-    return best
