@@ -89,7 +89,7 @@ class AffineFit:
         put(self._norms, self._best)
         if not self._sites or self._score.distance <= _EXACT:
             return
-        with _following(self._norms):
+        with _trainable(self._norms):
             optimizer, factor = self._adam(), 1.0
             for step in range(steps):
                 for group in optimizer.param_groups:
@@ -203,21 +203,10 @@ def put(norms: Norms, values: Tensor) -> None:
 
 
 @contextlib.contextmanager
-def _following(norms: Norms) -> Iterator[None]:
-    """Lets weights and biases require gradients; makes inputs that require none contiguous.
-
-    In torch 2.13 the backward of group_norm crashes on channels-last inputs that require no gradient.
-    """
-
-    def straighten(norm: nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:
-        (x,) = args
-        return (x if x.requires_grad else x.contiguous(),)
-
-    parameters = _parameters(norms)
+def _trainable(norms: Norms) -> Iterator[None]:
+    """Lets weights and biases require gradients."""
     with contextlib.ExitStack() as stack:
-        for norm in norms.values():
-            stack.callback(norm.register_forward_pre_hook(straighten).remove)
-        for parameter in parameters:
+        for parameter in _parameters(norms):
             stack.callback(parameter.requires_grad_, parameter.requires_grad)
             parameter.requires_grad_()
         yield

@@ -23,6 +23,7 @@ from pn_compiler.numerics.least_squares import ChannelFit, merged
 from pn_compiler.passes import PipelineEdit
 from pn_compiler.pipeline.conversion import convert
 from pn_compiler.recovery.affine_fit import AffineFit, observed, owner
+from pn_compiler.recovery.memory_layout import channels_last
 from pn_compiler.recovery.site_constants import Norms
 from pn_compiler.regions.regions import Trace
 from pn_compiler.running.evaluation import batches_of, each_batch, inputs_of, of_each_shard, untouched
@@ -101,7 +102,7 @@ def calibrate(
     norms = {name: norm for name, norm in sites.items() if name in fits}
     if not norms:
         return {}
-    with untouched(teacher), untouched(student):
+    with untouched(teacher), untouched(student), channels_last(teacher, student):
         torch.manual_seed(0)
         inputs = (_in_float32(inputs_of(batch)) for batch in batches)
         samples = Samples.read(inputs, teacher, MOST_SAMPLES, "calibration: samples")
