@@ -30,7 +30,8 @@ from pn_compiler.running.evaluation import batches_of, each_batch, inputs_of, of
 from pn_compiler.running.inputs import Inputs
 
 MOST_SAMPLES = 256  # that are trained on and held out
-STEPS = 64
+FIT_SAMPLES = 64  # for the least squares and the residuals: more change little, and take time
+STEPS = 48
 
 
 def calibrate_prepared(
@@ -82,8 +83,8 @@ def calibrate(
         student: a network with GroupNorms in place of BatchNorms. It is modified.
         teacher: the BatchNorm network; it runs in eval mode. Values in half precision become float32.
         names: paths of the GroupNorms.
-        batches: unlabelled samples, read once for the least squares, the first 256 for the training, and once
-            at the end. Torch's random numbers are the same each time.
+        batches: unlabelled samples. The first 256 are read for the training, and 64 or a few more (of each
+            shard) for the least squares and again at the end. Torch's random numbers are the same each time.
         steps: of the training.
 
     Returns:
@@ -124,10 +125,17 @@ def _widen(model: nn.Module) -> None:
 
 
 def _read(model: nn.Module, batches: Iterable[Any], title: str) -> Iterator[tuple[str, Inputs]]:
-    """Yields all `batches`, with the same random numbers each time; call it within `untouched`."""
+    """Yields `batches` of at least 64 samples in all, with the same random numbers each time.
+
+    Call it within `untouched`.
+    """
     torch.manual_seed(0)
+    count = 0
     for name, inputs in each_batch(model, batches, title):
         yield name, _in_float32(inputs)
+        count += max((len(x) for x in inputs.tensors() if x.dim()), default=1)
+        if count >= FIT_SAMPLES:
+            break
 
 
 def _in_float32(inputs: Inputs) -> Inputs:
