@@ -19,14 +19,14 @@ from pn_compiler.graph.graph_module import sites
 from pn_compiler.graph.warm_start import Calibrated
 from pn_compiler.inspection.batch_norms import has_plain_forward
 from pn_compiler.inspection.model_checks import refuse_uninitialised
-from pn_compiler.numerics.least_squares import ChannelFit, merged
+from pn_compiler.numerics.least_squares import ChannelFit
 from pn_compiler.passes import PipelineEdit
 from pn_compiler.pipeline.conversion import convert
-from pn_compiler.recovery.affine_fit import AffineFit, observed, owner
+from pn_compiler.recovery.affine_fit import BATCH_SIZE, AffineFit, observed, owner
 from pn_compiler.recovery.memory_layout import channels_last
 from pn_compiler.recovery.site_constants import Norms
 from pn_compiler.regions.regions import Trace
-from pn_compiler.running.evaluation import batches_of, each_batch, inputs_of, of_each_shard, untouched
+from pn_compiler.running.evaluation import batches_of, inputs_of, untouched
 from pn_compiler.running.inputs import Inputs
 
 MOST_SAMPLES = 256  # that are trained on and held out
@@ -83,8 +83,8 @@ def calibrate(
         student: a network with GroupNorms in place of BatchNorms. It is modified.
         teacher: the BatchNorm network; it runs in eval mode. Values in half precision become float32.
         names: paths of the GroupNorms.
-        batches: unlabelled samples. The first 256 are read for the training, and 64 or a few more (of each
-            shard) for the least squares and again at the end. Torch's random numbers are the same each time.
+        batches: unlabelled samples, of which the first 256 are read and held in memory. The least squares and
+            the residuals take 64 of them.
         steps: of the training.
 
     Returns:
@@ -94,23 +94,22 @@ def calibrate(
         ConfigError: no batch, values that are nan or infinite, or batches that the networks do not accept.
     """
     refuse_uninitialised(teacher)
-    batches = batches_of(batches, again=True)
+    inputs = (_in_float32(inputs_of(batch)) for batch in batches_of(batches, again=True))
     _widen(student)
     _widen(teacher)
     student.requires_grad_(requires_grad=False)
     sites = {name: cast("nn.GroupNorm", student.get_submodule(name)) for name in names}
-    fits = merged(of_each_shard(functools.partial(_survey, teacher, sites), batches))
-    norms = {name: norm for name, norm in sites.items() if name in fits}
-    if not norms:
-        return {}
-    with untouched(teacher), untouched(student), channels_last(teacher, student):
+    with channels_last(teacher, student), untouched(teacher), untouched(student):  # in this order
         torch.manual_seed(0)
-        inputs = (_in_float32(inputs_of(batch)) for batch in batches)
-        samples = Samples.read(inputs, teacher, MOST_SAMPLES, "calibration: samples")
+        samples = Samples.read(inputs, teacher, MOST_SAMPLES, "calibration")
+        fits = _survey(teacher, sites, samples)
+        norms = {name: norm for name, norm in sites.items() if name in fits}
+        if not norms:
+            return {}
         fit = AffineFit(student, teacher, norms, samples)
         fit.propose(_solutions(norms, fits))
         fit.train(steps)
-    compared = merged(of_each_shard(functools.partial(_compare, student, teacher, tuple(norms)), batches))
+        compared = _compare(student, teacher, tuple(norms), samples)
     return {
         name: Calibrated(norm.weight.double().cpu(), norm.bias.double().cpu(), compared[name].difference())
         for name, norm in norms.items()
@@ -124,28 +123,20 @@ def _widen(model: nn.Module) -> None:
             tensor.data = tensor.float()
 
 
-def _read(model: nn.Module, batches: Iterable[Any], title: str) -> Iterator[tuple[str, Inputs]]:
-    """Yields `batches` of at least 64 samples in all, with the same random numbers each time.
-
-    Call it within `untouched`.
-    """
-    torch.manual_seed(0)
-    count = 0
-    for name, inputs in each_batch(model, batches, title):
-        yield name, _in_float32(inputs)
-        count += max((len(x) for x in inputs.tensors() if x.dim()), default=1)
-        if count >= FIT_SAMPLES:
-            break
+def _read(samples: Samples) -> Iterator[tuple[str, Inputs]]:
+    """Name and arguments of the first batches."""
+    size = 1 if samples.whole else BATCH_SIZE
+    for rows in torch.split(torch.arange(min(len(samples), FIT_SAMPLES)), size):
+        first, last = int(rows[0]) + 1, int(rows[-1]) + 1
+        name = f"batch {first}" if samples.whole else f"samples {first} to {last}"
+        yield name, samples.inputs(rows.tolist())
 
 
 def _in_float32(inputs: Inputs) -> Inputs:
     return inputs.map(lambda x: x.float() if x.dtype in (torch.float16, torch.bfloat16) else x)
 
 
-# The results of the next functions are additive: each data shard can be summed where it is.
-
-
-def _survey(teacher: nn.Module, sites: Norms, batches: Iterable[Any]) -> dict[str, ChannelFit]:
+def _survey(teacher: nn.Module, sites: Norms, samples: Samples) -> dict[str, ChannelFit]:
     """The least-squares fit of each site that the data reaches."""
     fits: dict[str, ChannelFit] = {}
 
@@ -158,11 +149,11 @@ def _survey(teacher: nn.Module, sites: Norms, batches: Iterable[Any]) -> dict[st
             raise ConfigError(f"the calibration data makes values that are nan or infinite at {name}")
         fits.setdefault(name, ChannelFit()).add(n, output)
 
-    with untouched(teacher), contextlib.ExitStack() as stack:
+    with contextlib.ExitStack() as stack:
         for name in sites:
             hook = teacher.get_submodule(name).register_forward_hook(functools.partial(add, name))
             stack.callback(hook.remove)
-        for name, inputs in _read(teacher, batches, "calibration: sites"):
+        for name, inputs in _read(samples):
             for place, output in observed(teacher, (), inputs, name).items():
                 if not output.isfinite().all():
                     raise ConfigError(f"{name} makes values that are nan or infinite at {place}")
@@ -170,17 +161,16 @@ def _survey(teacher: nn.Module, sites: Norms, batches: Iterable[Any]) -> dict[st
 
 
 def _compare(
-    student: nn.Module, teacher: nn.Module, names: Sequence[str], batches: Iterable[Any]
+    student: nn.Module, teacher: nn.Module, names: Sequence[str], samples: Samples
 ) -> dict[str, ChannelFit]:
     """Compares the output of each site with that of its BatchNorm."""
     fits = {name: ChannelFit() for name in names}
-    with untouched(teacher), untouched(student):
-        for name, inputs in _read(teacher, batches, "calibration: residuals"):
-            expected = observed(teacher, names, inputs.map(torch.clone), name)
-            actual = observed(student, names, inputs, name)
-            for place, target in expected.items():
-                if place in actual and actual[place].shape == target.shape:
-                    fits[owner(place)].add(actual[place], target)
+    for name, inputs in _read(samples):
+        expected = observed(teacher, names, inputs.map(torch.clone), name)
+        actual = observed(student, names, inputs, name)
+        for place, target in expected.items():
+            if place in actual and actual[place].shape == target.shape:
+                fits[owner(place)].add(actual[place], target)
     return fits
 
 

@@ -164,7 +164,7 @@ def distill(
     file = None if checkpoint is None else Checkpoint(Path(checkpoint))
     student, teacher = copy_model(unwrap(model)), unwrap(teacher)
     _refuse(student)
-    with untouched(teacher), untouched(student), channels_last(teacher, student):
+    with channels_last(teacher, student), untouched(teacher), untouched(student):  # in this order
         torch.manual_seed(seed)
         samples = Samples.read(batches, teacher, max_samples)
         expected = Outputs(teacher, samples, 1 if samples.whole else batch_size)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 import pn_compiler
 from pn_compiler import distill
 from pn_compiler.recovery.memory_layout import channels_last
+from pn_compiler.running.losses import divergence
 from pn_compiler.testing import assert_same_outputs, randomize_batch_norms
 
 
@@ -75,3 +76,17 @@ def test_volumes_and_signals_stay_as_they_are() -> None:
         randomize_batch_norms(net).eval()
         _, report = distill(pn_compiler.transform(net), net, x, steps=2)
         assert report.stopped == ""
+
+
+def test_the_result_is_what_was_measured() -> None:
+    """Trained kernels are kept when their layout goes back."""
+    net, x = network(), torch.randn(40, 3, 17, 17)
+    converted = pn_compiler.transform(net)
+    student, report = distill(converted, net, x, steps=8, lr=5e-3, held_out=0.5, seed=3)
+    assert report.best_step > 0
+    assert not torch.equal(student.get_parameter("3.weight"), converted.get_parameter("3.weight"))
+    held = torch.randperm(40, generator=torch.Generator().manual_seed(3))[:20]
+    with torch.no_grad():
+        found = divergence(student.eval()(x[held]), net(x[held]))
+    assert found == pytest.approx(report.divergence_after, rel=1e-3)
+    assert found < report.divergence_before
