@@ -3,6 +3,7 @@
 import collections
 import contextlib
 import functools
+import math
 from collections.abc import Iterator
 from typing import Any, cast
 
@@ -59,7 +60,8 @@ class SiteMatching:
         self._targets = [[] for _ in self._pairs]
         with torch.no_grad(), contextlib.ExitStack() as stack:
             for targets, (_, norm) in zip(self._targets, self._pairs, strict=True):
-                stack.callback(norm.register_forward_pre_hook(functools.partial(_keep, targets)).remove)
+                hook = norm.register_forward_pre_hook(functools.partial(_keep, targets), with_kwargs=True)
+                stack.callback(hook.remove)
             run(self._teacher, inputs, "a batch for the teacher")
 
     @contextlib.contextmanager
@@ -82,10 +84,11 @@ class SiteMatching:
         return torch.stack(self._distances).mean() if self._distances else None
 
     def _compare(self, targets: list[_Target], scale: Tensor | None, actual: Tensor) -> None:
-        if not targets:  # the student takes another branch than the teacher
+        # The moments of an activation call it, too; and the student may take another branch than the teacher.
+        if not targets or actual.shape != targets[0][0].shape:
             return
         expected, variance = targets.pop(0)
-        if actual.shape == expected.shape and variance > 0:
+        if 0 < variance < math.inf:
             # Neither division nor subtraction keeps `actual`, which an activation may overwrite.
             values = actual if scale is None else actual / per_channel(scale, actual)
             self._distances.append((values - expected).square().mean() / variance)
@@ -101,10 +104,11 @@ def _scale(site: nn.Module) -> Tensor | None:
     return cast("ProxyNormAct", site).scale_and_shift()[0] if scaled else None
 
 
-def _keep(targets: list[_Target], norm: _BatchNorm, args: tuple[Any, ...]) -> None:
+def _keep(targets: list[_Target], norm: _BatchNorm, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """The module itself may do more than normalize."""
+    x = next(iter((*args, *kwargs.values())))
     expected = F.batch_norm(
-        args[0], norm.running_mean, norm.running_var, norm.weight, norm.bias, training=False, eps=norm.eps
+        x, norm.running_mean, norm.running_var, norm.weight, norm.bias, training=False, eps=norm.eps
     )
     targets.append((expected, float(expected.var(correction=0))))
 
