@@ -35,7 +35,7 @@ class SiteMatching:
 
     def __init__(self, student: nn.Module, teacher: nn.Module) -> None:
         norms = {name: m for name, m in teacher.named_modules() if isinstance(m, _BatchNorm)}
-        sites = {name: m for name, m in student.named_modules() if _is_comparable(m)}
+        sites = {name: m for name, m in student.named_modules() if isinstance(m, nn.GroupNorm | ProxyNormAct)}
         uses = collections.Counter(m.activation for m in sites.values() if isinstance(m, ProxyNormAct))
         self._teacher = teacher
         pairs = [
@@ -71,10 +71,11 @@ class SiteMatching:
         with contextlib.ExitStack() as stack:
             for (site, _), targets, scale in zip(self._pairs, self._targets, self._scales, strict=True):
                 compare = functools.partial(self._compare, targets, scale)
-                if isinstance(site, ProxyNormAct):  # its activation takes what the BatchNorm gives
-                    hook = site.activation.register_forward_pre_hook(functools.partial(_pass_input, compare))
-                else:
+                reader = _reader(site)
+                if reader is None:
                     hook = site.register_forward_hook(functools.partial(_pass_output, compare))
+                else:
+                    hook = reader.register_forward_pre_hook(functools.partial(_pass_input, compare))
                 stack.callback(hook.remove)
             yield
         self._targets = []
@@ -94,8 +95,11 @@ class SiteMatching:
             self._distances.append((values - expected).square().mean() / variance)
 
 
-def _is_comparable(module: nn.Module) -> bool:
-    return isinstance(module, nn.GroupNorm | ProxyNormAct) and not isinstance(module, FollowedGroupNorm)
+def _reader(site: nn.Module) -> nn.Module | None:
+    """The module within `site` that takes what its BatchNorm gives; None if the site itself returns it."""
+    if isinstance(site, ProxyNormAct):
+        return site.activation
+    return site.get_submodule(site.following[0]) if isinstance(site, FollowedGroupNorm) else None
 
 
 @torch.no_grad()
