@@ -209,7 +209,10 @@ def compile(  # noqa: A001  # the name that users of torch.compile look for
             traced.trace, model, witness(original, model), traced.inputs, calibration, config, stopwatch
         )
     recovered = recover(traced.trace.root, model, calibration, recovery, stopwatch)
-    fidelity = compare(model, recovered.model, traced.inputs, calibration, distill_logits, stopwatch)
+    fidelity = compare(
+        model, recovered.model, traced.inputs, calibration, distill_logits, stopwatch,
+        trained_on=recovered.distillation is not None,
+    )  # fmt: skip
     network = Network(
         recovered.model, recovered.model, traced.inputs, count_parameters(original),
         traced=traced, recovered=recovered, fidelity=fidelity,

@@ -127,12 +127,14 @@ def compare(
     calibration: Iterable[Any] | None,
     logits: Logits,
     stopwatch: Stopwatch,
+    *,
+    trained_on: bool,
 ) -> Fidelity | None:
     """How far outputs of `converted` are from those of `model`; None if that was converted before."""
     if is_converted(model):
         return None
     with stopwatch("measure"):
-        return measure_conversion(model, converted, inputs, calibration, logits)
+        return measure_conversion(model, converted, inputs, calibration, logits, trained_on=trained_on)
 
 
 def refuse_conversion(config: TransformConfig, recovery: RecoveryConfig) -> None:

@@ -181,6 +181,8 @@ def measure_conversion(
     inputs: Inputs | None,
     calibration: Iterable[Any] | None,
     logits: Logits = "auto",
+    *,
+    trained_on: bool = False,
 ) -> Fidelity | None:
     """Notes in `converted` how far its outputs are from those of `model`, as a whole and by site.
 
@@ -198,6 +200,7 @@ def measure_conversion(
         kept=any(site.warm_start for site in found),
         sites=[site.name for site in found],
         logits=logits,
+        trained_on=trained_on,
     )
     table = (
         dataclasses.replace(site, error=fidelity.sites.get(site.name, site.error))

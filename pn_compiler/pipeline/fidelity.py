@@ -20,6 +20,8 @@ from pn_compiler.running.inputs import Inputs
 from pn_compiler.running.losses import Logits, agreement, divergence, named_outputs
 
 MOST_SAMPLES = 256
+# Points of accuracy that public networks lost without data: docs/real_networks.md.
+_LOST = "0 to 8 points with LayerNorm, up to 37 with more groups"
 _BATCH = 32
 
 
@@ -28,7 +30,7 @@ class Fidelity:
     """Distance of the outputs of a converted network to those of the original one; ``str`` is for people.
 
     Attributes:
-        data: what both ran on, in words.
+        data: what both ran on, in words; the result may have been trained on it.
         representative: whether that is data of the user's, and not an example of unknown meaning.
         relative_l2: |c - o| / |o| over all samples and values, with c the converted outputs and o those of
             the original; of several outputs that of the worst. None if they cannot be compared.
@@ -75,10 +77,18 @@ class Fidelity:
             return "there was no warm start: train the converted network, which starts from other outputs"
         if not self.representative:
             return (
-                "this says nothing about accuracy: measure and recover it on unlabelled samples, with "
-                "--calibrate DATA --distill 100 (calibration=, distill_steps=100)"
+                f"this says nothing about accuracy, of which real networks lose {_LOST}: measure and recover "
+                "it on a few hundred unlabelled samples, with --calibrate DATA --distill 200 "
+                "(calibration=, distill_steps=200)"
             )
-        return "--distill STEPS (distill_steps=) brings outputs closer; more steps or samples, closer still"
+        return f"{self._cost}--distill STEPS (distill_steps=) brings them closer; more samples, closer still"
+
+    @property
+    def _cost(self) -> str:
+        """The most accuracy that this can have cost: where the class is kept, so is what is right."""
+        if self.same_class is None:
+            return ""
+        return f"on these samples it cost at most {100 * (1 - self.same_class):.1f} points of accuracy; "
 
 
 def measure(
@@ -90,6 +100,7 @@ def measure(
     kept: bool = True,
     sites: Iterable[str] = (),
     logits: Logits = "auto",
+    trained_on: bool = False,
 ) -> Fidelity:
     """Runs both networks in eval mode on at most 256 samples of `batches`, and compares their outputs.
 
@@ -100,6 +111,7 @@ def measure(
         kept: whether `converted` is meant to give the same outputs.
         sites: paths of the BatchNorms of `original` to compare one by one.
         logits: which outputs hold logits, as in `pn_compiler.distill`.
+        trained_on: whether `converted` was distilled on these batches, so that others are worse.
 
     Raises:
         ConfigError: there is no batch, or the networks do not run on it.
@@ -125,7 +137,7 @@ def measure(
                     classes.append((rows, kl, same))
     count = sum(n for n, _, _ in classes)
     return Fidelity(
-        _describe(samples, representative),
+        _describe(samples, representative) + (", most of which it was trained on" if trained_on else ""),
         representative,
         max((_ratio(*pair) for pair in outputs.distances.values()), default=None),
         sum(n * kl for n, kl, _ in classes) / count if count else None,

@@ -17,6 +17,7 @@ from pn_compiler.base.option_checks import check_function, check_path
 from pn_compiler.base.options import pick
 from pn_compiler.base.strict_json import to_json
 from pn_compiler.data.samples import Outputs, Samples, digest
+from pn_compiler.recovery.memory_layout import channels_last
 from pn_compiler.recovery.metric import Metric
 from pn_compiler.recovery.site_matching import SiteMatching
 from pn_compiler.recovery.trainer import Checkpoint, Loss, Trainer
@@ -177,7 +178,7 @@ def distill(
     file = None if checkpoint is None else Checkpoint(Path(checkpoint))
     student, teacher = copy_model(unwrap(model)), unwrap(teacher)
     _refuse(student)
-    with untouched(teacher), untouched(student):
+    with channels_last(teacher, student), untouched(teacher), untouched(student):  # in this order
         torch.manual_seed(seed)
         samples = Samples.read(batches, teacher, max_samples, labelled=metric is not None)
         measure = None if metric is None else Metric(metric, samples)

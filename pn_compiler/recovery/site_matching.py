@@ -3,6 +3,7 @@
 import collections
 import contextlib
 import functools
+import math
 from collections.abc import Iterator
 from typing import Any, cast
 
@@ -11,12 +12,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from pn_compiler.nn import ProxyNormAct
-from pn_compiler.nn.proxy_norm import FollowedGroupNorm
+from pn_compiler.nn import FollowedAnchoredNorm, FollowedGroupNorm, Normalizer, ProxyNormAct
 from pn_compiler.numerics.affine import per_channel
 from pn_compiler.running.evaluation import run
 from pn_compiler.running.inputs import Inputs
 
+_FEWEST_ENDS = 0.25  # share of sites without an activation, to do without the others
 _Target = tuple[Tensor, float]  # what a BatchNorm gives, and its variance
 
 
@@ -33,15 +34,18 @@ class SiteMatching:
 
     def __init__(self, student: nn.Module, teacher: nn.Module) -> None:
         norms = {name: m for name, m in teacher.named_modules() if isinstance(m, _BatchNorm)}
-        sites = {name: m for name, m in student.named_modules() if _is_comparable(m)}
+        sites = {name: m for name, m in student.named_modules() if isinstance(m, nn.GroupNorm | Normalizer)}
         uses = collections.Counter(m.activation for m in sites.values() if isinstance(m, ProxyNormAct))
         self._teacher = teacher
-        self._pairs = [
+        pairs = [
             (site, norms[name])
             for name, site in sites.items()
             if name in norms and norms[name].running_mean is not None
             if not (isinstance(site, ProxyNormAct) and uses[site.activation] > 1)  # calls of other sites
         ]
+        # The ends of residual branches and bottlenecks say as much as all sites do, in half of the time.
+        ends = [pair for pair in pairs if not isinstance(pair[0], ProxyNormAct)]
+        self._pairs = ends if len(ends) >= _FEWEST_ENDS * len(pairs) else pairs
         # What a site hands on is scaled, which its consumers have absorbed with the initial scale.
         self._scales = [_scale(site) for site, _ in self._pairs]
         self._targets: list[list[_Target]] = []  # of each call of each site, in order
@@ -55,7 +59,8 @@ class SiteMatching:
         self._targets = [[] for _ in self._pairs]
         with torch.no_grad(), contextlib.ExitStack() as stack:
             for targets, (_, norm) in zip(self._targets, self._pairs, strict=True):
-                stack.callback(norm.register_forward_pre_hook(functools.partial(_keep, targets)).remove)
+                hook = norm.register_forward_pre_hook(functools.partial(_keep, targets), with_kwargs=True)
+                stack.callback(hook.remove)
             run(self._teacher, inputs, "a batch for the teacher")
 
     @contextlib.contextmanager
@@ -65,10 +70,11 @@ class SiteMatching:
         with contextlib.ExitStack() as stack:
             for (site, _), targets, scale in zip(self._pairs, self._targets, self._scales, strict=True):
                 compare = functools.partial(self._compare, targets, scale)
-                if isinstance(site, ProxyNormAct):  # its activation takes what the BatchNorm gives
-                    hook = site.activation.register_forward_pre_hook(functools.partial(_pass_input, compare))
-                else:
+                reader = _reader(site)
+                if reader is None:
                     hook = site.register_forward_hook(functools.partial(_pass_output, compare))
+                else:
+                    hook = reader.register_forward_pre_hook(functools.partial(_pass_input, compare))
                 stack.callback(hook.remove)
             yield
         self._targets = []
@@ -78,17 +84,23 @@ class SiteMatching:
         return torch.stack(self._distances).mean() if self._distances else None
 
     def _compare(self, targets: list[_Target], scale: Tensor | None, actual: Tensor) -> None:
-        if not targets:  # the student takes another branch than the teacher
+        # The moments of an activation call it, too; and the student may take another branch than the teacher.
+        if not targets or actual.shape != targets[0][0].shape:
             return
         expected, variance = targets.pop(0)
-        if actual.shape == expected.shape and variance > 0:
+        if 0 < variance < math.inf:
             # Neither division nor subtraction keeps `actual`, which an activation may overwrite.
             values = actual if scale is None else actual / per_channel(scale, actual)
             self._distances.append((values - expected).square().mean() / variance)
 
 
-def _is_comparable(module: nn.Module) -> bool:
-    return isinstance(module, nn.GroupNorm | ProxyNormAct) and not isinstance(module, FollowedGroupNorm)
+def _reader(site: nn.Module) -> nn.Module | None:
+    """The module within `site` that takes what its BatchNorm gives; None if the site itself returns it."""
+    if isinstance(site, ProxyNormAct):
+        return site.activation
+    if isinstance(site, FollowedGroupNorm | FollowedAnchoredNorm):
+        return site.get_submodule(site.following[0])
+    return None
 
 
 @torch.no_grad()
@@ -97,10 +109,11 @@ def _scale(site: nn.Module) -> Tensor | None:
     return cast("ProxyNormAct", site).scale_and_shift()[0] if scaled else None
 
 
-def _keep(targets: list[_Target], norm: _BatchNorm, args: tuple[Any, ...]) -> None:
+def _keep(targets: list[_Target], norm: _BatchNorm, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """The module itself may do more than normalize."""
+    x = next(iter((*args, *kwargs.values())))
     expected = F.batch_norm(
-        args[0], norm.running_mean, norm.running_var, norm.weight, norm.bias, training=False, eps=norm.eps
+        x, norm.running_mean, norm.running_var, norm.weight, norm.bias, training=False, eps=norm.eps
     )
     targets.append((expected, float(expected.var(correction=0))))
 

@@ -35,11 +35,6 @@ class Shards(abc.ABC):
         """Applies `function` to the batches of each shard, in the place where they are."""
 
 
-def of_each_shard(function: Callable[[Iterable[Any]], T], batches: Iterable[Any]) -> list[T]:
-    """Applies `function` to all batches, or to each shard's where they are stored in several places."""
-    return batches.each(function) if isinstance(batches, Shards) else [function(batches)]
-
-
 def inputs_of(batch: Any) -> Inputs:
     """The arguments in a batch: the first of (images, labels), all of a mapping by name, else the batch."""
     if isinstance(batch, tuple | list) and batch and isinstance(batch[0], Inputs):

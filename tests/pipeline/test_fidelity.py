@@ -109,7 +109,10 @@ def test_the_last_lines_state_both_errors(tmp_path: Path, capsys: pytest.Capture
     assert "KL divergence" in moved
     assert "most enters at" in moved
     assert verified.startswith("verified    largest error ")
-    assert advice.startswith("next        this says nothing about accuracy")
+    assert advice.startswith(
+        "next        this says nothing about accuracy, of which real networks lose 0 to 8 points"
+    )
+    assert "--calibrate DATA --distill 200" in advice
     content = json.loads(report.read_text())
     assert 0 < content["fidelity"]["relative_l2"] < 10
     assert set(content["fidelity"]["sites"]) == {"1", "4"}
@@ -121,7 +124,11 @@ def test_the_report_measures_what_was_distilled(tmp_path: Path) -> None:
     plain = pn_compiler.compile(model, tmp_path / "a.onnx", X, calibration=[data], warm_start="calibrate")
     better = pn_compiler.compile(model, tmp_path / "b.onnx", X, calibration=[data], distill_steps=100)
     assert better.fidelity.representative
-    assert "64 samples" in better.fidelity.data
+    assert better.fidelity.data == "64 samples of the calibration data, most of which it was trained on"
+    assert plain.fidelity.data == "64 samples of the calibration data"
+    for report in (plain, better):
+        lost = 100 * (1 - report.fidelity.same_class)
+        assert f"on these samples it cost at most {lost:.1f} points of accuracy; --distill" in str(report)
     with torch.no_grad():
         assert better.fidelity.kl < measure(model, pn_compiler.transform(model, X), [data]).kl  # type: ignore[operator]
     assert plain.fidelity.kl is not None

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import math
 import pickle
 
 import numpy as np
@@ -15,7 +16,9 @@ from torch import Tensor, nn
 import pn_compiler
 from pn_compiler.base.errors import ConfigError
 from pn_compiler.cli import main
+from pn_compiler.data.samples import Samples
 from pn_compiler.numerics.least_squares import ChannelFit, merged
+from pn_compiler.recovery.affine_fit import AffineFit, Score, values_of
 from pn_compiler.running.evaluation import Shards
 from pn_compiler.testing import assert_same_outputs, randomize_batch_norms, relative_error
 from tests.zoo import timm, torchvision
@@ -398,3 +401,41 @@ def test_the_command_makes_statistics_constants(tmp_path, capsys) -> None:
         assert stopped.value.code == 2
     assert main([*command, "--warm-start", "running_stats"]) == 1
     assert "nothing uses them" in capsys.readouterr().err
+
+
+def test_a_calibration_is_no_worse_on_samples_that_it_does_not_train_on() -> None:
+    """Few samples, and a network that running statistics fit well: what is fitted to the samples is not."""
+    torch.manual_seed(0)
+    model = randomize_batch_norms(small_resnet()).eval()
+    x = torch.randn(48, 3, 32, 32)
+    traced = pn_compiler.transform(model, warm_start="running_stats", proxy=False)
+    names = [site.name for site in pn_compiler.sites(traced)]
+    norms = {name: traced.get_submodule(name) for name in names}
+    for p in traced.parameters():
+        p.requires_grad_(False)
+    samples = Samples([((row,), {}) for row in x.split(1)], whole=False)
+    fit = AffineFit(traced, model, norms, samples)
+    start = fit.propose(values_of(norms))
+    for scale in (0.0, 0.5, 1.5):  # worse than the start
+        assert fit.propose(scale * values_of(norms)).distance > start.distance
+    fit.train(0)
+    assert fit.propose(values_of(norms)) == start
+    fit.train(12)
+    assert fit.propose(values_of(norms)).distance < start.distance
+
+
+@pytest.mark.parametrize(
+    ("score", "kept"),
+    [
+        (Score(0.5, 0.9), True),
+        (Score(0.5, 0.8), False),  # fewer of the teacher's classes than at the start
+        (Score(1.5, 1.0), False),
+        (Score(math.nan, 1.0), False),
+        (Score(0.5, None), True),
+    ],
+)
+def test_what_a_calibration_keeps(score: Score, kept: bool) -> None:
+    start = Score(1.0, 0.9)
+    assert score.better_than(start, start) == kept
+    overflow = Score(math.inf, 0.9)
+    assert score.better_than(overflow, overflow) == math.isfinite(score.distance)
