@@ -74,10 +74,11 @@ def choose_anchors(
     convert(student, model, config_of_student, edit=edit)
     table = sites(student.root)
     frozen = {site.name: 1.0 for site in table if site.code == "PN107"}  # what only 1 converts
-    names = [site.name for site in table if site.kind != "skipped"]
-    if not names:
+    modules = dict(student.root.named_modules(remove_duplicate=False))
+    found = {site.name: modules.get(site.name) for site in table if site.kind != "skipped"}
+    norms = {name: norm for name, norm in found.items() if isinstance(norm, Normalizer)}  # not a pass's own
+    if not norms:
         return frozen
-    norms = {name: cast("Normalizer", student.root.get_submodule(name)) for name in names}
     with untouched(model), untouched(student.root):
         return frozen | _search(_Search.of(model, student.root, norms, config, calibration))
 
