@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import nn
 
-from pn_compiler.base.config import Anchor, Norm, ProxyPadding, TransformConfig, WarmStart
+from pn_compiler.base.config import Anchor, MetricFunction, Norm, ProxyPadding, TransformConfig, WarmStart
 from pn_compiler.base.errors import ConfigError
 from pn_compiler.base.option_checks import check_function
 from pn_compiler.base.options import pick
@@ -14,6 +14,7 @@ from pn_compiler.graph.graph_module import is_converted
 from pn_compiler.inspection.fake_tensors import fake_mode
 from pn_compiler.passes import PipelineEdit, conversion_pipeline, edited, preparation_pipeline
 from pn_compiler.pipeline.conversion import convert, first_sample, measure_conversion, prepare
+from pn_compiler.recovery.anchors import choose_anchors, needs_samples
 from pn_compiler.recovery.calibration import calibrate_prepared
 from pn_compiler.regions.regions import Trace, trace
 from pn_compiler.running.copying import unwrap
@@ -29,6 +30,8 @@ def transform(
     norm: Norm = TransformConfig.norm,
     num_groups: int | None = TransformConfig.num_groups,
     anchor: Anchor = TransformConfig.anchor,
+    anchor_budget: float = TransformConfig.anchor_budget,
+    metric: str | MetricFunction | None = TransformConfig.metric,
     proxy: bool = TransformConfig.proxy,
     proxy_padding: ProxyPadding = TransformConfig.proxy_padding,
     warm_start: WarmStart = TransformConfig.warm_start,
@@ -63,7 +66,14 @@ def transform(
         anchor: the share, from 0 to 1, that the variance of the training set has in that of an instance
             (docs/method.md); for all, or by path of the BatchNorm, 0 where a mapping names none. The higher,
             the closer to the trained network; norm="rms" with 1 is BatchNorm as it is evaluated. What starts
-            cold has the statistics of an untrained BatchNorm, mean 0 and variance 1.
+            cold has the statistics of an untrained BatchNorm, mean 0 and variance 1. "auto" chooses, for each
+            BatchNorm, the least with which the network keeps `anchor_budget` on held-out samples of
+            `calibration`; ``sites`` says what was chosen. It reads up to 512 samples.
+        anchor_budget: for anchor="auto": the largest divergence from the outputs of `model`, mean
+            KL(softmax(t) || softmax(s)) in nats, where they are logits [N, K], and relative L2 error of
+            other outputs; the worst output counts. With `metric` it is what that may lose, in its own units.
+        metric: for anchor="auto": (outputs, labels) -> a number, higher is better, as in
+            `freeze_statistics`. Batches of `calibration` are then (inputs, labels).
         proxy: whether to add proxy normalization where an activation follows.
         proxy_padding: where the zero padding of later convolutions stands: before the proxy shift
             ("activation", exact to fold) or behind it ("output", as the reference implementation).
@@ -72,8 +82,8 @@ def transform(
             other everywhere; "calibrate" fits them to `calibration` (docs/calibration.md). A warm start
             adds proxy normalization only where the consumers can undo it.
         calibration: unlabelled samples for warm_start="calibrate": batches of inputs, such as a DataLoader
-            or a list, as for `diagnose`. They are read twice. Their first sample stands for
-            `example_inputs` where those are not given.
+            or a list, as for `diagnose`; and for anchor="auto", which comes first. They are read several
+            times. Their first sample stands for `example_inputs` where those are not given.
         strict: raise if any BatchNorm is refused, or converted in another way than asked for.
         norm_only_bias: whether a normalizer without an activation behind it keeps its bias when it does
             not start warm; the reference implementation has none there.
@@ -98,6 +108,10 @@ def transform(
     """
     config = pick(TransformConfig, locals())
     check_function("pipeline", pipeline)
+    if config.anchor == "auto" and calibration is None:
+        raise ConfigError(needs_samples())
+    if config.anchor != "auto" and metric is not None:
+        raise ConfigError("metric has no effect without anchor='auto'")
     edited(pipeline, preparation_pipeline(), conversion_pipeline(config))  # raises before the work
     model = unwrap(model)
     if is_converted(model):
@@ -129,6 +143,9 @@ def convert_trace(
     first, _ = edited(edit, preparation_pipeline(), conversion_pipeline(config))
     with stopwatch("prepare"):
         prepare(traced, witness, inputs, stopwatch.announce, first)
+    if config.anchor == "auto":
+        with stopwatch("anchors"):
+            config = config.with_anchors(choose_anchors(traced, model, config, calibration, edit))
     calibrated = None
     if config.warm_start == "calibrate":
         with stopwatch("calibrate"):

@@ -127,7 +127,8 @@ def make_parser() -> argparse.ArgumentParser:
     recovery = parser.add_argument_group("accuracy and speed")
     recovery.add_argument(
         "--calibrate", metavar="DATA",
-        help="fit weight and bias to unlabelled samples; some hundred are enough",
+        help="fit weight and bias to unlabelled samples, or with --anchor auto the anchors; some hundred are "
+        "enough",
     )  # fmt: skip
     add_options(recovery, RecoveryConfig)
     add_options(parser.add_argument_group("ONNX"), ExportConfig)
@@ -169,6 +170,8 @@ def _form(option: Option) -> dict[str, Any]:
         return form | ({"nargs": "?", "const": about.bare} if about.bare else {})
     if about.repeated:
         return form | {"action": "append"}
+    if about.words:
+        return form | {"type": lambda text: text if text in about.words else _TYPES[option.kind](text)}
     return form | {"type": _TYPES[option.kind]}
 
 
@@ -213,6 +216,8 @@ def check_usage(arguments: argparse.Namespace) -> None:
     for name, flag in {"distill_steps": "--distill", "static_statistics": "--static-statistics"}.items():
         if name in given and arguments.calibrate is None:
             make_parser().error(f"{flag} needs samples: give --calibrate DATA")
+    if given.get("anchor") == "auto" and arguments.calibrate is None and arguments.diagnose is None:
+        make_parser().error("--anchor auto needs samples: give --calibrate DATA, or a number, such as 0.75")
     _check_company(given)
     if arguments.diagnose is not None:
         _check_diagnosis_usage(given)
@@ -224,8 +229,11 @@ def check_usage(arguments: argparse.Namespace) -> None:
 
 def _check_company(given: Mapping[str, Any]) -> None:
     """Refuses flags without those that they go with."""
-    if "metric" in given and "distill_steps" not in given and "static_statistics" not in given:
-        make_parser().error("--metric goes with --distill or --static-statistics")
+    auto = given.get("anchor") == "auto"
+    if "metric" in given and not auto and "distill_steps" not in given and "static_statistics" not in given:
+        make_parser().error("--metric goes with --distill, --static-statistics or --anchor auto")
+    if "anchor_budget" in given and not auto:
+        make_parser().error("--anchor-budget goes with --anchor auto")
     if "distill_logits" in given and "distill_steps" not in given:
         make_parser().error("--distill-logits goes with --distill")
     if "error_budget" in given and given.get("static_statistics") != "auto":

@@ -167,9 +167,13 @@ def _transform_options(loaded: "LoadedModel", arguments: argparse.Namespace) -> 
     from pn_compiler.graph.graph_module import is_converted
 
     options = _given(arguments, TransformConfig)
-    if arguments.calibrate is not None:
-        options["calibration"] = _batches(loaded, arguments.calibrate, arguments)
-        if not is_converted(loaded.model):
+    auto = options.get("anchor") == "auto"
+    source = arguments.calibrate or (arguments.diagnose if auto else None)
+    if not auto:
+        options.pop("metric", None)  # one of `distill` and `freeze_statistics`
+    if source is not None:
+        options["calibration"] = _batches(loaded, source, arguments)
+        if not auto and not is_converted(loaded.model):
             options.setdefault("warm_start", "calibrate")
     return options
 

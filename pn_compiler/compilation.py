@@ -132,6 +132,7 @@ def compile(  # noqa: A001  # the name that users of torch.compile look for
     norm: Norm = TransformConfig.norm,
     num_groups: int | None = TransformConfig.num_groups,
     anchor: Anchor = TransformConfig.anchor,
+    anchor_budget: float = TransformConfig.anchor_budget,
     proxy: bool = TransformConfig.proxy,
     proxy_padding: ProxyPadding = TransformConfig.proxy_padding,
     warm_start: WarmStart = TransformConfig.warm_start,
@@ -166,14 +167,16 @@ def compile(  # noqa: A001  # the name that users of torch.compile look for
         path: the ONNX file; None if only a repository is wanted.
         example_inputs, example_kwargs: arguments of a call, as for `transform`.
         repository: where the model is written for Triton and MLServer, too: see `export_model_repository`.
-        calibration: samples for warm_start="calibrate", `distill_steps` and `static_statistics`.
+        calibration: samples for anchor="auto", warm_start="calibrate", `distill_steps` and
+            `static_statistics`.
         distill_steps: steps of `distill` towards the outputs of `model`; 0 leaves it out.
         distill_logits: its `logits`; "all" for a segmentation network.
         static_statistics: replace instance statistics by constants, which changes results: "auto" as many as
             keep the error within `error_budget`, "all" whatever it is; None leaves them. See
             `freeze_statistics`. The file is then compared with the network that has the constants.
         error_budget: of the output, relative; with `metric` what that may lose, in its own units.
-        metric: the `metric` of `distill` and `freeze_statistics`; `calibration` has labels then.
+        metric: the `metric` of anchor="auto", `distill` and `freeze_statistics`; `calibration` has labels
+            then.
         input_shape: shape of a single float input, batch included, instead of `example_inputs`. Without
             either the shape is guessed from the first layer, and the report says so.
 

@@ -139,7 +139,7 @@ def compare(
 
 def refuse_conversion(config: TransformConfig, recovery: RecoveryConfig) -> None:
     """Raises ConfigError if options ask for another conversion of a model that is converted."""
-    if config != TransformConfig(strict=config.strict):
+    if config != TransformConfig(strict=config.strict, metric=config.metric):
         raise ConfigError("the model is already converted: options of transform have no effect")
     if recovery.distill_steps:
         raise ConfigError("the model is already converted: distill it with its BatchNorm network as teacher")
@@ -200,11 +200,14 @@ def check_calibration(
 ) -> None:
     """Raises ConfigError if samples are missing, or given for nothing."""
     uses = {
+        "anchor='auto'": config.anchor == "auto",
         "warm_start='calibrate'": config.warm_start == "calibrate",
         "distill_steps": recovery.distill_steps > 0,
         "static_statistics": recovery.static_statistics is not None,
     }
     needing = [name for name, used in uses.items() if used]
+    if recovery.metric is not None and not {*needing} - {"warm_start='calibrate'"}:
+        raise ConfigError("metric has no effect without distill_steps or static_statistics, or anchor='auto'")
     if needing and calibration is None:
         raise ConfigError(f"{needing[0]} needs samples: give calibration=, batches of inputs")
     if calibration is not None and not needing:

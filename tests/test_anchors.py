@@ -16,7 +16,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 import pn_compiler
 from pn_compiler.base.config import TransformConfig
 from pn_compiler.base.errors import ConfigError
-from pn_compiler.nn import AnchoredNorm, FoldedNorm, Normalizer
+from pn_compiler.nn import AnchoredNorm, FoldedNorm, FunctionalAnchoredNorm, Normalizer
 from pn_compiler.testing import (
     assert_batch_independent,
     assert_same_outputs,
@@ -278,6 +278,68 @@ def test_calibration_fits_weight_and_bias() -> None:
         errors = [relative_error(m(IMAGES), model(IMAGES)) for m in (plain, fitted)]
     assert errors[1] < errors[0]
     assert torch.equal(plain.bn1.population_var, fitted.bn1.population_var)
+
+
+def test_distillation_trains_an_anchored_network() -> None:
+    model = network().float()
+    converted = pn_compiler.transform(model, IMAGES.float(), norm="rms", anchor=0.5)
+    images = torch.randn(40, 3, 9, 9, generator=torch.Generator().manual_seed(2)) + 0.3
+    distilled, report = pn_compiler.distill(converted, model, images.split(8), steps=20, batch_size=8)
+    assert report.loss_after < report.loss_before
+    before = dict(converted.named_buffers())
+    assert before.keys() == dict(distilled.named_buffers()).keys()
+    for name, buffer in distilled.named_buffers():
+        assert torch.equal(buffer, before[name]), name  # population and anchor
+    assert_same_outputs(pn_compiler.fold(distilled.eval())(IMAGES.float()), distilled(IMAGES.float()))
+
+
+class Part(nn.Module):
+    """Calls one BatchNorm as a module, and one as a function of its statistics."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)
+        self.conv2, self.bn2 = nn.Conv2d(8, 4, 3), nn.BatchNorm2d(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv2(F.relu(self.bn1(self.conv1(x))))
+        return F.batch_norm(
+            x, self.bn2.running_mean, self.bn2.running_var, self.bn2.weight, self.bn2.bias, eps=self.bn2.eps
+        )
+
+
+class Whole(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.part, self.conv, self.bn3 = Part(), nn.Conv2d(4, 5, 1), nn.BatchNorm2d(5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.silu(self.bn3(self.conv(self.part(x)))).mean((2, 3))
+
+
+class PartByHand(Part):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("options", [OPTIONS[1], OPTIONS[2], OPTIONS[4]], ids=str)
+def test_code_that_is_not_traced_calls_anchored_norms(options: dict[str, Any], tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = randomize_batch_norms(Whole()).double().eval()
+    converted = pn_compiler.transform(model, IMAGES, leaves=["part"], **options)
+    assert type(converted.get_submodule("part.bn1")) is AnchoredNorm
+    assert type(converted.get_submodule("part.bn2")) is FunctionalAnchoredNorm
+    plain = copy.deepcopy(model)
+    plain.part.__class__ = PartByHand
+    expected = by_hand(plain, options)
+    with torch.no_grad():
+        assert_same_outputs(converted(IMAGES), expected(IMAGES), tolerance=1e-9)
+        assert_same_outputs(pn_compiler.fold(converted)(IMAGES), expected(IMAGES), tolerance=1e-9)
+    path = tmp_path / "m.onnx"
+    pn_compiler.export_onnx(converted.float(), path, IMAGES[:1].float(), input_names=["x"])
+    (actual,) = onnxruntime.InferenceSession(path).run(None, {"x": IMAGES.float().numpy()})
+    with torch.no_grad():
+        assert_same_outputs(torch.from_numpy(np.asarray(actual)), expected(IMAGES))
 
 
 def test_diagnosis_normalizes_as_the_site_does() -> None:

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import onnxruntime
 import pytest
 import torch
 from PIL import Image
@@ -17,7 +18,9 @@ import pn_compiler
 from pn_compiler import Diagnosis, FreezeReport, FrozenSite, SitePower, cli
 from pn_compiler.export import Report
 from pn_compiler.pipeline.fidelity import Fidelity
-from pn_compiler.testing import randomize_batch_norms
+from pn_compiler.testing import assert_same_outputs, randomize_batch_norms
+from tests import zoo
+from tests.test_anchors import by_hand
 
 
 class Mine(nn.Module):
@@ -320,6 +323,61 @@ def test_a_metric_of_the_user(
         assert err.count("\n") == 1
 
 
+def test_anchors_for_a_budget(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (folder / "own_measures.py").write_text(METRICS)
+    monkeypatch.syspath_prepend(str(folder))
+    images = torch.randn(24, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    np.save(folder / "data.npy", images.numpy())
+    anchored = ("model.pt", "--norm", "rms", "--anchor", "auto")
+    compiled = (*anchored, *SHAPE, "-o", "m.onnx", "--report", "r.json", "--calibrate")
+    labelled = ("own_measures:batches", "--allow-data-code", "--metric", "own_measures:right")
+    found = []
+    for options in (
+        ("data.npy", "--anchor-budget", "1000"),
+        ("data.npy", "--anchor-budget", "0.01"),
+        (*labelled, "--anchor-budget", "1000"),
+    ):
+        status, _, err = run(capsys, *compiled, *options)
+        assert (status, err) == (cli.DONE, "")
+        (site,) = json.loads((folder / "r.json").read_text())["sites"]
+        assert site["residual"] is None  # weight and bias are those of the running statistics
+        found.append(site["anchor"])
+    assert found[0] == found[2] == 0 < found[1]
+    for more in (("--dry-run", "--calibrate", "data.npy"), ("--diagnose", "data.npy")):
+        status, out, err = run(capsys, *anchored, *more)
+        assert (status, err) == (cli.DONE, "")
+        assert "1" in out
+
+
+def test_rms_with_an_anchor_from_end_to_end(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A network of torchvision, against BatchNorms that are replaced by hand."""
+    torch.manual_seed(0)
+    model = randomize_batch_norms(zoo.torchvision().models.resnet18(num_classes=7)).eval()
+    torch.save(model, folder / "resnet.pt")
+    arguments = (
+        "resnet.pt",
+        "-o",
+        "r.onnx",
+        "--norm",
+        "rms",
+        "--anchor",
+        "0.5",
+        "--input-shape",
+        "1,3,64,64",
+    )
+    status, out, err = run(capsys, *arguments)
+    assert (status, err) == (cli.DONE, "")
+    assert "verified" in out
+    x = torch.randn(2, 3, 64, 64, dtype=torch.float64)
+    session = onnxruntime.InferenceSession(folder / "r.onnx")
+    (actual,) = session.run(None, {"x": x.float().numpy()})
+    with torch.no_grad():
+        expected = by_hand(model.double(), {"norm": "rms", "anchor": 0.5})(x)
+    assert_same_outputs(torch.from_numpy(np.asarray(actual)), expected)
+
+
 def test_a_target_in_a_read_only_file_system(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     status, _, err = run(capsys, "model.pt", "-o", "/proc/m.onnx", *SHAPE)
     assert status == cli.FAILED
@@ -346,6 +404,9 @@ def test_a_target_in_a_read_only_file_system(folder: Path, capsys: pytest.Captur
         ("model.pt", "-o", "m.onnx", "--interpolation", "bicubic"),
         ("model.pt", "--diagnose", "data", "--resize", "8", "--interpolation", "lanczos"),
         ("model.pt", "-o", "m.onnx", "--calibrate", "data", "--metric", "a.b:c"),
+        ("model.pt", "-o", "m.onnx", "--anchor", "auto"),
+        ("model.pt", "-o", "m.onnx", "--anchor", "least"),
+        ("model.pt", "-o", "m.onnx", "--anchor", "0.5", "--anchor-budget", "0.1"),
         ("model.pt", "--dry-run", "--allow-data-code"),
         ("model.pt", "--diagnose", "data", "--resize", "1,2,3"),
         ("model.pt", "--diagnose", "data", "--crop", "0"),

@@ -168,6 +168,8 @@ TYPED: dict[tuple[str, ...], tuple[str, Any]] = {
     ("--norm", "group"): ("norm", "group"),
     ("--num-groups", "4"): ("num_groups", 4),
     ("--anchor", "0.5"): ("anchor", 0.5),
+    ("--anchor", "auto"): ("anchor", "auto"),
+    ("--anchor-budget", "0.1"): ("anchor_budget", 0.1),
     ("--no-proxy",): ("proxy", False),
     ("--proxy-padding", "output"): ("proxy_padding", "output"),
     ("--warm-start", "none"): ("warm_start", "none"),

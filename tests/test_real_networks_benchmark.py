@@ -232,7 +232,7 @@ def test_a_row_for_each_variant(small: Path) -> None:
     right = (outputs.argmax(1) == data.cifar10(options)[0].labels).double().mean()
     assert first["accuracy"] == pytest.approx(100 * float(right))
     for variant, row in rows.items():
-        recovered = variant == "calibrated" or variant.endswith("distilled")
+        recovered = variant in ("calibrated", "rms auto") or variant.endswith("distilled")
         assert row["recovery"] == (8 if recovered else 0), variant
         assert row["divergence"] > 0 or variant == "BatchNorm"
     text = command.table(list(rows.values()))

@@ -47,16 +47,14 @@ class Converted:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Calibrated:
-    """Fitted to the samples, with options of `pn_compiler.transform`."""
+class Fitted:
+    """Fitted to the samples as options of `pn_compiler.transform` say."""
 
     options: Mapping[str, Any]
     needs_data: bool = True
 
     def __call__(self, network: nn.Module, samples: Tensor, options: Mapping[str, Any]) -> nn.Module:
-        return pn_compiler.transform(
-            network, samples[:1], warm_start="calibrate", calibration=samples.split(BATCH), **self.options
-        )
+        return pn_compiler.transform(network, samples[:1], calibration=samples.split(BATCH), **self.options)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -83,7 +81,8 @@ VARIANTS: dict[str, Variant] = {
     "layer": Converted({"norm": "layer"}),
     "group": Converted({"norm": "group"}),
     **{f"rms {anchor:g}": Converted({"norm": "rms", "anchor": anchor}) for anchor in ANCHORS},
-    "calibrated": Calibrated({}),
+    **({"rms auto": Fitted({"norm": "rms", "anchor": "auto"})} if ANCHORS else {}),
+    "calibrated": Fitted({"warm_start": "calibrate"}),
     "distilled": Distilled({}),
     **{f"rms {anchor:g}, distilled": Distilled({"norm": "rms", "anchor": anchor}) for anchor in ANCHORS[2:3]},
 }

@@ -14,7 +14,7 @@ from pn_compiler.base.option_checks import check_metric, check_number, is_number
 from pn_compiler.base.options import about, check_kinds, freeze_lists
 
 Norm = Literal["layer", "group", "instance", "rms"]
-Anchor = float | Mapping[str, float]
+Anchor = float | Mapping[str, float] | Literal["auto"]
 ProxyPadding = Literal["activation", "output"]
 WarmStart = Literal["auto", "running_stats", "calibrate", "none"]
 Logits = Literal["auto", "all", "none"]
@@ -46,8 +46,25 @@ class TransformConfig:
         default=0.0,
         metadata=about(
             "share of the training set's variance in that of an instance, 0 to 1; 1 with --norm rms is "
-            "BatchNorm as it is evaluated. In Python also a mapping, from the path of a BatchNorm",
-            metavar="B",
+            "BatchNorm as it is evaluated; auto: for each BatchNorm the least that --anchor-budget allows "
+            "on the samples of --calibrate. In Python also a mapping, from the path of a BatchNorm",
+            metavar="B", words=("auto",),
+        ),
+    )  # fmt: skip
+    anchor_budget: float = dataclasses.field(
+        default=0.03,
+        metadata=about(
+            "with --anchor auto: the largest divergence from the original network, in nats, of outputs that "
+            "are logits, or relative error of others; with --metric, the most that it may lose",
+            metavar="E",
+        ),
+    )
+    metric: str | MetricFunction | None = dataclasses.field(
+        default=None,
+        metadata=about(
+            "a function (outputs, labels), higher is better, of which `anchor_budget` is with "
+            "anchor='auto'; batches of the calibration are (inputs, labels)",
+            flag="",
         ),
     )
     proxy: bool = dataclasses.field(
@@ -91,6 +108,10 @@ class TransformConfig:
             if self.norm == "layer":
                 object.__setattr__(self, "norm", "group")  # num_groups alone means GroupNorm
         _check_anchor(self.anchor)
+        check_number("anchor_budget", self.anchor_budget, "an error of 0 or more, such as 0.03", 0)
+        if self.anchor != "auto" and self.anchor_budget != TransformConfig.anchor_budget:
+            raise ConfigError("anchor_budget has no effect without anchor='auto'")
+        check_metric(self.metric)
         check_number("proxy_eps", self.proxy_eps, "a positive number", math.ulp(0))
 
     def groups_for(self, num_channels: int) -> int:
@@ -112,11 +133,17 @@ class TransformConfig:
     @property
     def anchored(self) -> bool:
         """Whether normalizers hold the statistics of the population."""
-        return self.norm == "rms" or isinstance(self.anchor, Mapping) or self.anchor > 0
+        return self.norm == "rms" or self.anchor != 0
 
     def anchor_for(self, path: str) -> float:
         """The anchor of the site at `path`; 0 where a mapping names none."""
+        if self.anchor == "auto":
+            raise ConfigError("anchor='auto' stands for a mapping, which is not known yet")
         return float(self.anchor.get(path, 0) if isinstance(self.anchor, Mapping) else self.anchor)
+
+    def with_anchors(self, anchors: Mapping[str, float]) -> "TransformConfig":
+        """These options with `anchors` in the place of "auto"."""
+        return dataclasses.replace(self, anchor=anchors, anchor_budget=TransformConfig.anchor_budget)
 
     def inside(self, prefix: str) -> "TransformConfig":
         """These options for a part of the model, whose paths have no `prefix`."""
@@ -127,8 +154,10 @@ class TransformConfig:
 
 
 def _check_anchor(anchor: object) -> None:
-    """Raises ConfigError unless it is a number from 0 to 1, or a mapping from paths to such numbers."""
-    expected = "a number from 0 to 1, or a mapping from paths of BatchNorms to such numbers"
+    """Raises ConfigError unless it is a number from 0 to 1, a mapping from paths to such, or "auto"."""
+    if isinstance(anchor, str) and anchor == "auto":
+        return
+    expected = "a number from 0 to 1, a mapping from paths of BatchNorms to such numbers, or 'auto'"
     for path, value in anchor.items() if isinstance(anchor, Mapping) else [("", anchor)]:
         if not isinstance(path, str) or not is_number(value, 0, math.nextafter(1, 2)):
             raise ConfigError(f"anchor={anchor!r:.80}: expected {expected}")
@@ -173,8 +202,8 @@ class RecoveryConfig:
         default=None,
         metadata=about(
             "a function (outputs, labels), higher is better, that decides what --distill keeps and what "
-            "--error-budget allows; the samples of --calibrate are a folder for each class, or a function "
-            "that yields (inputs, labels)",
+            "--error-budget and --anchor-budget allow; the samples of --calibrate are a folder for each "
+            "class, or a function that yields (inputs, labels)",
             metavar="PACKAGE.MODULE:FUNCTION",
         ),
     )
@@ -186,8 +215,6 @@ class RecoveryConfig:
         if self.distill_logits != "auto" and not self.distill_steps:
             raise ConfigError(f"distill_logits={self.distill_logits!r} has no effect without distill_steps")
         check_metric(self.metric)
-        if self.metric is not None and not self.distill_steps and self.static_statistics is None:
-            raise ConfigError("metric has no effect without distill_steps or static_statistics")
 
 
 _BOUNDS = {

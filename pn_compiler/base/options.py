@@ -22,6 +22,7 @@ class About:
         bare: the value of the flag where it is given without one.
         repeated: whether the flag is given once for each value.
         implied: choices that the flag does not have, because another flag implies them.
+        words: what the flag takes besides numbers.
     """
 
     help: str
@@ -30,6 +31,7 @@ class About:
     bare: str | None = None
     repeated: bool = False
     implied: tuple[str, ...] = ()
+    words: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -3,7 +3,7 @@
 import copy
 import dataclasses
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -23,15 +23,12 @@ from pn_compiler.nn import FoldedNorm, Normalizer
 from pn_compiler.passes import freeze_pipeline
 from pn_compiler.pipeline.folding import fold
 from pn_compiler.recovery.freeze_report import FreezeReport, FrozenSite
+from pn_compiler.recovery.held_out import Data, Scale, affordable
 from pn_compiler.recovery.metric import Metric
 from pn_compiler.recovery.site_constants import Constants, Norm, Norms, estimate, replaced
 from pn_compiler.regions.regions import named_graphs
 from pn_compiler.running.evaluation import run, untouched
-from pn_compiler.running.inputs import Inputs
 from pn_compiler.running.losses import floating_outputs, is_logits, squared_norm, widened
-
-_BATCH = 16  # samples; the outputs of all sites for one batch are held in memory
-_ROUNDING = 1e-9  # of a metric: 0.9 - 0.4 is not 0.5
 
 
 def freeze_statistics(
@@ -85,8 +82,8 @@ def freeze_statistics(
     network = fold(model)
     with untouched(network):
         samples = Samples.read(calibration, network, max_samples, "calibration", labelled=metric is not None)
-        data = _Data(samples, *samples.divide(held_out, torch.Generator().manual_seed(0)))
-        scale = None if metric is None else _Scale.of(Metric(metric, samples), network, data)
+        data = Data(samples, *samples.divide(held_out, torch.Generator().manual_seed(0)))
+        scale = None if metric is None else Scale.of(Metric(metric, samples), network, data, "frozen")
         norms, refused = _find_sites(network)
         alone = estimate(network, norms, data.batches(data.estimation, "statistics"), frozen=False)
         refused |= _unusable(norms, alone)
@@ -111,42 +108,7 @@ def freeze_statistics(
     )  # fmt: skip
 
 
-# Samples and sites ---------------------------------------------------------------------------------
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class _Data:
-    """Samples, and which of them serve which purpose, by index."""
-
-    samples: Samples
-    held_out: Tensor
-    estimation: Tensor
-
-    def batches(self, rows: Tensor, title: str) -> Iterator[Inputs]:
-        """The samples `rows`, under a progress bar."""
-        for part in tqdm(self.parts(rows), desc=title, disable=None, leave=False):
-            yield self.samples.inputs(part.tolist())
-
-    def parts(self, rows: Tensor) -> Sequence[Tensor]:
-        """The numbers of the samples in each batch."""
-        return torch.split(rows, 1 if self.samples.whole else _BATCH)
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class _Scale:
-    """The user's metric on the held-out samples, and its value before anything is frozen."""
-
-    metric: Metric
-    rows: Sequence[Tensor]
-    before: float
-
-    @classmethod
-    def of(cls, metric: Metric, network: nn.Module, data: _Data) -> "_Scale":
-        rows = data.parts(data.held_out)
-        before = metric.of(network, rows)
-        if not math.isfinite(before):
-            raise ConfigError(f"the metric {metric.name} is {before} before anything is frozen")
-        return cls(metric, rows, before)
+# Sites ---------------------------------------------------------------------------------------------
 
 
 def _find_sites(network: nn.Module) -> tuple[Norms, dict[str, str]]:
@@ -223,7 +185,7 @@ def _floating(outputs: Any) -> dict[str, Tensor]:
     return {name: widened(tensor) for name, tensor in tensors.items()}
 
 
-def _damages(network: nn.Module, norms: Norms, constants: Constants, data: _Data) -> dict[str, float]:
+def _damages(network: nn.Module, norms: Norms, constants: Constants, data: Data) -> dict[str, float]:
     """Error of the output with only that site frozen, for each site."""
     errors = {name: _Errors() for name in constants}
     for inputs in data.batches(data.held_out, "damage of each site"):
@@ -252,7 +214,7 @@ class _Frozen:
     lost: float | None = None
 
 
-def _freeze(network: nn.Module, norms: Norms, data: _Data, scale: _Scale | None) -> _Frozen:
+def _freeze(network: nn.Module, norms: Norms, data: Data, scale: Scale | None) -> _Frozen:
     """A copy of `network` with all of `norms` frozen."""
     title = f"{len(norms)} sites frozen"
     constants = estimate(network, norms, data.batches(data.estimation, title), frozen=True)
@@ -300,4 +262,4 @@ def _fits(tried: _Frozen, budget: float) -> bool:
     error = tried.errors.relative_l2
     if tried.lost is None:
         return math.isfinite(error) and error <= budget
-    return math.isfinite(error) and tried.lost <= budget + _ROUNDING * abs(tried.score or 0.0)
+    return math.isfinite(error) and affordable(tried.lost, budget, tried.score or 0.0)

@@ -1,0 +1,62 @@
+"""Samples that are held out to measure what a change of a network costs, and the user's metric on them."""
+
+import dataclasses
+import math
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from pn_compiler.base.errors import ConfigError
+from pn_compiler.data.samples import Samples
+from pn_compiler.recovery.metric import Metric
+from pn_compiler.running.inputs import Inputs
+
+BATCH = 16  # samples; the outputs of all sites for one batch are held in memory
+_ROUNDING = 1e-9  # of a metric: 0.9 - 0.4 is not 0.5
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Data:
+    """Samples, and which of them serve which purpose, by index."""
+
+    samples: Samples
+    held_out: Tensor
+    estimation: Tensor
+
+    def batches(self, rows: Tensor, title: str) -> Iterator[Inputs]:
+        """The samples `rows`, under a progress bar."""
+        for part in tqdm(self.parts(rows), desc=title, disable=None, leave=False):
+            yield self.samples.inputs(part.tolist())
+
+    def parts(self, rows: Tensor) -> Sequence[Tensor]:
+        """The numbers of the samples in each batch."""
+        return torch.split(rows, 1 if self.samples.whole else BATCH)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Scale:
+    """The user's metric on the held-out samples, and its value before anything is changed."""
+
+    metric: Metric
+    rows: Sequence[Tensor]
+    before: float
+
+    @classmethod
+    def of(cls, metric: Metric, network: nn.Module, data: Data, change: str) -> "Scale":
+        """Measures `network`; `change` says what will be done to it, as in "frozen".
+
+        Raises:
+            ConfigError: the metric is nan or infinite.
+        """
+        rows = data.parts(data.held_out)
+        before = metric.of(network, rows)
+        if not math.isfinite(before):
+            raise ConfigError(f"the metric {metric.name} is {before} before anything is {change}")
+        return cls(metric, rows, before)
+
+
+def affordable(lost: float, budget: float, score: float) -> bool:
+    """Whether what the metric lost, down to `score`, is at most `budget`; nan is not."""
+    return lost <= budget + _ROUNDING * abs(score)
