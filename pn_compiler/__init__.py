@@ -18,14 +18,14 @@ if TYPE_CHECKING:
     from pn_compiler.base.diagnostics import Diagnostic, Site
     from pn_compiler.base.errors import PnCompilerError
     from pn_compiler.compilation import compile, export_onnx  # noqa: A004
+    from pn_compiler.freezing.freeze_report import FreezeReport, FrozenSite
+    from pn_compiler.freezing.static_statistics import freeze_statistics
     from pn_compiler.graph.graph_module import notes, sites
     from pn_compiler.numerics.moments import proxy_moments
     from pn_compiler.pipeline.folding import fold
     from pn_compiler.recovery.checkpoints import convert_state_dict
     from pn_compiler.recovery.distillation import DistillReport, distill
-    from pn_compiler.recovery.freeze_report import FreezeReport, FrozenSite
     from pn_compiler.recovery.optimizer_groups import param_groups
-    from pn_compiler.recovery.static_statistics import freeze_statistics
     from pn_compiler.repository.options import ModelRepository
     from pn_compiler.running.losses import output_loss, relative_l2
     from pn_compiler.serving import export_model_repository
@@ -68,14 +68,14 @@ _MODULES = {
     "base.diagnostics": ("Diagnostic", "Site"),
     "recovery.distillation": ("DistillReport", "distill"),
     "base.errors": ("PnCompilerError",),
-    "recovery.freeze_report": ("FreezeReport", "FrozenSite"),
+    "freezing.freeze_report": ("FreezeReport", "FrozenSite"),
     "graph.graph_module": ("notes", "sites"),
     "running.losses": ("output_loss", "relative_l2"),
     "numerics.moments": ("proxy_moments",),
     "recovery.optimizer_groups": ("param_groups",),
     "analysis.power": ("diagnose",),
     "serving": ("export_model_repository",),
-    "recovery.static_statistics": ("freeze_statistics",),
+    "freezing.static_statistics": ("freeze_statistics",),
 }
 sys.meta_path.insert(0, RenamedModules())
 _HOMES = {name: module for module, names in _MODULES.items() for name in names}

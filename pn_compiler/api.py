@@ -10,11 +10,11 @@ from pn_compiler.base.errors import ConfigError
 from pn_compiler.base.option_checks import check_function
 from pn_compiler.base.options import pick
 from pn_compiler.base.stopwatch import Stopwatch
+from pn_compiler.freezing.anchors import choose_anchors, needs_samples
 from pn_compiler.graph.graph_module import is_converted
 from pn_compiler.inspection.fake_tensors import fake_mode
 from pn_compiler.passes import PipelineEdit, conversion_pipeline, edited, preparation_pipeline
 from pn_compiler.pipeline.conversion import convert, first_sample, measure_conversion, prepare
-from pn_compiler.recovery.anchors import choose_anchors, needs_samples
 from pn_compiler.recovery.calibration import calibrate_prepared
 from pn_compiler.regions.regions import Trace, trace
 from pn_compiler.running.copying import unwrap

@@ -15,6 +15,8 @@ from pn_compiler.base.errors import ConfigError, VerificationError
 from pn_compiler.base.option_checks import check_path
 from pn_compiler.base.stopwatch import Stopwatch
 from pn_compiler.data.input_shape import choose_inputs, stated_inputs
+from pn_compiler.freezing.freeze_report import FreezeReport
+from pn_compiler.freezing.static_statistics import freeze_statistics
 from pn_compiler.graph.graph_module import is_converted, notes, sites
 from pn_compiler.graph.graph_utils import count_operators
 from pn_compiler.nn import Normalizer
@@ -22,8 +24,6 @@ from pn_compiler.pipeline.conversion import measure_conversion
 from pn_compiler.pipeline.fidelity import Fidelity
 from pn_compiler.pipeline.folding import fold_in_place
 from pn_compiler.recovery.distillation import DistillReport, distill
-from pn_compiler.recovery.freeze_report import FreezeReport
-from pn_compiler.recovery.static_statistics import freeze_statistics
 from pn_compiler.regions.regions import Trace, trace
 from pn_compiler.repository.adding import add_to_repository
 from pn_compiler.repository.options import ModelRepository

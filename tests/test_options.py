@@ -29,9 +29,9 @@ from pn_compiler.base.options import Option, changed, options_of
 from pn_compiler.export import TARGETS, ExportOptions, Report
 from pn_compiler.export.rewrites.half import DTYPES
 from pn_compiler.export.to_onnx import Lowered
+from pn_compiler.freezing.freeze_report import FreezeReport
 from pn_compiler.pipeline.fidelity import Fidelity
 from pn_compiler.recovery.distillation import DistillReport
-from pn_compiler.recovery.freeze_report import FreezeReport
 from pn_compiler.repository.options import ModelRepository
 from pn_compiler.stages import Network, Recovered, Traced
 

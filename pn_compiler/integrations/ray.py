@@ -21,9 +21,9 @@ import torch
 from torch import nn
 
 from pn_compiler.base.errors import ConfigError, PnCompilerError
+from pn_compiler.freezing.site_constants import Constants, solved, sums
 from pn_compiler.nn import FoldedNorm
 from pn_compiler.numerics.least_squares import ChannelFit, merged
-from pn_compiler.recovery.site_constants import Constants, solved, sums
 from pn_compiler.running.evaluation import Shards, each_batch, untouched
 
 T = TypeVar("T")

@@ -1,1 +1,1 @@
-"""Getting back what a conversion costs: calibration, distillation, static statistics, checkpoints."""
+"""Getting back the accuracy that a conversion costs: calibration, distillation, checkpoints."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from pn_compiler.data.samples import Samples
-from pn_compiler.recovery.site_constants import Norms
+from pn_compiler.freezing.site_constants import Norms
 from pn_compiler.recovery.site_matching import SiteMatching
 from pn_compiler.running.evaluation import run
 from pn_compiler.running.inputs import Inputs

@@ -14,6 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from pn_compiler.base.config import TransformConfig
 from pn_compiler.base.errors import ConfigError
 from pn_compiler.data.samples import Samples
+from pn_compiler.freezing.site_constants import Norms
 from pn_compiler.graph.graph_module import sites
 from pn_compiler.graph.warm_start import Calibrated
 from pn_compiler.inspection.batch_norms import has_plain_forward
@@ -24,7 +25,6 @@ from pn_compiler.passes import PipelineEdit
 from pn_compiler.pipeline.conversion import convert
 from pn_compiler.recovery.affine_fit import BATCH_SIZE, AffineFit, observed, owner
 from pn_compiler.recovery.memory_layout import channels_last
-from pn_compiler.recovery.site_constants import Norms
 from pn_compiler.regions.regions import Trace
 from pn_compiler.running.evaluation import batches_of, inputs_of, untouched
 from pn_compiler.running.inputs import Inputs

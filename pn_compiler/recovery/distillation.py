@@ -16,9 +16,9 @@ from pn_compiler.base.errors import ConfigError
 from pn_compiler.base.option_checks import check_function, check_path
 from pn_compiler.base.options import pick
 from pn_compiler.base.strict_json import to_json
+from pn_compiler.data.metric import Metric
 from pn_compiler.data.samples import Outputs, Samples, digest
 from pn_compiler.recovery.memory_layout import channels_last
-from pn_compiler.recovery.metric import Metric
 from pn_compiler.recovery.site_matching import SiteMatching
 from pn_compiler.recovery.trainer import Checkpoint, Loss, Trainer
 from pn_compiler.running.copying import copy_model, unwrap

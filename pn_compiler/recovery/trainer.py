@@ -15,8 +15,8 @@ from torch.utils import _pytree as pytree
 from tqdm import tqdm
 
 from pn_compiler.base.errors import ConfigError, LoadError
+from pn_compiler.data.metric import Metric
 from pn_compiler.data.samples import Outputs, Samples, digest
-from pn_compiler.recovery.metric import Metric
 from pn_compiler.recovery.site_matching import SiteMatching
 from pn_compiler.running.evaluation import run
 from pn_compiler.running.losses import Logits, agreement, distance, divergence

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 import pn_compiler
 from pn_compiler.base.errors import ConfigError
-from pn_compiler.recovery.site_constants import estimate
+from pn_compiler.freezing.site_constants import estimate
 from pn_compiler.running.inputs import Inputs
 from pn_compiler.testing import randomize_batch_norms, relative_error
 from tests.serving import ray_cluster

@@ -13,7 +13,11 @@ from tqdm import tqdm
 from pn_compiler.base.config import FreezeConfig, MetricFunction
 from pn_compiler.base.errors import ConfigError
 from pn_compiler.base.options import pick
+from pn_compiler.data.metric import Metric
 from pn_compiler.data.samples import Samples
+from pn_compiler.freezing.freeze_report import FreezeReport, FrozenSite
+from pn_compiler.freezing.held_out import Data, Scale, affordable
+from pn_compiler.freezing.site_constants import Constants, Norm, Norms, estimate, replaced
 from pn_compiler.graph.graph_module import is_converted, notes, record, sites
 from pn_compiler.graph.graph_utils import module_calls
 from pn_compiler.graph.pass_base import run_pipeline
@@ -22,10 +26,6 @@ from pn_compiler.inspection.hooks import has_hooks
 from pn_compiler.nn import FoldedNorm, Normalizer
 from pn_compiler.passes import freeze_pipeline
 from pn_compiler.pipeline.folding import fold
-from pn_compiler.recovery.freeze_report import FreezeReport, FrozenSite
-from pn_compiler.recovery.held_out import Data, Scale, affordable
-from pn_compiler.recovery.metric import Metric
-from pn_compiler.recovery.site_constants import Constants, Norm, Norms, estimate, replaced
 from pn_compiler.regions.regions import named_graphs
 from pn_compiler.running.evaluation import run, untouched
 from pn_compiler.running.losses import floating_outputs, is_logits, squared_norm, widened

@@ -12,13 +12,13 @@ from tqdm import tqdm
 
 from pn_compiler.base.config import TransformConfig
 from pn_compiler.base.errors import ConfigError
+from pn_compiler.data.metric import Metric
 from pn_compiler.data.samples import Outputs, Samples
+from pn_compiler.freezing.held_out import BATCH, Data, Scale, affordable
 from pn_compiler.graph.graph_module import sites
 from pn_compiler.nn import Normalizer
 from pn_compiler.passes import PipelineEdit
 from pn_compiler.pipeline.conversion import convert
-from pn_compiler.recovery.held_out import BATCH, Data, Scale, affordable
-from pn_compiler.recovery.metric import Metric
 from pn_compiler.regions.regions import Trace
 from pn_compiler.running.evaluation import run, untouched
 from pn_compiler.running.losses import (

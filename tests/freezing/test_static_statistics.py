@@ -13,12 +13,12 @@ from torch import Tensor, fx, nn
 
 import pn_compiler
 from pn_compiler.base.errors import ConfigError
+from pn_compiler.freezing.static_statistics import _Errors, _Frozen, _longest
 from pn_compiler.graph.graph_module import is_converted
 from pn_compiler.graph.pass_base import run_pipeline
 from pn_compiler.graph.ranks import infer_ranks
 from pn_compiler.nn import ConstantAffine, ConstantClamp
 from pn_compiler.passes import freeze_pipeline
-from pn_compiler.recovery.static_statistics import _Errors, _Frozen, _longest
 from pn_compiler.testing import assert_same_outputs, randomize_batch_norms
 from tests import zoo
 

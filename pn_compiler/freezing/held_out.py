@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from pn_compiler.base.errors import ConfigError
+from pn_compiler.data.metric import Metric
 from pn_compiler.data.samples import Samples
-from pn_compiler.recovery.metric import Metric
 from pn_compiler.running.inputs import Inputs
 
 BATCH = 16  # samples; the outputs of all sites for one batch are held in memory

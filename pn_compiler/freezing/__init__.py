@@ -1,0 +1,1 @@
+"""Constants in the place of instance statistics, in part (anchors) or altogether, within a budget."""
