@@ -223,17 +223,17 @@ def _call_instead(gm: fx.GraphModule, call: fx.Node, path: str) -> None:
 def _norm_of(gm: fx.GraphModule, site: _Site) -> _BatchNorm | None:
     """A BatchNorm with the tensors of `site`; None if one of its numbers is unknown."""
     tensors = {key: _value(gm, path) for key, path in site.reads.items()}
-    source = input_of(site.calls[0])
-    known = None if source is None else rank(source)
+    known = {None if (source := input_of(call)) is None else rank(source) for call in site.calls}
     momentum, eps = site.operands.get("momentum", 0.1), site.operands.get("eps", 1e-5)
-    if known not in (None, *_NORMS) or not tensors or any(isinstance(o, fx.Node) for o in (momentum, eps)):
+    if known - {None, *_NORMS} or not tensors or any(isinstance(o, fx.Node) for o in (momentum, eps)):
         return None
     holder = gm.get_submodule(site.owner)
     always = bool(site.mode) and not holder.training  # the statistics of the batch, in eval mode, too
     tracks = "running_mean" in tensors and "running_var" in tensors and not always
     affine = "weight" in tensors or "bias" in tensors
     size = len(next(iter(tensors.values())))
-    cls = nn.SyncBatchNorm if known is None else _NORMS[known]  # which takes any rank
+    fitting = {nn.SyncBatchNorm if each is None else _NORMS[each] for each in known}
+    cls = fitting.pop() if len(fitting) == 1 else nn.SyncBatchNorm  # which takes any rank
     module = cls(size, eps, momentum, affine, track_running_stats=tracks, device="meta")
     like = next(iter(tensors.values()))
     if affine:

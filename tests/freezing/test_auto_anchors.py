@@ -156,7 +156,6 @@ def test_own_means_cannot_keep_every_budget(model: nn.Module, options: dict[str,
         ({"anchor": "least"}, "anchor='least'"),
         ({"anchor": "auto", "calibration": BATCHES, "metric": "nothing"}, "metric"),
     ],
-    ids=str,
 )
 def test_impossible_options(model: nn.Module, options: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message) as caught:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import pn_compiler
 from pn_compiler.base.errors import RefusedError
-from pn_compiler.testing import assert_batch_independent, assert_same_outputs
+from pn_compiler.testing import assert_batch_independent, assert_same_outputs, randomize_batch_norms
 from tests.passes.norm_functions import Call, Norm, X, by_hand, functional, layers, left
 
 ATEN = torch.ops.aten
@@ -269,3 +269,26 @@ def test_calls_that_nothing_reads_are_reported(how: str) -> None:
     x = torch.randn(2, 8, 4, 4).double()
     converted = pn_compiler.transform(Unread(WRITES[how]).double().eval(), x)
     assert [(s.name, s.code) for s in pn_compiler.sites(converted)] == [("norm", "PN102")]
+
+
+class Ranks(nn.Module):
+    """One BatchNorm1d as a function, on inputs of two ranks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bn = nn.BatchNorm1d(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for y in (x, x[..., None]):
+            norm = self.bn
+            x = F.batch_norm(y, norm.running_mean, norm.running_var, norm.weight, norm.bias, eps=norm.eps)
+        return x
+
+
+def test_calls_on_inputs_of_several_ranks_share_a_normalizer() -> None:
+    torch.manual_seed(0)
+    model = randomize_batch_norms(Ranks()).double().eval()
+    x = torch.randn(3, 4, 10, dtype=torch.float64)
+    converted = pn_compiler.transform(model, x, norm="rms", anchor=1.0, strict=True)  # exact
+    assert [site.kind for site in pn_compiler.sites(converted)] == ["norm_only"]
+    torch.testing.assert_close(converted.eval()(x), model(x))
