@@ -70,8 +70,9 @@ class Aliases:
 
     Attributes:
         overwritten: all such values.
-        pinned: those that are read afterwards under another name, or that the caller can see. The graph has
-            no edge for that effect, so it is only preserved if nothing around them changes.
+        pinned: those that are read afterwards under another name, that the caller can see, or that are
+            written through ``.data``. The graph has no edge for that effect, so it is only preserved if
+            nothing around them changes.
         returned: values whose memory the caller is given, and may overwrite before the backward.
     """
 
@@ -101,6 +102,8 @@ def find_aliases(gm: fx.GraphModule) -> Aliases:
             others = set(node.all_input_nodes) - set(targets)
             if others & group or any(_is_seen_after(member, node) for member in group):
                 pinned |= group
+            if any(member.target is getattr and member.args[1] == "data" for member in group):
+                pinned |= group  # unnoticed by autograd, so that the backward reads what is written
         group = {node}
         for source in shares(gm, node):
             group |= group_of[source]

@@ -382,3 +382,29 @@ def test_sorting_a_tensor_is_no_write() -> None:
 
     x = torch.randn(2, 5)
     assert torch.equal(pn_compiler.transform(Sorts())(x), Sorts()(x))
+
+
+class WritesData(nn.Module):
+    """Overwrites, unnoticed by autograd, what the backward reads; nothing in the forward reads it again."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.bn, self.act = nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.Softsign()
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.bn(self.conv(x))
+        z = F.relu(self.act(y)) ** 2
+        y.data.mul_(1.5)
+        return z
+
+
+def test_a_write_that_only_the_backward_sees_stays() -> None:
+    torch.manual_seed(0)
+    model = randomize_batch_norms(WritesData()).double().eval()
+    converted = pn_compiler.transform(model, X, norm="rms", anchor=1.0).eval()  # exact
+    gradients = []
+    for network in (model, converted):
+        network.zero_grad()
+        network(X).sum().backward()
+        gradients.append(network.get_parameter("conv.weight").grad)
+    torch.testing.assert_close(*gradients)
