@@ -36,7 +36,6 @@ from benchmarks import glyphs, tasks
 from benchmarks.ensemble import MOMENTUM, Ensemble, accuracy, train
 from benchmarks.tasks import Row
 from pn_compiler.base.errors import ConfigError, PnCompilerError
-from pn_compiler.base.files import check_writable, write_atomically
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -242,8 +241,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     start = time.perf_counter()
     recipes = chosen_recipes(arguments)
-    if arguments.json is not None:
-        check_writable(arguments.json)
     rows = tasks.read(arguments.json, "recipe", "variant", "batch_size")
     done = [(row["recipe"], row["variant"], row["batch_size"]) for row in rows]
     costs: dict[Task, float] = {}  # steps
@@ -256,10 +253,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         cells = itertools.product(recipe.batch_sizes, names)  # the longest first
         missing = [(recipe, n, b, arguments.device) for b, n in cells if (_key(recipe), n, b) not in done]
         costs |= {task: recipe.epochs * recipe.train // task[2] for task in missing}
-    for row in tasks.run(run_cell, costs, arguments.jobs):
-        rows.append(row)
-        if arguments.json is not None:
-            write_atomically(arguments.json, json.dumps(rows, indent=1).encode())
+    tasks.run_stored(run_cell, costs, arguments.jobs, rows, arguments.json)
     for recipe in recipes:
         found = [row for row in rows if row["recipe"] == _key(recipe)]
         print(f"{table(recipe, found)}\n\n{caption(recipe, found)}\n")

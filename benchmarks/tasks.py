@@ -2,6 +2,7 @@
 
 import json
 import multiprocessing
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
@@ -11,6 +12,7 @@ import torch
 from tqdm import tqdm
 
 from pn_compiler.base.errors import ConfigError
+from pn_compiler.base.files import check_writable, write_atomically
 
 Row = dict[str, Any]
 
@@ -37,6 +39,26 @@ def run(function: Callable[..., Row], costs: dict[tuple[Any, ...], float], jobs:
             pool.shutdown(wait=False, cancel_futures=True)
 
 
+def run_stored(
+    function: Callable[..., Row],
+    costs: dict[tuple[Any, ...], float],
+    jobs: int,
+    rows: list[Row],
+    path: Path | None,
+) -> None:
+    """Appends to `rows` what `run` yields; each time all rows are written to `path`, unless that is None."""
+    for row in run(function, costs, jobs):
+        rows.append(row)
+        if path is not None:
+            write_atomically(path, json.dumps(rows, indent=1).encode())
+
+
+def closing_line(start: float, jobs: int) -> str:
+    """How long a benchmark took that began at `start`, by `time.perf_counter`."""
+    seconds = time.perf_counter() - start
+    return f"{seconds:.0f} s with {jobs} processes of one thread, torch {torch.__version__}"
+
+
 def _start_worker() -> None:
     torch.set_num_threads(1)
     torch.set_flush_denormal(True)  # the momentum of a dead ReLU's weights would become many of them
@@ -47,7 +69,10 @@ def read(path: Path | None, *keys: str) -> list[Row]:
 
     Raises:
         ConfigError: the file holds something else.
+        ExportError: it cannot be written.
     """
+    if path is not None:
+        check_writable(path)
     if path is None or not path.exists():
         return []
     try:

@@ -18,7 +18,6 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import torch
 from torch import Tensor, nn
 
 import pn_compiler
@@ -26,7 +25,6 @@ from benchmarks import swaps, tasks, trained
 from benchmarks.ensemble import MOMENTUM
 from benchmarks.tasks import Row
 from pn_compiler.base.errors import ConfigError, PnCompilerError
-from pn_compiler.base.files import check_writable, write_atomically
 
 GROUPS = (1, 4, 8, 32)
 CALIBRATION = (64, 256, 1024)  # samples
@@ -224,8 +222,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     start = time.perf_counter()
     names = _names(arguments.networks, list(trained.RECIPES))
     methods = _names(arguments.methods, list(METHODS))
-    if arguments.json is not None:
-        check_writable(arguments.json)
     rows = tasks.read(arguments.json, "network", "method", "groups", "settings", "scores")
     asked = [(*task, settings(task[0])) for task in chosen_tasks(names, methods, arguments.groups)]
     done = [(row["network"], row["method"], row["groups"], row["settings"]) for row in rows]
@@ -234,16 +230,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         trained.load_data(name)  # rendered once, before there are several processes
     untrained = sorted({name for name, _, _ in missing}, key=list(trained.RECIPES).index)
     list(tasks.run(trained.prepare, {(name,): 1 for name in untrained}, arguments.jobs))
-    for row in tasks.run(run_row, dict.fromkeys(missing, 1), arguments.jobs):
-        rows.append(row)
-        if arguments.json is not None:
-            write_atomically(arguments.json, json.dumps(rows, indent=1).encode())
+    tasks.run_stored(run_row, dict.fromkeys(missing, 1), arguments.jobs, rows, arguments.json)
     found = [r for r in rows if (r["network"], r["method"], r["groups"], r["settings"]) in asked]
     print(f"{table(found, WARM)}\n\n{table(found, SCRATCH)}\n\n{caption(found)}\n")
-    print(
-        f"{time.perf_counter() - start:.0f} s with {arguments.jobs} processes of one thread, "
-        f"torch {torch.__version__}"
-    )
+    print(tasks.closing_line(start, arguments.jobs))
     return 0
 
 

@@ -11,13 +11,10 @@ run that was stopped goes on where it was: finished rows are read back from the 
 
 import argparse
 import dataclasses
-import json
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-
-import torch
 
 from benchmarks import tasks
 from benchmarks.real_networks.data import Options
@@ -25,7 +22,6 @@ from benchmarks.real_networks.measure import TASKS, run_row, settings
 from benchmarks.real_networks.variants import VARIANTS
 from benchmarks.tasks import Row
 from pn_compiler.base.errors import ConfigError, PnCompilerError
-from pn_compiler.base.files import check_writable, write_atomically
 
 
 def overview(rows: Sequence[Row]) -> str:
@@ -113,22 +109,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     fields = {field.name: getattr(arguments, field.name) for field in dataclasses.fields(Options)}
     options = Options(**fields)
     asked = chosen(arguments, options)
-    if arguments.json is not None:
-        check_writable(arguments.json)
     rows = tasks.read(arguments.json, "network", "variant", "settings")
     done = [(row["network"], row["variant"], row["settings"]) for row in rows]
     missing = [row for row in asked if (row[0], row[1], settings(row[0], options)) not in done]
-    for row in tasks.run(run_row, dict.fromkeys(missing, 1), arguments.jobs):
-        rows.append(row)
-        if arguments.json is not None:
-            write_atomically(arguments.json, json.dumps(rows, indent=1).encode())
+    tasks.run_stored(run_row, dict.fromkeys(missing, 1), arguments.jobs, rows, arguments.json)
     wanted = [(name, variant, settings(name, options)) for name, variant, _ in asked]
     found = [row for row in rows if (row["network"], row["variant"], row["settings"]) in wanted]
     print(f"accuracy / same class as with BatchNorm, %\n\n{overview(found)}\n\n{table(found)}\n")
-    print(
-        f"{time.perf_counter() - start:.0f} s with {arguments.jobs} processes of one thread, "
-        f"torch {torch.__version__}"
-    )
+    print(tasks.closing_line(start, arguments.jobs))
     return 0
 
 

@@ -14,13 +14,10 @@ trainings are read back from the JSON file.
 import argparse
 import dataclasses
 import itertools
-import json
 import sys
 import time
 from collections.abc import Collection, Sequence
 from pathlib import Path
-
-import torch
 
 from benchmarks import tasks
 from benchmarks.ensemble import MOMENTUM
@@ -30,7 +27,6 @@ from benchmarks.transfer.options import BATCH_SIZES, PRIVATE_BATCH_SIZES, RATED_
 from benchmarks.transfer.starts import BACKBONES, methods
 from benchmarks.transfer.tuning import WEIGHT_DECAY, run_row, settings
 from pn_compiler.base.errors import ConfigError, PnCompilerError
-from pn_compiler.base.files import check_writable, write_atomically
 from pn_compiler.base.option_checks import check_number
 
 
@@ -135,24 +131,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     begin = time.perf_counter()
     options = Options(**{field.name: getattr(arguments, field.name) for field in dataclasses.fields(Options)})
     runs = chosen(arguments, options)
-    if arguments.json is not None:
-        check_writable(arguments.json)
     rows = tasks.read(arguments.json, "run", "settings")
     done = [(row["run"], row["settings"]) for row in rows]
     missing = [run for run in runs if (dataclasses.asdict(run), settings(run, options)) not in done]
     for target in dict.fromkeys(run.target for run in missing):
         data.load(target, options)  # what is wrong with the images is said before anything is trained
     costs = {(run, options): data.training_images(run.target, options) / run.batch_size for run in missing}
-    for row in tasks.run(run_row, costs, arguments.jobs):
-        rows.append(row)
-        if arguments.json is not None:
-            write_atomically(arguments.json, json.dumps(rows, indent=1).encode())
+    tasks.run_stored(run_row, costs, arguments.jobs, rows, arguments.json)
     asked = [(dataclasses.asdict(run), settings(run, options)) for run in runs]
     print(report(runs, [row for row in rows if (row["run"], row["settings"]) in asked], options))
-    print(
-        f"\n{time.perf_counter() - begin:.0f} s with {arguments.jobs} processes of one thread, "
-        f"torch {torch.__version__}"
-    )
+    print(f"\n{tasks.closing_line(begin, arguments.jobs)}")
     return 0
 
 
