@@ -43,8 +43,7 @@ def choose_inputs(
         if source != "given" and math.prod(shape) > _MOST_GUESSED:
             raise ConfigError(f"input shape {shape} ({source}) is too large to be right: {_ASK}")
         inputs = random_inputs(model, [shape])
-    with untouched(model):  # it leaves fake tensors in what a forward stores
-        refuse_giant_tensors(model, inputs)
+    refuse_giant_tensors(model, inputs)
     try:
         with untouched(model, keep_state=True):
             inputs.call(model)

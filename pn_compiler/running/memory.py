@@ -9,6 +9,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pn_compiler.base.errors import ConfigError
+from pn_compiler.running.evaluation import untouched
 from pn_compiler.running.inputs import Inputs
 
 
@@ -43,7 +44,7 @@ def refuse_giant_tensors(model: nn.Module, inputs: Inputs) -> None:
     state = {name: tensor.to("meta") for name, tensor in (*model.named_parameters(), *model.named_buffers())}
     args, kwargs = pytree.tree_map_only(Tensor, lambda x: x.to("meta"), (inputs.args, dict(inputs.kwargs)))
     try:
-        with torch.no_grad(), largest:
+        with untouched(model), torch.no_grad(), largest:  # a forward may store what it computes
             torch.func.functional_call(model, state, args, kwargs)
     except Exception:  # user code, on tensors that it may not support
         return
