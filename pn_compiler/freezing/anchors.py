@@ -14,7 +14,7 @@ from pn_compiler.base.config import TransformConfig
 from pn_compiler.base.errors import ConfigError
 from pn_compiler.data.metric import Metric
 from pn_compiler.data.samples import Outputs, Samples
-from pn_compiler.freezing.held_out import BATCH, Data, Scale, affordable
+from pn_compiler.freezing.held_out import BATCH, Data, Scale, affordable, ratio, worst
 from pn_compiler.graph.graph_module import sites
 from pn_compiler.nn import Normalizer
 from pn_compiler.passes import PipelineEdit
@@ -200,11 +200,8 @@ class _Gap:
     @property
     def worst(self) -> float:
         """The largest over all outputs: mean divergence of logits, relative L2 error of others."""
-        errors = []
-        for name, (difference, total) in self._sums.items():
-            ratio = difference / total if total else math.inf if difference else 0.0
-            errors.append(ratio if name in self._logits else math.sqrt(ratio))
-        return max(math.inf if math.isnan(error) else error for error in errors)
+        errors = {name: ratio(*sums) for name, sums in self._sums.items()}
+        return worst(e if name in self._logits else math.sqrt(e) for name, e in errors.items())
 
 
 def _search(search: _Search) -> Anchors:

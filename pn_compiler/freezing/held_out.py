@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -55,6 +55,16 @@ class Scale:
         if not math.isfinite(before):
             raise ConfigError(f"the metric {metric.name} is {before} before anything is {change}")
         return cls(metric, rows, before)
+
+
+def ratio(difference: float, total: float) -> float:
+    """``difference / total``; of nothing, 0 if nothing differs."""
+    return difference / total if total else math.inf if difference else 0.0
+
+
+def worst(errors: Iterable[float]) -> float:
+    """The largest of `errors`; infinite if one is nan."""
+    return max(math.inf if math.isnan(error) else error for error in errors)
 
 
 def affordable(lost: float, budget: float, score: float) -> bool:

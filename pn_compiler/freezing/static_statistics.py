@@ -16,7 +16,7 @@ from pn_compiler.base.options import pick
 from pn_compiler.data.metric import Metric
 from pn_compiler.data.samples import Samples
 from pn_compiler.freezing.freeze_report import FreezeReport, FrozenSite
-from pn_compiler.freezing.held_out import Data, Scale, affordable
+from pn_compiler.freezing.held_out import Data, Scale, affordable, ratio, worst
 from pn_compiler.freezing.site_constants import Constants, Norm, Norms, estimate, replaced
 from pn_compiler.graph.graph_module import is_converted, notes, record, sites
 from pn_compiler.graph.graph_utils import module_calls
@@ -166,11 +166,7 @@ class _Errors:
     @property
     def relative_l2(self) -> float:
         """The error of the worst output; infinite where it is nan."""
-        errors = [
-            math.sqrt(difference / power) if power else math.inf if difference else 0.0
-            for difference, power in self._sums.values()
-        ]
-        return max(math.inf if math.isnan(error) else error for error in errors)
+        return worst(math.sqrt(ratio(*sums)) for sums in self._sums.values())
 
     @property
     def agreement(self) -> float | None:

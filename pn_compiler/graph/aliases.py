@@ -100,16 +100,19 @@ def find_aliases(gm: fx.GraphModule) -> Aliases:
             group = group_of[target]
             overwritten |= group
             others = set(node.all_input_nodes) - set(targets)
-            if others & group or any(_is_seen_after(member, node) for member in group):
+            if others & group or any(_is_data(m) or _is_seen_after(m, node) for m in group):
                 pinned |= group
-            if any(member.target is getattr and member.args[1] == "data" for member in group):
-                pinned |= group  # unnoticed by autograd, so that the backward reads what is written
         group = {node}
         for source in shares(gm, node):
             group |= group_of[source]
         for member in group:
             group_of[member] = group
     return Aliases(frozenset(overwritten), frozenset(pinned), frozenset(returned))
+
+
+def _is_data(value: fx.Node) -> bool:
+    """Whether it is ``x.data``: autograd does not notice a write, and the backward reads what is written."""
+    return value.target is getattr and value.args[1] == "data"
 
 
 def _is_seen_after(value: fx.Node, write: fx.Node) -> bool:

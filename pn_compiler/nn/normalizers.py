@@ -84,9 +84,7 @@ class Normalizer(nn.Module):
         Statistics of half precision are computed in float32.
         """
         if self.population_var is None or self.anchor is None:
-            if torch.is_grad_enabled() and not x.requires_grad:
-                x = x.contiguous()  # torch 2.13 crashes in the backward of channels_last ones on a CPU
-            return F.group_norm(x, self.num_groups, weight, bias, self.eps)
+            return F.group_norm(straightened(x), self.num_groups, weight, bias, self.eps)
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
         mean, anchor = self.population_mean, self._of_groups(self.anchor, wide)
         d = wide - (group_means(wide, self.num_groups) if mean is None else self._of_groups(mean, wide))
@@ -205,6 +203,12 @@ class FoldedNorm(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.num_groups}, {self.num_channels}, centered={self.centered}"
+
+
+def straightened(x: Tensor) -> Tensor:
+    """`x`, as group_norm takes it: on a CPU torch 2.13 crashes in the backward of some channels_last ones."""
+    crashes = torch.is_grad_enabled() and not x.requires_grad and x.device.type == "cpu"
+    return x.contiguous() if crashes else x
 
 
 def group_means(x: Tensor, num_groups: int) -> Tensor:

@@ -1,9 +1,8 @@
 """Fits weight and bias of all normalizers together to the BatchNorms that they replaced."""
 
 import contextlib
-import functools
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -163,28 +162,6 @@ def _comparable(outputs: Any, expected: Any, rows: int) -> bool:
     return bool(shapes[0]) and shapes[0] == shapes[1] and all(s[:1] == (rows,) for s in shapes[0].values())
 
 
-def observed(model: nn.Module, sites: Iterable[str], inputs: Inputs, name: str) -> dict[str, Tensor]:
-    """Outputs of the modules `sites`, by path and call; without any, the outputs of `model` by their place.
-
-    Raises:
-        ConfigError: the model does not run on the inputs; the message says their `name`.
-    """
-    results: dict[str, Tensor] = {}
-
-    def keep(path: str, module: nn.Module, args: Any, output: Tensor) -> None:
-        calls = sum(owner(place) == path for place in results)
-        results[f"{path} {calls + 1}"] = output.clone()  # later layers may modify it in place
-
-    with contextlib.ExitStack() as stack:
-        for path in sites:
-            hook = model.get_submodule(path).register_forward_hook(functools.partial(keep, path))
-            stack.callback(hook.remove)
-        outputs = run(model, inputs, name)
-    if not sites:
-        results = {k: x for k, x in named_outputs(outputs).items() if x.is_floating_point()}
-    return results
-
-
 def values_of(norms: Norms) -> Tensor:
     """Weight and bias of all sites, concatenated site by site, float64 on the CPU: 2 C values for each."""
     return torch.cat([p.detach().double().cpu() for p in _parameters(norms)])
@@ -210,8 +187,3 @@ def _trainable(norms: Norms) -> Iterator[None]:
             stack.callback(parameter.requires_grad_, parameter.requires_grad)
             parameter.requires_grad_()
         yield
-
-
-def owner(place: str) -> str:
-    """The path of a site without its call number; an output's place has no space in it."""
-    return place.partition(" ")[0]

@@ -23,11 +23,12 @@ from pn_compiler.nn import normalize
 from pn_compiler.numerics.least_squares import ChannelFit
 from pn_compiler.passes import PipelineEdit
 from pn_compiler.pipeline.conversion import convert
-from pn_compiler.recovery.affine_fit import BATCH_SIZE, AffineFit, observed, owner
+from pn_compiler.recovery.affine_fit import BATCH_SIZE, AffineFit
 from pn_compiler.recovery.memory_layout import channels_last
 from pn_compiler.regions.regions import Trace
-from pn_compiler.running.evaluation import batches_of, inputs_of, untouched
+from pn_compiler.running.evaluation import batches_of, inputs_of, run, untouched
 from pn_compiler.running.inputs import Inputs
+from pn_compiler.running.losses import named_outputs
 
 MOST_SAMPLES = 256  # that are trained on and held out
 FIT_SAMPLES = 64  # for the least squares and the residuals: more change little, and take time
@@ -154,7 +155,7 @@ def _survey(teacher: nn.Module, sites: Norms, samples: Samples) -> dict[str, Cha
             hook = teacher.get_submodule(name).register_forward_hook(functools.partial(add, name))
             stack.callback(hook.remove)
         for name, inputs in _read(samples):
-            for place, output in observed(teacher, (), inputs, name).items():
+            for place, output in _observed(teacher, (), inputs, name).items():
                 if not output.isfinite().all():
                     raise ConfigError(f"{name} makes values that are nan or infinite at {place}")
     return fits
@@ -166,12 +167,39 @@ def _compare(
     """Compares the output of each site with that of its BatchNorm."""
     fits = {name: ChannelFit() for name in names}
     for name, inputs in _read(samples):
-        expected = observed(teacher, names, inputs.map(torch.clone), name)
-        actual = observed(student, names, inputs, name)
+        expected = _observed(teacher, names, inputs.map(torch.clone), name)
+        actual = _observed(student, names, inputs, name)
         for place, target in expected.items():
             if place in actual and actual[place].shape == target.shape:
-                fits[owner(place)].add(actual[place], target)
+                fits[_owner(place)].add(actual[place], target)
     return fits
+
+
+def _observed(model: nn.Module, sites: Iterable[str], inputs: Inputs, name: str) -> dict[str, Tensor]:
+    """Outputs of the modules `sites`, by path and call; without any, the outputs of `model` by their place.
+
+    Raises:
+        ConfigError: the model does not run on the inputs; the message says their `name`.
+    """
+    results: dict[str, Tensor] = {}
+
+    def keep(path: str, module: nn.Module, args: Any, output: Tensor) -> None:
+        calls = sum(_owner(place) == path for place in results)
+        results[f"{path} {calls + 1}"] = output.clone()  # later layers may modify it in place
+
+    with contextlib.ExitStack() as stack:
+        for path in sites:
+            hook = model.get_submodule(path).register_forward_hook(functools.partial(keep, path))
+            stack.callback(hook.remove)
+        outputs = run(model, inputs, name)
+    if not sites:
+        results = {k: x for k, x in named_outputs(outputs).items() if x.is_floating_point()}
+    return results
+
+
+def _owner(place: str) -> str:
+    """The path of a site without its call number; an output's place has no space in it."""
+    return place.partition(" ")[0]
 
 
 def _solutions(norms: Norms, fits: Mapping[str, ChannelFit]) -> Tensor:

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pn_compiler.nn.normalizers import straightened
+
 
 @contextlib.contextmanager
 def channels_last(*models: nn.Module) -> Iterator[None]:
@@ -44,7 +46,5 @@ def _store(kernel: nn.Parameter, layout: torch.memory_format) -> None:
 
 
 def _straighten(norm: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-    """In torch 2.13 the backward of group_norm crashes on channels-last inputs that require no gradient."""
     x, *rest = args
-    crashes = torch.is_grad_enabled() and not x.requires_grad and x.device.type == "cpu"
-    return (x.contiguous() if crashes else x, *rest)
+    return straightened(x), *rest
