@@ -27,9 +27,9 @@ def transform(
     example_inputs: Any = None,
     *,
     example_kwargs: Mapping[str, Any] | None = None,
-    norm: Norm = TransformConfig.norm,
+    norm: Norm | None = TransformConfig.norm,
     num_groups: int | None = TransformConfig.num_groups,
-    anchor: Anchor = TransformConfig.anchor,
+    anchor: Anchor | None = TransformConfig.anchor,
     anchor_budget: float = TransformConfig.anchor_budget,
     metric: str | MetricFunction | None = TransformConfig.metric,
     proxy: bool = TransformConfig.proxy,
@@ -58,14 +58,15 @@ def transform(
         example_kwargs: the arguments of that call that are given by name.
         norm: "layer" normalizes over [C, *] (one group), "group" over groups of channels, "instance"
             over each channel alone; "rms" over [C, *], too, but divides by the root of the mean square about
-            the constant mean of the training set. Of those without an `anchor`, LayerNorm and "rms" stay
-            closest to a trained BatchNorm.
+            the constant mean of the training set. Without, "rms", which with an `anchor` stays closest to a
+            trained BatchNorm; with warm_start="none" it is "layer", LN + PN as in the paper.
         num_groups: groups of norm="group", which it implies, or of norm="rms". Without it "group" has as many
             as leave 8 channels in each, at most 32, and "rms" one. Where it does not divide C, the greatest
             common divisor is taken.
         anchor: the share, from 0 to 1, that the variance of the training set has in that of an instance
             (docs/method.md); for all, or by path of the BatchNorm, 0 where a mapping names none. The higher,
-            the closer to the trained network; norm="rms" with 1 is BatchNorm as it is evaluated. What starts
+            the closer to the trained network; norm="rms" with 1 is BatchNorm as it is evaluated. None is 0,
+            or with norm="rms" 0.875 where a site starts warm (docs/real_networks.md). What starts
             cold has the statistics of an untrained BatchNorm, mean 0 and variance 1. "auto" chooses, for each
             BatchNorm, the least with which the network keeps `anchor_budget` on held-out samples of
             `calibration`; ``sites`` says what was chosen. It reads up to 512 samples.
@@ -79,8 +80,9 @@ def transform(
             ("activation", exact to fold) or behind it ("output", as the reference implementation).
         warm_start: "auto" computes weight and bias from the running statistics where a BatchNorm has
             been trained, and keeps them as they are elsewhere; "running_stats" and "none" do one or the
-            other everywhere; "calibrate" fits them to `calibration` (docs/calibration.md). A warm start
-            adds proxy normalization only where the consumers can undo it.
+            other everywhere; "calibrate" fits them to `calibration` (docs/calibration.md). All but "none" add
+            proxy normalization only where the consumers can undo it, so that a trained and an untrained
+            network get the same structure.
         calibration: unlabelled samples for warm_start="calibrate": batches of inputs, such as a DataLoader
             or a list, as for `diagnose`; and for anchor="auto", which comes first. They are read several
             times. Their first sample stands for `example_inputs` where those are not given.

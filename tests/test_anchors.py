@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 import pn_compiler
-from pn_compiler.base.config import TransformConfig
+from pn_compiler.base.config import DEFAULT_ANCHOR, TransformConfig
 from pn_compiler.base.errors import ConfigError
 from pn_compiler.nn import AnchoredNorm, FoldedNorm, FunctionalAnchoredNorm, Normalizer
 from pn_compiler.testing import (
@@ -73,7 +73,7 @@ def by_hand(model: nn.Module, options: dict[str, Any]) -> nn.Module:
         if isinstance(module, _BatchNorm):
             groups = config.groups_for(module.num_features)
             model.set_submodule(
-                name, ByHand(module, groups, config.anchor_for(name), rms=config.norm == "rms")
+                name, ByHand(module, groups, config.anchor_for(name, warm=True), rms=config.norm == "rms")
             )
     return model
 
@@ -145,7 +145,7 @@ def test_rms_with_an_anchor_of_1_is_the_network_as_it_was() -> None:
 
 @torch.no_grad()
 def test_one_group_with_an_anchor_folds_into_a_group_norm() -> None:
-    folded = pn_compiler.fold(pn_compiler.transform(network(), IMAGES, anchor=0.5))
+    folded = pn_compiler.fold(pn_compiler.transform(network(), IMAGES, norm="layer", anchor=0.5))
     assert count_modules(folded, nn.GroupNorm) > 0
     assert count_modules(folded, FoldedNorm) == 0
 
@@ -170,7 +170,10 @@ def test_sites_say_norm_and_anchor() -> None:
     (site,) = pn_compiler.sites(pn_compiler.transform(chain(), norm="rms", anchor=0.5))
     assert (site.norm, site.num_groups, site.anchor, site.warm_start) == ("rms", 1, 0.5, True)
     (site,) = pn_compiler.sites(pn_compiler.transform(chain()))
-    assert site.anchor == 0
+    assert (site.norm, site.anchor) == ("rms", DEFAULT_ANCHOR)
+    for cold in ({"norm": "layer"}, {"warm_start": "none"}):
+        (site,) = pn_compiler.sites(pn_compiler.transform(chain(), **cold))
+        assert (site.norm, site.anchor) == ("layer", 0)
 
 
 def chain(width: int = 4) -> nn.Module:
@@ -365,12 +368,12 @@ def test_one_value_needs_an_anchor_of_1() -> None:
     frozen = pn_compiler.transform(model, x, norm="rms", anchor=1.0)
     assert [site.kind for site in pn_compiler.sites(frozen)] == ["norm_only"]
     assert_same_outputs(frozen(x), model(x))
-    (site,) = pn_compiler.sites(pn_compiler.transform(model, x, anchor=1.0))
+    (site,) = pn_compiler.sites(pn_compiler.transform(model, x, norm="layer", anchor=1.0))
     assert site.code == "PN107"  # less its own mean, it is 0
 
 
 @pytest.mark.parametrize(
-    "anchor", [-0.1, 1.1, float("nan"), "0.5", True, None, {"bn1": 2}, {3: 0.5}], ids=str
+    "anchor", [-0.1, 1.1, float("nan"), "0.5", True, {"bn1": 2}, {3: 0.5}], ids=str
 )
 def test_impossible_anchors_are_errors(anchor: Any) -> None:
     with pytest.raises(ConfigError, match="anchor"):
@@ -407,7 +410,7 @@ def _fused_by_hand(model: nn.Module, options: dict[str, Any]) -> nn.Module:
             new: nn.Module = ByHand(
                 module,
                 config.groups_for(module.num_features),
-                config.anchor_for(name),
+                config.anchor_for(name, warm=True),
                 rms=config.norm == "rms",
             )
             act = getattr(module, "act", None)

@@ -140,7 +140,7 @@ def test_a_model_repository(folder: Path, capsys: pytest.CaptureFixture[str]) ->
 def test_dry_run_writes_nothing(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     status, out, _ = run(capsys, "model.pt", "--dry-run")
     assert status == cli.DONE
-    assert out.splitlines()[1].split()[:5] == ["1", "pn", "layer", "1", "relu6"]
+    assert out.splitlines()[1].split()[:5] == ["1", "pn", "rms,", "anchor", "0.875"]
     assert [p.name for p in folder.iterdir()] == ["model.pt"]
 
 
@@ -175,13 +175,13 @@ def test_diagnose_a_converted_model_and_a_program(folder: Path, capsys: pytest.C
     assert status == cli.DONE
     assert "as given" in out
     assert "converted" not in out
-    assert out.splitlines()[2].split()[:3] == ["1", "LN+PN", "4"]
+    assert out.splitlines()[2].split()[:3] == ["1", "RMS+PN", "4"]
     torch.export.save(torch.export.export(model, (torch.randn(2, 3, 8, 8),)), folder / "fixed.pt2")
     status, out, _ = run(capsys, "fixed.pt2", "--diagnose", "data.npz", "--report", "r.json")
     assert status == cli.DONE
     given, converted = out.split("\n\n")
     assert "no normalizer is called as a module" in given
-    assert converted.splitlines()[2].split()[:3] == ["1", "LN+PN", "4"]
+    assert converted.splitlines()[2].split()[:3] == ["1", "RMS+PN", "4"]
     assert json.loads((folder / "r.json").read_text())["converted"]["sites"][0]["samples"] == 4  # two by two
 
 

@@ -159,7 +159,7 @@ def test_the_command_offers_the_same_choices() -> None:
 
 def test_the_help_states_the_defaults() -> None:
     text = " ".join(make_parser().format_help().split())
-    for default in ("layer", "activation", "auto", "0.01", "portable", "float32", "32"):
+    for default in ("activation", "auto", "0.01", "portable", "float32", "32"):
         assert f"(default: {default})" in text
 
 

@@ -17,6 +17,7 @@ from pn_compiler.testing import (
     count_modules,
     randomize_batch_norms,
 )
+from tests import zoo
 
 
 def conv_net(activation: nn.Module | None = None, **conv: object) -> nn.Sequential:
@@ -80,7 +81,7 @@ def randomize_proxies(model: nn.Module) -> None:
 def test_untouched_names_stay_and_the_caller_keeps_the_model() -> None:
     net = conv_net()
     before = {name: value.clone() for name, value in net.state_dict().items()}
-    converted = pn_compiler.transform(net)
+    converted = pn_compiler.transform(net, norm="layer")
     assert isinstance(converted, fx.GraphModule)
     for name, value in net.state_dict().items():
         assert torch.equal(value, before[name])
@@ -88,6 +89,20 @@ def test_untouched_names_stay_and_the_caller_keeps_the_model() -> None:
     added = {"1.proxy_weight", "1.proxy_bias", "5.proxy_weight", "5.proxy_bias"}
     assert {name for name, _ in converted.named_parameters()} == names | added
     assert not list(converted.buffers())
+
+
+@pytest.mark.parametrize("name", ["resnet18", "mobilenet_v3_small", "densenet121"])
+@pytest.mark.parametrize("norm", ["rms", "layer"])
+@torch.no_grad()
+def test_an_untrained_network_takes_the_weights_of_a_trained_one(name: str, norm: str) -> None:
+    """Structure depends on the architecture and the options, not on whether BatchNorms were trained."""
+    fresh = getattr(zoo.torchvision().models, name)(num_classes=7).eval()
+    trained = pn_compiler.transform(randomize_batch_norms(copy.deepcopy(fresh)), norm=norm)
+    converted = pn_compiler.transform(fresh, norm=norm)
+    assert not any(site.warm_start for site in pn_compiler.sites(converted))
+    converted.load_state_dict(trained.state_dict())
+    x = torch.randn(1, 3, 64, 64)
+    assert_same_outputs(converted(x), trained(x), tolerance=1e-6)
 
 
 def test_deepcopy_pickle_and_state_dict_round_trip() -> None:

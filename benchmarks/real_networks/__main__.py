@@ -96,6 +96,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--folds", type=int, default=Options.folds, metavar="N", help="of the images (5)")
     parser.add_argument("--limit", type=int, metavar="N", help="the most images to test on")
     parser.add_argument("--seed", type=int, default=Options.seed, help="of orders and sounds")
+    parser.add_argument("--contrast", type=float, default=Options.contrast, help="of what is tested on (1)")
     parser.add_argument("--networks", nargs="+", metavar="NAME", help=f"of {', '.join(TASKS)}")
     parser.add_argument("--variants", nargs="+", metavar="NAME", help=f"of {', '.join(VARIANTS)}")
     parser.add_argument("--jobs", type=int, default=2, help="processes of one thread each")

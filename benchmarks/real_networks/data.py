@@ -2,6 +2,7 @@
 
 import dataclasses
 import random
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
@@ -32,6 +33,8 @@ class Options:
         folds: parts that ImageNet's images are divided into; see `imagenet`.
         limit: the most samples to test on.
         seed: of the order of samples, and of sounds.
+        contrast: factor of the inputs that are tested with, below 1 for images of lower contrast and softer
+            sounds than the network was trained on.
     """
 
     images: Path | None = None
@@ -42,11 +45,13 @@ class Options:
     folds: int = 5
     limit: int | None = None
     seed: int = 0
+    contrast: float = 1.0
 
     def __post_init__(self) -> None:
         for name in ("sounds", "recover", "folds", "limit"):
             if getattr(self, name) is not None:
                 check_number(name, getattr(self, name), "1 or more", 1, whole=True)
+        check_number("contrast", self.contrast, "a number above 0", sys.float_info.min)
 
 
 class Inputs(Protocol):

@@ -86,7 +86,7 @@ def run_row(name: str, variant: str, options: Options) -> Row:
             samples = split.recovery[: len(split.recovery) if make.needs_data else 1]
             replaced = make(network, samples, task.distillation).eval()
             seconds.append(time.process_time() - start)
-        outputs.append(outputs_of(replaced, split.test))
+        outputs.append(outputs_of(replaced, split.test, options.contrast))
     actual, labels = torch.cat(outputs), torch.cat([split.labels for split in splits])
     reference = _reference(name, options)
     right = task.figures.right(actual, labels).double().mean()
@@ -104,15 +104,16 @@ def run_row(name: str, variant: str, options: Options) -> Row:
 def _reference(name: str, options: Options) -> Tensor:
     """The outputs with BatchNorm."""
     network = TASKS[name].load(options)
-    return torch.cat([outputs_of(network, split.test) for split in TASKS[name].splits(options)])
+    splits = TASKS[name].splits(options)
+    return torch.cat([outputs_of(network, split.test, options.contrast) for split in splits])
 
 
 @torch.no_grad()
-def outputs_of(network: nn.Module, inputs: Inputs) -> Tensor:
-    """[N, K], in batches."""
+def outputs_of(network: nn.Module, inputs: Inputs, contrast: float = 1.0) -> Tensor:
+    """[N, K], in batches, of the inputs times `contrast`."""
     outputs = []
     for start in range(0, len(inputs), BATCH):
-        batch = inputs[start : start + BATCH]
+        batch = inputs[start : start + BATCH] * contrast
         layout = torch.channels_last if batch.ndim == 4 else torch.contiguous_format
         outputs.append(network(batch.to(memory_format=layout)))  # a third less time
     return torch.cat(outputs)
@@ -120,6 +121,6 @@ def outputs_of(network: nn.Module, inputs: Inputs) -> Tensor:
 
 def settings(name: str, options: Options) -> Row:
     """What a finished row of a network must have in common with one that is asked for, as JSON has it."""
-    needed = (*TASKS[name].needs, "recover", "folds", "limit", "seed")
+    needed = (*TASKS[name].needs, "recover", "folds", "limit", "seed", "contrast")
     stored: Row = json.loads(json.dumps({need: getattr(options, need) for need in needed}, default=str))
     return stored

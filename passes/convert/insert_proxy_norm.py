@@ -36,8 +36,9 @@ class InsertProxyNorm(GraphPass):
 
     Given:   gn(C) -> act -> conv(W, b)
     Result:  ProxyNormAct(C) -> conv(W / r, b + sum of W mean), with z = (act - mean) r
-    Leaves alone: PN201 no activation, PN202 a consumer that cannot undo it (warm start only), PN203 not
-        asked for, PN204 one normalizer with different activations behind it, PN208 several activations.
+    Leaves alone: PN201 no activation, PN202 a consumer that cannot undo it (not with warm_start="none"),
+        PN203 not asked for, PN204 one normalizer with different activations behind it, PN208 several
+        activations.
     Outputs: preserved to rounding in a warm start (but see PN207), else changed on purpose.
     Source: Labatie et al., NeurIPS 2021, section 5; docs/method.md, "Keeping the function".
     """
@@ -90,7 +91,7 @@ class InsertProxyNorm(GraphPass):
         assert isinstance(norm, nn.GroupNorm | AnchoredNorm)
         remark = None
         routes: list[Route] = []
-        if site.warm_start:
+        if self.config.warm_start != "none":  # whether it was trained must not change the structure
             routes = [router.route(c.activation, norm.num_channels) for c in calls]
             if reasons := _blocked(routes):
                 message = f"no proxy normalization in a warm start: {reasons}"
@@ -101,7 +102,10 @@ class InsertProxyNorm(GraphPass):
         proxy_norm = _proxy_norm_act(norm, act, self.config.proxy_eps)
         for route in routes:
             for absorber in route.absorbers:
-                compensate(gm.get_submodule(str(absorber.target)), proxy_norm)
+                consumer = gm.get_submodule(str(absorber.target))
+                with_bias(consumer)
+                if site.warm_start:
+                    compensate(consumer, proxy_norm)
         _replace(gm, site.name, calls, proxy_norm)
         update_site(gm, site.name, kind="pn")
         return remark
@@ -184,14 +188,20 @@ def _proxy_norm_act(norm: nn.GroupNorm | AnchoredNorm, act: nn.Module, proxy_eps
     return new
 
 
-@torch.no_grad()
-def compensate(consumer: nn.Module, site: ProxyNormAct) -> None:
-    """Undoes z = a r + v in a consumer: W' = W / r and b' = b - sum of W' v = b + sum of W mean."""
+def with_bias(consumer: nn.Module) -> None:
+    """Gives a consumer that has no bias one of 0."""
     assert isinstance(consumer, nn.Linear | nn.modules.conv._ConvNd)
     if consumer.bias is None:
         consumer.bias = nn.Parameter(
             consumer.weight.new_zeros(consumer.weight.shape[0]), consumer.weight.requires_grad
         )
+
+
+@torch.no_grad()
+def compensate(consumer: nn.Module, site: ProxyNormAct) -> None:
+    """Undoes z = a r + v in a consumer: W' = W / r and b' = b - sum of W' v = b + sum of W mean."""
+    assert isinstance(consumer, nn.Linear | nn.modules.conv._ConvNd)
+    assert consumer.bias is not None
     if not has_values(consumer.weight):
         return  # no values to change
     scale, shift = site.scale_and_shift(torch.float64)

@@ -128,7 +128,8 @@ class ReplaceBatchNorm(GraphPass):
             return Diagnostic(
                 "PN109", path, "its running statistics are not finite", "retrain or repair them"
             )
-        constant = self.config.norm == "rms" and self.config.anchor_for(path) == 1
+        warm = is_warm(norm, self.config.warm_start)
+        constant = self.config.norm == "rms" and self.config.anchor_for(path, warm=warm) == 1
         if norm.num_features == 1 and not constant and self._may_be_flat(norm, calls):
             return Diagnostic("PN107", path, "its input holds one value per instance")
         return None
@@ -193,7 +194,7 @@ class ReplaceBatchNorm(GraphPass):
             new.train(gm.training)
         kind = "rms" if self.config.norm == "rms" else norm_name(num_groups, norm.num_features)
         residual = None if fitted is None else fitted.residual
-        anchor = self.config.anchor_for(path)
+        anchor = self.config.anchor_for(path, warm=warm)
         return Site(path, "norm_only", kind, num_groups, warm_start=warm, residual=residual, anchor=anchor)
 
     def _normalizer(
@@ -206,7 +207,7 @@ class ReplaceBatchNorm(GraphPass):
             return nn.GroupNorm(*size, norm.eps, **options)
         statistics: Statistics = "rms" if self.config.norm == "rms" else "anchored"
         new = AnchoredNorm(*size, norm.eps, statistics=statistics, **options)
-        values = {"anchor": torch.tensor(self.config.anchor_for(path), dtype=torch.float64)}
+        values = {"anchor": torch.tensor(self.config.anchor_for(path, warm=warm), dtype=torch.float64)}
         if warm and has_values(like):
             values["population_mean"], values["population_var"] = population(norm, num_groups)
         for name, buffer in new.named_buffers():

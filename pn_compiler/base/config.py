@@ -25,29 +25,32 @@ MetricFunction = Callable[[Any, Any], float]  # (outputs, labels) -> higher is b
 
 DEFAULT_NUM_GROUPS = 32  # Wu & He 2018, "Group Normalization"
 MIN_CHANNELS_PER_GROUP = 8
+DEFAULT_ANCHOR = 0.875  # measured on real networks: docs/real_networks.md
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TransformConfig:
     """Options of `pn_compiler.transform`; see there for their meaning."""
 
-    norm: Norm = dataclasses.field(
-        default="layer",
+    norm: Norm | None = dataclasses.field(
+        default=None,
         metadata=about(
             "what a normalizer takes its statistics over: all channels, groups, or each alone; rms: the mean "
-            "square alone, over all channels, about the mean of the training set"
+            "square alone, over all channels, about the mean of the training set. Without, rms, but layer "
+            "with --warm-start none"
         ),
     )
     num_groups: int | None = dataclasses.field(
         default=None,
         metadata=about("groups of --norm group, which it implies, or of --norm rms", metavar="G"),
     )
-    anchor: Anchor = dataclasses.field(
-        default=0.0,
+    anchor: Anchor | None = dataclasses.field(
+        default=None,
         metadata=about(
             "share of the training set's variance in that of an instance, 0 to 1; 1 with --norm rms is "
             "BatchNorm as it is evaluated; auto: for each BatchNorm the least that --anchor-budget allows "
-            "on the samples of --calibrate. In Python also a mapping, from the path of a BatchNorm",
+            "on the samples of --calibrate. In Python also a mapping, from the path of a BatchNorm. Without, "
+            f"{DEFAULT_ANCHOR:g} where --norm rms starts from running statistics, else 0",
             metavar="B", words=("auto",),
         ),
     )  # fmt: skip
@@ -105,9 +108,12 @@ class TransformConfig:
             check_number("num_groups", self.num_groups, "a positive integer", 1, whole=True)
             if self.norm == "instance":
                 raise ConfigError("num_groups goes with norm='group', not with norm='instance'")
-            if self.norm == "layer":
+            if self.norm in ("layer", None):
                 object.__setattr__(self, "norm", "group")  # num_groups alone means GroupNorm
-        _check_anchor(self.anchor)
+        elif self.norm is None:
+            object.__setattr__(self, "norm", "layer" if self.warm_start == "none" else "rms")
+        if self.anchor is not None:
+            _check_anchor(self.anchor)
         check_number("anchor_budget", self.anchor_budget, "an error of 0 or more, such as 0.03", 0)
         if self.anchor != "auto" and self.anchor_budget != TransformConfig.anchor_budget:
             raise ConfigError("anchor_budget has no effect without anchor='auto'")
@@ -133,12 +139,14 @@ class TransformConfig:
     @property
     def anchored(self) -> bool:
         """Whether normalizers hold the statistics of the population."""
-        return self.norm == "rms" or self.anchor != 0
+        return self.norm == "rms" or self.anchor not in (None, 0)
 
-    def anchor_for(self, path: str) -> float:
-        """The anchor of the site at `path`; 0 where a mapping names none."""
+    def anchor_for(self, path: str, *, warm: bool) -> float:
+        """The anchor of the site at `path`, which starts warm or cold; 0 where a mapping names none."""
         if self.anchor == "auto":
             raise ConfigError("anchor='auto' stands for a mapping, which is not known yet")
+        if self.anchor is None:
+            return DEFAULT_ANCHOR if self.norm == "rms" and warm else 0.0
         return float(self.anchor.get(path, 0) if isinstance(self.anchor, Mapping) else self.anchor)
 
     def with_anchors(self, anchors: Mapping[str, float]) -> "TransformConfig":

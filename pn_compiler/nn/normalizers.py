@@ -114,7 +114,7 @@ class Normalizer(nn.Module):
 class AnchoredNorm(Normalizer):
     """A site without an activation, whose statistics are "anchored" or "rms": see `Normalizer`.
 
-    Shape: x is [N, C, *], and so is the result, in the dtype of x.
+    Shape: input is [N, C, *], and so is the result, in its dtype.
     """
 
     def __init__(
@@ -129,8 +129,8 @@ class AnchoredNorm(Normalizer):
     ) -> None:
         super().__init__(num_groups, num_channels, eps, statistics=statistics, device=device, dtype=dtype)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.normalize(x, self.weight, self.bias)
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002  # the name that callers of BatchNorm know
+        return self.normalize(input, self.weight, self.bias)
 
     def extra_repr(self) -> str:
         return f"{self.num_groups}, {self.num_channels}, eps={self.eps}{self._describe()}"
@@ -171,8 +171,8 @@ class FoldedNorm(nn.Module):
         self.register_buffer("var", var)
         self.register_buffer("shift", shift)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.normalize(x, self.weight, self.bias)
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002  # the name that callers of BatchNorm know
+        return self.normalize(input, self.weight, self.bias)
 
     def normalize(self, x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
         """weight * normalized x + bias; both [C] or None."""

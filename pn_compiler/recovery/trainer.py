@@ -336,7 +336,7 @@ class Checkpoint:
             raise LoadError(f"{self._path} is damaged or no checkpoint: remove it to start over") from error
         if not isinstance(stored, dict) or stored.get("kind") != _KIND:
             raise LoadError(f"{self._path} is no checkpoint of a distillation: give another file")
-        if stored.pop("digest", "") != digest(pytree.tree_leaves(stored)):  # torch.load does not check
+        if stored.pop("digest", "") != _digest(stored):  # torch.load does not check
             raise LoadError(f"{self._path} is damaged: remove it to start over")
         return stored
 
@@ -347,6 +347,12 @@ class Checkpoint:
         if last or time.monotonic() - self._saved >= SAVE_EVERY:
             content = io.BytesIO()
             stored = {"kind": _KIND, "identity": self._identity, **trainer.state()}
-            torch.save({**stored, "digest": digest(pytree.tree_leaves(stored))}, content)
+            torch.save({**stored, "digest": _digest(stored)}, content)
             write_atomically(self._path, content.getvalue())
             self._saved = time.monotonic()
+
+
+def _digest(stored: Mapping[str, Any]) -> str:
+    """Of all values and of the names that they have."""
+    leaves, structure = pytree.tree_flatten(dict(stored))
+    return digest([str(structure), *leaves])

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pn_compiler.base.config import TransformConfig, norm_name
+from pn_compiler.base.config import DEFAULT_ANCHOR, TransformConfig, norm_name
 from pn_compiler.base.errors import ConfigError
 
 
@@ -32,6 +32,20 @@ def test_groups_always_divide(channels: int, asked: int) -> None:
 
 def test_num_groups_alone_means_group_norm() -> None:
     assert TransformConfig(num_groups=4).norm == "group"
+    assert TransformConfig(norm="layer", num_groups=4).norm == "group"
+    assert TransformConfig(norm="rms", num_groups=4).norm == "rms"
+
+
+def test_without_a_warm_start_there_is_no_population_to_be_near_to() -> None:
+    assert TransformConfig().norm == "rms"
+    assert TransformConfig(warm_start="none").norm == "layer"
+
+
+def test_by_default_a_site_is_anchored_where_it_starts_warm() -> None:
+    assert TransformConfig().anchor_for("bn", warm=True) == DEFAULT_ANCHOR
+    assert TransformConfig().anchor_for("bn", warm=False) == 0
+    assert TransformConfig(norm="layer").anchor_for("bn", warm=True) == 0
+    assert TransformConfig(anchor=0.5).anchor_for("bn", warm=False) == 0.5
 
 
 @pytest.mark.parametrize(

@@ -47,7 +47,8 @@ def bad_names(*names: str) -> Iterator[tuple[str, Any]]:
     return ((name, value) for name in names for value in STRANGE if value != "x\n")
 
 
-CHOICES = [(name, v) for name in ("norm", "proxy_padding", "warm_start") for v in STRANGE]
+CHOICES = [(name, v) for name in ("proxy_padding", "warm_start") for v in STRANGE]
+CHOICES += [("norm", v) for v in STRANGE if v is not None]
 GROUPS = [("num_groups", v) for v in (*STRANGE, 0) if v is not None]
 LEAVES = [("leaves", v) for v in (3.5, -1, object(), b"a", [3], [None], [int], math.nan, True)]
 EXPORT = [

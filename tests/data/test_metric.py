@@ -38,7 +38,7 @@ def model() -> nn.Module:
 
 @pytest.fixture(scope="module")
 def converted(model: nn.Module) -> nn.Module:
-    return pn_compiler.transform(model)
+    return pn_compiler.transform(model, norm="layer")
 
 
 @pytest.fixture(scope="module")

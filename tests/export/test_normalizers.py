@@ -140,7 +140,7 @@ def test_two_stages_are_more_exact() -> None:
 def test_no_file_for_onnxruntime_has_a_group_normalization(tmp_path: Path, opset: int, dtype) -> None:
     net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 1)).eval()
     report = pn_compiler.compile(
-        net, tmp_path / "m.onnx", torch.randn(2, 3, 9, 9), opset_version=opset, dtype=dtype
+        net, tmp_path / "m.onnx", torch.randn(2, 3, 9, 9), opset_version=opset, dtype=dtype, norm="layer"
     )
     assert report.operators_after["InstanceNormalization"] == 1
     assert "GroupNormalization" not in report.operators_after

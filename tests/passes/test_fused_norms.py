@@ -55,7 +55,7 @@ ACTS = {"relu": nn.ReLU, "silu": nn.SiLU, "leaky": nn.LeakyReLU, "none": nn.Iden
 @pytest.mark.parametrize("act", ACTS)
 def test_the_activation_runs(act: str, given: bool) -> None:
     net = make(act_layer=ACTS[act], inplace=False)
-    converted = pn_compiler.transform(net, X if given else None)
+    converted = pn_compiler.transform(net, X if given else None, norm="layer")
     torch.testing.assert_close(converted(X), by_hand(net, converted, ACTS[act]()))
     assert [(s.name, s.kind) for s in pn_compiler.sites(converted)] == [("b", "norm_only")]
     assert {"b.weight", "b.bias"} <= converted.state_dict().keys()
@@ -64,14 +64,14 @@ def test_the_activation_runs(act: str, given: bool) -> None:
 
 def test_parameters_of_the_activation_keep_their_names() -> None:
     net = make(act_layer=nn.PReLU, inplace=False)
-    converted = pn_compiler.transform(net, X)
+    converted = pn_compiler.transform(net, X, norm="layer")
     assert torch.equal(converted.get_parameter("b.act.weight"), net.get_parameter("b.act.weight"))
     torch.testing.assert_close(converted(X), by_hand(net, converted, net.get_submodule("b.act")))
 
 
 def test_dropout_stays_between() -> None:
     net = make(drop_layer=nn.Dropout).train()
-    converted = pn_compiler.transform(net, X, proxy=False)
+    converted = pn_compiler.transform(net, X, norm="layer", proxy=False)
     torch.manual_seed(1)
     actual = converted(X)
     torch.manual_seed(1)
@@ -102,7 +102,7 @@ def test_a_refused_one_stays_as_it_is() -> None:
 
 def test_what_is_made_of_it_has_the_activation() -> None:
     net = make()
-    converted = pn_compiler.transform(net, X)
+    converted = pn_compiler.transform(net, X, norm="layer")
     expected = by_hand(net, converted, nn.ReLU())
     frozen, _ = pn_compiler.freeze_statistics(converted, [X], budget=0.0)
     for again in (
@@ -125,12 +125,13 @@ def test_checkpoints_of_the_original_fit() -> None:
 
 def test_calibration_fits_the_norm_alone() -> None:
     net = make()
-    converted = pn_compiler.transform(net, X, warm_start="calibrate", calibration=[X])
+    options: dict[str, Any] = {"norm": "layer", "warm_start": "calibrate", "calibration": [X]}
+    converted = pn_compiler.transform(net, X, **options)
     plain = make(act_layer=nn.Identity)
     plain.load_state_dict(net.state_dict(), strict=False)
     rectified = nn.Sequential(plain.get_submodule("c"), nn.Sequential(plain.get_submodule("b"), nn.ReLU()))
     reference = nn.Sequential(rectified, plain.get_submodule("o"))
-    expected = pn_compiler.transform(reference, X, warm_start="calibrate", calibration=[X], proxy=False)
+    expected = pn_compiler.transform(reference, X, proxy=False, **options)
     torch.testing.assert_close(
         converted.get_parameter("b.weight"), expected.get_parameter("0.1.0.weight"), rtol=1e-6, atol=1e-8
     )
@@ -151,7 +152,7 @@ def test_the_file_has_the_activation(tmp_path: Path) -> None:
             return self.o(y)
 
     net = randomize_batch_norms(Loop()).eval()
-    converted = pn_compiler.transform(net, X.float())
+    converted = pn_compiler.transform(net, X.float(), norm="layer")
     assert isinstance(converted, Loop)
     pn_compiler.export_onnx(converted, tmp_path / "net.onnx", X.float())
     session = onnxruntime.InferenceSession(tmp_path / "net.onnx", providers=["CPUExecutionProvider"])

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 import pn_compiler
-from pn_compiler.base.config import TransformConfig
+from pn_compiler.base.config import TransformConfig, WarmStart
 from pn_compiler.graph.pass_base import run_pipeline
 from pn_compiler.graph.site_table import site_table
 from pn_compiler.nn import ProxyNormAct
@@ -22,7 +22,7 @@ from tests.passes.graphs import called, run, site_by_hand, traced, untouched
 
 IMAGES = torch.randn(3, 3, 8, 8, generator=torch.Generator().manual_seed(1))
 X = IMAGES.double()
-WARM, SCRATCH = TransformConfig(), TransformConfig(warm_start="none")
+WARM, SCRATCH = TransformConfig(norm="layer"), TransformConfig(norm="layer", warm_start="none")
 
 
 def normalized(model: nn.Module, config: TransformConfig) -> fx.GraphModule:
@@ -235,11 +235,14 @@ def test_a_linear_layer_over_the_last_axis_absorbs_nothing() -> None:
     assert "last axis" in site.reason
 
 
-def test_untrained_norms_start_plain_and_get_proxy_normalization_everywhere() -> None:
+@pytest.mark.parametrize(("warm_start", "kind"), [("none", "pn"), ("auto", "norm_only")])
+def test_untrained_norms_start_plain_and_from_scratch_proxy_normalization_is_everywhere(
+    warm_start: WarmStart, kind: str
+) -> None:
     net = Reads(lambda m, y: m.relu(y) + 1)
-    converted = pn_compiler.transform(net)
+    converted = pn_compiler.transform(net, warm_start=warm_start)
     (site,) = pn_compiler.sites(converted)
-    assert (site.kind, site.warm_start) == ("pn", False)
+    assert (site.kind, site.warm_start) == (kind, False)
     assert torch.equal(converted.get_parameter("bn.weight"), torch.ones(3))
 
 

@@ -16,6 +16,7 @@ from pn_compiler.base.errors import PostconditionError
 from pn_compiler.graph.site_table import site_table
 from pn_compiler.graph.warm_start import Calibrated
 from pn_compiler.inspection.batch_norms import FixedMode
+from pn_compiler.nn import AnchoredNorm
 from pn_compiler.passes.convert.replace_batch_norm import ReplaceBatchNorm
 from pn_compiler.testing import (
     assert_batch_independent,
@@ -61,7 +62,7 @@ def test_a_warm_start_computes_what_the_batch_norm_did(rank: int, affine: bool, 
 def test_from_scratch_weight_and_bias_are_kept() -> None:
     norm = trained(4)
     gm = traced(nn.Sequential(norm))
-    assert run(ReplaceBatchNorm(TransformConfig(warm_start="none")), gm).rewritten == 1
+    assert run(ReplaceBatchNorm(TransformConfig(norm="layer", warm_start="none")), gm).rewritten == 1
     x = torch.randn(2, 4, 5, 5, dtype=torch.float64)
     expected = normalized_by_hand(x, 1, norm.eps)
     assert_same_outputs(gm(x), expected * per_channel(norm.weight, x) + per_channel(norm.bias, x))
@@ -142,7 +143,7 @@ def test_a_norm_that_untraced_code_calls_too_is_refused() -> None:
     gm = traced(nn.Sequential(trained(3), trained(3)))
     result = run(ReplaceBatchNorm(TransformConfig(), left_alone=frozenset({"1"})), gm)
     assert [(note.code, note.site) for note in result.notes] == [("PN101", "1")]
-    assert called(gm) == [nn.GroupNorm, nn.BatchNorm2d]
+    assert called(gm) == [AnchoredNorm, nn.BatchNorm2d]
 
 
 class Reads(nn.Module):

@@ -269,7 +269,7 @@ def test_the_first_sample_tells_the_rank_and_both_paddings_keep_the_function() -
 def test_large_residuals_are_reported() -> None:
     model, x = trained(lambda: nn.Sequential(nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8), nn.ReLU()))
     x = x * torch.tensor([0.01, 10]).repeat(6)[:, None, None, None]  # dark and bright: their ratio is lost
-    converted = calibrated(model, [x])
+    converted = calibrated(model, [x], norm="layer")
     (site,) = pn_compiler.sites(converted)
     assert site.residual > 0.3
     codes = {note.code for note in pn_compiler.notes(converted)}
@@ -322,7 +322,7 @@ def broken(x: Tensor) -> Tensor:
 def test_bad_data_is_one_clear_error(batches, message) -> None:
     model, x = trained(Functional)
     with pytest.raises(ConfigError, match=message):
-        calibrated(model, batches(x))
+        calibrated(model, batches(x), norm="layer")
 
 
 def test_a_model_without_values_cannot_be_calibrated() -> None:

@@ -526,7 +526,7 @@ def test_an_interrupted_run_goes_on_bit_for_bit(
     monkeypatch.setattr(trainer, "SAVE_EVERY", 0.0)
     monkeypatch.setattr(trainer, "EVALUATE_EVERY", 3)
     net = tiny()
-    converted = nn.Sequential(pn_compiler.transform(net), Noise() if noise else nn.Identity())
+    converted = nn.Sequential(pn_compiler.transform(net, norm="layer"), Noise() if noise else nn.Identity())
     before = state_of(converted)
     whole, report = distill(converted, net, images[:64], **OPTIONS)
     assert report.best_step == STEPS

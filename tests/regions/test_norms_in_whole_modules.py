@@ -17,6 +17,7 @@ from benchmarks.fuzz.reference import ByHand
 from pn_compiler.testing import assert_same_outputs, randomize_batch_norms
 
 IMAGES = torch.randn(2, 3, 6, 6, generator=torch.Generator().manual_seed(0))
+NORMALIZER = ("weight", "bias", "population_mean", "population_var", "anchor")
 
 
 class Two(nn.Module):
@@ -133,7 +134,7 @@ def test_a_module_that_only_normalizes_is_converted_where_weights_may_be_written
         net.abn.running_var.uniform_(0.5, 2)
         net.abn.weight.uniform_(0.5, 2)
         net.abn.bias.normal_()
-    converted = pn_compiler.transform(net, IMAGES, proxy=False, strict=True)
+    converted = pn_compiler.transform(net, IMAGES, norm="layer", proxy=False, strict=True)
     assert type(converted) is Around
     assert isinstance(converted.abn, fx.GraphModule)
     (site,) = pn_compiler.sites(converted)
@@ -263,7 +264,7 @@ def test_copies_pickles_and_state_dicts_are_the_same_network() -> None:
     copied.load_state_dict(converted.state_dict())
     assert torch.equal(copied(x), expected)
     assert converted.state_dict().keys() == {
-        *(f"{name}.{key}" for name in ("bn", "part.bn", "part.trained") for key in ("weight", "bias")),
+        *(f"{name}.{key}" for name in ("bn", "part.bn", "part.trained") for key in NORMALIZER),
         *(f"part.{name}.{key}" for name in ("conv", "fixed") for key in ("weight", "bias")),
     }
 
