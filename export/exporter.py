@@ -2,6 +2,7 @@
 
 import contextlib
 import importlib.metadata
+import io
 import logging
 import re
 import warnings
@@ -25,6 +26,8 @@ from pn_compiler.export.rewrites.simplify import freeze_reshapes
 from pn_compiler.export.verify import imitate
 from pn_compiler.running.evaluation import untouched
 from pn_compiler.running.inputs import Inputs
+
+logger = logging.getLogger(__name__)
 
 
 def export_graph(
@@ -156,15 +159,24 @@ def _name_batch(graph: onnx_ir.Graph) -> None:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Silences what the exporter says about itself; its failures are exceptions."""
-    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "torch.export")]
-    levels = [logger.level for logger in loggers]
-    with warnings.catch_warnings():
+    """Silences what the exporter says about itself; its failures are exceptions.
+
+    torch.export prints the whole graph when it fails, which goes to the log.
+    """
+    loggers = [logging.getLogger(name) for name in _TALKATIVE]
+    levels = [talkative.level for talkative in loggers]
+    printed = io.StringIO()
+    with warnings.catch_warnings(), contextlib.redirect_stderr(printed), contextlib.redirect_stdout(printed):
         warnings.simplefilter("ignore")
         try:
-            for logger in loggers:
-                logger.setLevel(logging.ERROR)
+            for talkative in loggers:
+                talkative.setLevel(logging.ERROR)
             yield
         finally:
-            for logger, level in zip(loggers, levels, strict=True):
-                logger.setLevel(level)
+            for talkative, level in zip(loggers, levels, strict=True):
+                talkative.setLevel(level)
+            if printed.getvalue():
+                logger.debug("torch.onnx printed:\n%s", printed.getvalue())
+
+
+_TALKATIVE = ("torch.onnx", "onnxscript", "torch.export", "torch.fx.experimental.symbolic_shapes")

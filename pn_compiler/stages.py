@@ -11,9 +11,17 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from pn_compiler.base.config import Logits, RecoveryConfig, TargetName, TransformConfig
-from pn_compiler.base.errors import ConfigError, VerificationError
+from pn_compiler.base.diagnostics import Diagnostic, Site
+from pn_compiler.base.errors import (
+    BatchDependentError,
+    ConfigError,
+    PnCompilerError,
+    VerificationError,
+    first_line,
+)
 from pn_compiler.base.option_checks import check_path
 from pn_compiler.base.stopwatch import Stopwatch
+from pn_compiler.base.user_warnings import listed
 from pn_compiler.data.input_shape import choose_inputs, stated_inputs
 from pn_compiler.freezing.freeze_report import FreezeReport
 from pn_compiler.freezing.static_statistics import freeze_statistics
@@ -143,6 +151,8 @@ def refuse_conversion(config: TransformConfig, recovery: RecoveryConfig) -> None
         raise ConfigError("the model is already converted: options of transform have no effect")
     if recovery.distill_steps:
         raise ConfigError("the model is already converted: distill it with its BatchNorm network as teacher")
+    if recovery.benchmark:
+        raise ConfigError("the model is already converted: there is no network with BatchNorm to measure")
 
 
 def check_destinations(
@@ -241,6 +251,7 @@ def export_network(
     model = network.model
     if options.verify:
         _refuse_varying(model)
+    remarks = _batch_remarks(network, options)
     reference: Any = model
     if options.verify or repository is not None:
         # before folding, which then needs no second copy of the weights
@@ -255,21 +266,63 @@ def export_network(
         written = write_onnx(
             model, reference if options.verify else model, file, network.inputs, options, stopwatch=stopwatch
         )
-        report = _assembled(written, network, model)
+        report = _assembled(written, network, model, remarks)
         if repository is None:
             return report
         stored = add_to_repository(repository, file, reference, report, options.dtype, stopwatch)
         return stored if path is None else dataclasses.replace(stored, path=str(path))
 
 
-def _assembled(written: "Report", network: Network, folded: nn.Module) -> "Report":
+def _batch_remarks(network: Network, options: "ExportOptions") -> tuple[Diagnostic, ...]:
+    """PN310 if outputs depend on the batch. Raises BatchDependentError if that is not allowed."""
+    from pn_compiler.export import batch_dependence
+
+    change = batch_dependence(network.model, network.inputs, dynamic_batch=options.dynamic_batch)
+    if not change:
+        return ()
+    skipped = [site for site in _sites(network.model) if site.kind == "skipped" and site.code != "PN103"]
+    left = [f"{site.name} ({site.code})" for site in skipped]
+    cause = f": {listed(left)} still normalize over the batch" if left else ""
+    found = f"the outputs of a sample change by {100 * change:.2g} % with the others in its batch{cause}"
+    if not options.allow_batch_dependent:
+        raise BatchDependentError(
+            f"PN310: {found}; convert what normalizes over the batch, or write the file all the same with "
+            "--allow-batch-dependent (allow_batch_dependent=True)"
+        )
+    return (Diagnostic("PN310", "", found),)
+
+
+def benchmarked(
+    report: "Report", network: Network, original: nn.Module, options: "ExportOptions", stopwatch: Stopwatch
+) -> "Report":
+    """`report` with the speed of its file beside that of `original`, or with a note why there is none."""
+    from pn_compiler.export.benchmark import benchmark
+
+    try:
+        found = benchmark(original, Path(report.path), network.inputs, options, stopwatch)
+    except PnCompilerError as error:
+        note = Diagnostic("PN311", "", f"the network with BatchNorm was not measured: {first_line(error)}")
+        return dataclasses.replace(report, notes=(*report.notes, note))
+    return dataclasses.replace(report, benchmark=found, seconds=stopwatch.seconds)
+
+
+def _sites(model: nn.Module) -> tuple[Site, ...]:
+    return sites(model) if is_converted(model) else ()
+
+
+def _assembled(
+    written: "Report", network: Network, folded: nn.Module, remarks: tuple[Diagnostic, ...]
+) -> "Report":
     """The report of all stages.
 
     Args:
         written: what there is to say of the file.
         folded: the model in the file; its sites say what folding made of them.
+        remarks: on the file as a whole.
     """
-    report = dataclasses.replace(written, parameters_before=network.parameters, fidelity=network.fidelity)
+    report = dataclasses.replace(
+        written, parameters_before=network.parameters, fidelity=network.fidelity, notes=remarks
+    )
     if network.traced is None or network.recovered is None:
         return report
     return dataclasses.replace(
@@ -277,7 +330,7 @@ def _assembled(written: "Report", network: Network, folded: nn.Module) -> "Repor
         input_shape_source=network.traced.input_shape_source,
         operators_before=dict(network.traced.operators),
         sites=sites(folded),
-        notes=notes(folded),
+        notes=(*notes(folded), *remarks),
         distillation=network.recovered.distillation,
         static=network.recovered.static,
     )
