@@ -2,6 +2,7 @@
 
 from pn_compiler.base.config import DType, TargetName
 from pn_compiler.export.batch_dependence import batch_dependence
+from pn_compiler.export.metadata import Description
 from pn_compiler.export.onnx_file import OnnxFile
 from pn_compiler.export.options import ExportOptions
 from pn_compiler.export.report import Check, Report, count_onnx_operators
@@ -25,6 +26,7 @@ __all__ = [
     "TOLERANCE",
     "Check",
     "DType",
+    "Description",
     "Expected",
     "ExportOptions",
     "OnnxFile",

@@ -1,7 +1,6 @@
 """What torch.onnx makes of a model, without traces of the machine that it was made on."""
 
 import contextlib
-import importlib.metadata
 import io
 import logging
 import re
@@ -21,6 +20,7 @@ from torch.utils import _pytree as pytree
 from pn_compiler.base.errors import ExportError, root_cause
 from pn_compiler.export.external_data import move_weights_out
 from pn_compiler.export.io_names import rename
+from pn_compiler.export.node_names import module_paths, note_paths
 from pn_compiler.export.options import ExportOptions
 from pn_compiler.export.rewrites.simplify import freeze_reshapes
 from pn_compiler.export.verify import imitate
@@ -75,7 +75,9 @@ def export_graph(
         raise ExportError("the forward returns no tensor: an ONNX file would have no outputs")
     result = program.model
     rename(result.graph, options.names)
+    paths = module_paths(result.graph)
     _strip(result)
+    note_paths(result, paths)
     if staged is not None:
         move_weights_out(result, staged)
     if options.dynamic_batch:
@@ -84,8 +86,6 @@ def export_graph(
     result.ir_version = min(
         result.ir_version, max(8, onnx.helper.OP_SET_ID_VERSION_MAP[("ai.onnx", options.opset)])
     )
-    result.producer_name = "pn_compiler"
-    result.producer_version = importlib.metadata.version("pn-compiler")
     return result
 
 

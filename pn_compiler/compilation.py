@@ -226,7 +226,7 @@ def compile(  # noqa: A001  # the name that users of torch.compile look for
     )  # fmt: skip
     network = Network(
         recovered.model, recovered.model, traced.inputs, count_parameters(original),
-        traced=traced, recovered=recovered, fidelity=fidelity,
+        traced=traced, recovered=recovered, fidelity=fidelity, stages=(config, recovery),
     )  # fmt: skip
     report = export_network(network, path, repository, options, stopwatch)
     return benchmarked(report, network, model, options, stopwatch) if recovery.benchmark else report

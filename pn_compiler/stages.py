@@ -20,7 +20,9 @@ from pn_compiler.base.errors import (
     first_line,
 )
 from pn_compiler.base.option_checks import check_path
+from pn_compiler.base.options import stated
 from pn_compiler.base.stopwatch import Stopwatch
+from pn_compiler.base.strict_json import to_json
 from pn_compiler.base.user_warnings import listed
 from pn_compiler.data.input_shape import choose_inputs, stated_inputs
 from pn_compiler.freezing.freeze_report import FreezeReport
@@ -40,7 +42,7 @@ from pn_compiler.running.evaluation import check_values, to_eval_mode
 from pn_compiler.running.inputs import Inputs
 
 if TYPE_CHECKING:
-    from pn_compiler.export import ExportOptions, Report
+    from pn_compiler.export import Description, ExportOptions, Report
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -80,6 +82,7 @@ class Network:
         parameters: how many values were trained, before a conversion.
         traced, recovered: None if the model was not converted here.
         fidelity: how far outputs are from those of the model that was converted.
+        stages: the options of the stages before the export.
     """
 
     model: nn.Module
@@ -89,6 +92,7 @@ class Network:
     traced: Traced | None = None
     recovered: Recovered | None = None
     fidelity: Fidelity | None = None
+    stages: tuple[TransformConfig | RecoveryConfig, ...] = ()
 
 
 def trace_model(
@@ -264,8 +268,9 @@ def export_network(
         folder = stack.enter_context(tempfile.TemporaryDirectory()) if path is None else ""
         file = Path(path or Path(folder, "model.onnx"))
         written = write_onnx(
-            model, reference if options.verify else model, file, network.inputs, options, stopwatch=stopwatch
-        )
+            model, reference if options.verify else model, file, network.inputs, options,
+            stopwatch=stopwatch, description=_description(network, options),
+        )  # fmt: skip
         report = _assembled(written, network, model, remarks)
         if repository is None:
             return report
@@ -304,6 +309,20 @@ def benchmarked(
         note = Diagnostic("PN311", "", f"the network with BatchNorm was not measured: {first_line(error)}")
         return dataclasses.replace(report, notes=(*report.notes, note))
     return dataclasses.replace(report, benchmark=found, seconds=stopwatch.seconds)
+
+
+def _description(network: Network, options: "ExportOptions") -> "Description":
+    """What the file says about itself."""
+    from pn_compiler.export import Description
+
+    found = _sites(network.model)
+    converted = sum(site.kind != "skipped" for site in found)
+    about = {"options": to_json(stated(*network.stages, options))}
+    doc = [f"{converted} of {len(found)} BatchNorms became batch-independent normalizers."] if found else []
+    if network.fidelity is not None:
+        about["fidelity"] = str(network.fidelity)
+        doc.append(f"To the original: {network.fidelity}.")
+    return Description(" ".join(doc), about)
 
 
 def _sites(model: nn.Module) -> tuple[Site, ...]:

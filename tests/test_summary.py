@@ -249,7 +249,7 @@ def test_colours_and_progress_on_a_terminal(folder: Path) -> None:
 
 
 def test_no_colours_where_they_are_not_wanted() -> None:
-    code = "from pn_compiler import terminal; terminal.write_error('no'); print(terminal.table(('a',), [('b',)]))"
+    code = "from pn_compiler import terminal as t; t.write_error('no'); print(t.table(('a',), [('b',)]))"
     assert "\x1b[1;31m" in on_a_terminal(code)
     for setting in ({"NO_COLOR": "1"}, {"TERM": "dumb"}):
         shown = on_a_terminal(code, **setting)
