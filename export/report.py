@@ -10,6 +10,7 @@ from pn_compiler.base.diagnostics import Diagnostic, Site
 from pn_compiler.base.strict_json import to_json
 from pn_compiler.base.tables import size
 from pn_compiler.export.summary import details, summary
+from pn_compiler.graph.pass_log import PassRun
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -87,6 +88,7 @@ class Report:
         repository: the version folder that was written for servers.
         batching: how a server may batch requests, in words.
         seconds: duration of each stage.
+        passes: what each pass did, over all graphs of the model, in order.
         versions: versions of the packages involved.
     """
 
@@ -121,6 +123,7 @@ class Report:
     repository: str = ""
     batching: str = ""
     seconds: dict[str, float] = dataclasses.field(default_factory=dict)
+    passes: tuple[PassRun, ...] = ()
     versions: dict[str, str] = dataclasses.field(default_factory=dict)
 
     @property

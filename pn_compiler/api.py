@@ -13,6 +13,7 @@ from pn_compiler.base.stopwatch import Stopwatch
 from pn_compiler.base.user_warnings import warn
 from pn_compiler.freezing.anchors import choose_anchors, needs_samples
 from pn_compiler.graph.graph_module import is_converted, notes
+from pn_compiler.graph.pass_log import stage
 from pn_compiler.inspection.fake_tensors import fake_mode
 from pn_compiler.passes import PipelineEdit, conversion_pipeline, edited, preparation_pipeline
 from pn_compiler.pipeline.conversion import convert, first_sample, measure_conversion, prepare
@@ -147,7 +148,7 @@ def convert_trace(
 ) -> None:
     """Converts the trace of `model` in place, after comparing it with `witness`; see `transform`."""
     first, _ = edited(edit, preparation_pipeline(), conversion_pipeline(config))
-    with stopwatch("prepare"):
+    with stopwatch("prepare"), stage("prepare"):
         prepare(traced, witness, inputs, stopwatch.announce, first)
     if config.anchor == "auto":
         with stopwatch("anchors"):
@@ -156,7 +157,7 @@ def convert_trace(
     if config.warm_start == "calibrate":
         with stopwatch("calibrate"):
             calibrated = calibrate_prepared(traced, model, config, calibration, edit)
-    with stopwatch("transform"):
+    with stopwatch("transform"), stage("convert"):
         convert(
             traced, model, config, calibrated, strict=config.strict, progress=stopwatch.announce, edit=edit
         )

@@ -120,7 +120,8 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("-o", "--output", type=_file, metavar="FILE", help="the ONNX file to write")
     parser.add_argument(
         "--report", type=_path, action="append", default=[], metavar="FILE",
-        help="write the report as JSON, too; - prints that, and nothing else",
+        help="write the report, too: a page if the name ends in .html, else JSON; - prints the JSON, and "
+        "nothing else. May be given several times",
     )  # fmt: skip
     parser.add_argument(
         "--dry-run", action="store_true", help="print the table of sites; write nothing but a report"

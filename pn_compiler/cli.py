@@ -2,8 +2,10 @@
 
 import argparse
 import contextlib
+import dataclasses
 import itertools
 import logging
+import shlex
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -57,7 +59,8 @@ def _main(argv: Sequence[str] | None, interruption: Interruption) -> int:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ConversionWarning if arguments.verbose else Warning)
-            return _run(arguments, interruption)
+            typed = sys.argv[1:] if argv is None else argv
+            return _run(arguments, shlex.join(["pn-compile", *typed]), interruption)
     except KeyboardInterrupt:
         return _fail(interruption.message, INTERRUPTED)
     except RefusedError as error:
@@ -85,7 +88,7 @@ def _fail(message: str, status: int, error: Exception | None = None) -> int:
     return status
 
 
-def _run(arguments: argparse.Namespace, interruption: Interruption) -> int:
+def _run(arguments: argparse.Namespace, command: str, interruption: Interruption) -> int:
     if arguments.list_passes:
         return _list_passes()
     check_usage(arguments)
@@ -108,6 +111,7 @@ def _run(arguments: argparse.Namespace, interruption: Interruption) -> int:
         else:
             text, outcome = _compile(loaded, arguments, say)
         interruption.check()
+        outcome = dataclasses.replace(outcome, title=arguments.model.name, command=command)
         outcome.write(reports(arguments))
         if arguments.plot is not None:
             outcome.plot(arguments.plot)
@@ -184,14 +188,19 @@ def _dry_run(loaded: "LoadedModel", arguments: argparse.Namespace) -> tuple[str,
     import pn_compiler
     from pn_compiler.export import Report
     from pn_compiler.export.summary import details, summary
+    from pn_compiler.graph.pass_log import pass_log, summed
     from pn_compiler.pipeline.conversion import measure_conversion
     from pn_compiler.reporting.outcome import Outcome
     from pn_compiler.running.inputs import Inputs
 
     options, example = _transform_options(loaded, arguments), _example_inputs(loaded, arguments)
-    converted = pn_compiler.transform(loaded.model, example, **options)
+    with pass_log() as runs:
+        converted = pn_compiler.transform(loaded.model, example, **options)
     fidelity = measure_conversion(loaded.model, converted, Inputs.of(example), options.get("calibration"))
-    report = Report(sites=pn_compiler.sites(converted), notes=pn_compiler.notes(converted), fidelity=fidelity)
+    report = Report(
+        sites=pn_compiler.sites(converted), notes=pn_compiler.notes(converted), fidelity=fidelity,
+        passes=tuple(summed(runs)),
+    )  # fmt: skip
     parts = (details(report, terminal.table), "", terminal.lines(summary(report)))
     return "\n".join([*parts, "dry run: nothing was written"]), Outcome(report)
 
@@ -239,6 +248,7 @@ def _diagnose(
 
 
 def _list_passes() -> int:
+    from pn_compiler.graph.pass_base import about
     from pn_compiler.passes import fold_pipeline, freeze_pipeline, transform_pipeline
 
     pipelines = {
@@ -249,8 +259,7 @@ def _list_passes() -> int:
     for name, passes in pipelines.items():
         terminal.write(f"{name}\n")
         for position, graph_pass in enumerate(passes, start=1):
-            line = (type(graph_pass).__doc__ or "").strip().splitlines()[0]
-            terminal.write(f"  {position}. {type(graph_pass).__name__}: {line}\n")
+            terminal.write(f"  {position}. {type(graph_pass).__name__}: {about(graph_pass)}\n")
     return DONE
 
 

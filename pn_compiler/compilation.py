@@ -1,5 +1,6 @@
 """The public functions export_onnx and compile."""
 
+import dataclasses
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -28,6 +29,7 @@ from pn_compiler.base.stopwatch import Stopwatch
 from pn_compiler.graph.graph_module import is_converted, notes, record, sites
 from pn_compiler.graph.graph_utils import count_parameters
 from pn_compiler.graph.pass_base import Progress
+from pn_compiler.graph.pass_log import pass_log, summed
 from pn_compiler.pipeline.conversion import first_sample
 from pn_compiler.repository.options import ModelRepository
 from pn_compiler.running.copying import unwrap
@@ -212,21 +214,23 @@ def compile(  # noqa: A001  # the name that users of torch.compile look for
     if calibration is not None:
         calibration = batches_of(calibration, again=True)
         example = example if example or input_shape else first_sample(calibration)
-    traced = trace_model(model, example, input_shape, leaves, stopwatch)
-    if is_converted(model):
-        record(traced.trace.root, sites(model), notes(model))
-    else:
-        convert_trace(
-            traced.trace, model, witness(original, model), traced.inputs, calibration, config, stopwatch
-        )
-    recovered = recover(traced.trace.root, model, calibration, recovery, stopwatch)
-    fidelity = compare(
-        model, recovered.model, traced.inputs, calibration, distill_logits, stopwatch,
-        trained_on=recovered.distillation is not None,
-    )  # fmt: skip
-    network = Network(
-        recovered.model, recovered.model, traced.inputs, count_parameters(original),
-        traced=traced, recovered=recovered, fidelity=fidelity, stages=(config, recovery),
-    )  # fmt: skip
-    report = export_network(network, path, repository, options, stopwatch)
+    with pass_log() as runs:
+        traced = trace_model(model, example, input_shape, leaves, stopwatch)
+        if is_converted(model):
+            record(traced.trace.root, sites(model), notes(model))
+        else:
+            convert_trace(
+                traced.trace, model, witness(original, model), traced.inputs, calibration, config, stopwatch
+            )
+        recovered = recover(traced.trace.root, model, calibration, recovery, stopwatch)
+        fidelity = compare(
+            model, recovered.model, traced.inputs, calibration, distill_logits, stopwatch,
+            trained_on=recovered.distillation is not None,
+        )  # fmt: skip
+        network = Network(
+            recovered.model, recovered.model, traced.inputs, count_parameters(original),
+            traced=traced, recovered=recovered, fidelity=fidelity, stages=(config, recovery),
+        )  # fmt: skip
+        report = export_network(network, path, repository, options, stopwatch)
+    report = dataclasses.replace(report, passes=tuple(summed(runs)))
     return benchmarked(report, network, model, options, stopwatch) if recovery.benchmark else report

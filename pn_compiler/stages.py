@@ -29,6 +29,7 @@ from pn_compiler.freezing.freeze_report import FreezeReport
 from pn_compiler.freezing.static_statistics import freeze_statistics
 from pn_compiler.graph.graph_module import is_converted, notes, sites
 from pn_compiler.graph.graph_utils import count_operators
+from pn_compiler.graph.pass_log import stage
 from pn_compiler.nn import Normalizer
 from pn_compiler.pipeline.conversion import measure_conversion
 from pn_compiler.pipeline.fidelity import Fidelity
@@ -127,7 +128,7 @@ def recover(
             )  # fmt: skip
     if config.static_statistics is not None:
         budget = config.error_budget if config.static_statistics == "auto" else None
-        with stopwatch("freeze"):
+        with stopwatch("freeze"), stage("freeze"):
             converted, static = freeze_statistics(converted, calibration, budget=budget, metric=config.metric)
     return Recovered(converted, distillation, static)
 
@@ -262,7 +263,7 @@ def export_network(
         with stopwatch("reference"):
             reference = expect(network.witness, network.inputs, verified_batches(options.dynamic_batch))
     if has_sites(model):
-        with stopwatch("fold"):
+        with stopwatch("fold"), stage("fold"):
             model = fold_in_place(model)
     with contextlib.ExitStack() as stack:
         folder = stack.enter_context(tempfile.TemporaryDirectory()) if path is None else ""

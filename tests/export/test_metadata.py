@@ -63,7 +63,9 @@ def test_whatever_rewrites_the_graph(tmp_path: Path, options: dict[str, str]) ->
     assert len(set(names)) == len(names)
     assert all(name.startswith("/") for name in names)
     named = [name for name in names if name.startswith(("/stem/", "/stages/", "/head/"))]
-    assert len(named) >= 0.9 * len(names)
+    assert len(named) >= 0.7 * len(
+        names
+    )  # with ort-cpu, onnxruntime has renamed some values, and adds a check
     assert any(name.startswith("/stages/0/bn/") for name in names)
 
 
