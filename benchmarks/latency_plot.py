@@ -1,12 +1,15 @@
-"""The rows of `benchmarks.latency` as a bar chart of latencies relative to BatchNorm."""
+"""The rows of `benchmarks.latency` as a bar chart on a logarithmic scale: times of BatchNorm."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from benchmarks.variants import DESCRIPTIONS
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-_WIDTH, _HEAD, _PANEL = 9.0, 0.7, 2.4  # inches
+_TICKS = (0.25, 0.5, 0.75, 1, 1.25, 1.5, 2, 3, 4, 6, 8, 12, 16, 24, 32, 64, 128)
+_WIDTH, _HEAD, _PANEL = 9.0, 1.0, 2.4  # inches
 _FILLED = 0.8  # of the distance between networks, by the bars of one
 
 
@@ -33,10 +36,22 @@ def plot(rows: Sequence[dict[str, Any]]) -> "Figure":
     for axes, (title, ratios) in zip(column, panels.items(), strict=True):
         _draw(axes, ratios, variants, networks)
         axes.set_title(title, loc="left", fontsize=9)
-        axes.set_ylabel(f"time / {first}")
-    column[0].set_ylim(0, 1.2 * max(row["ratio"] for row in rows))
-    figure.legend(*column[0].get_legend_handles_labels(), loc="outside upper center", ncols=3, frameon=False)
+        axes.set_ylabel(f"times {first}")
+    _scale(column[0], [row["ratio"] for row in rows])
+    handles, labels = column[0].get_legend_handles_labels()
+    named = [DESCRIPTIONS.get(label, label) for label in labels]
+    figure.legend(handles, named, loc="outside upper center", ncols=2, frameon=False, fontsize=8)
     return figure
+
+
+def _scale(axes: Any, ratios: Sequence[float]) -> None:
+    """A logarithmic scale, on which one long bar leaves room to tell the others apart."""
+    low, high = min(*ratios, 1.0) / 1.15, max(ratios) * 1.5  # room for the figures above the bars
+    axes.set_yscale("log", base=2)
+    axes.set_ylim(low, high)
+    ticks = [tick for tick in _TICKS if low <= tick <= high]
+    axes.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
+    axes.minorticks_off()
 
 
 def _draw(

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import onnxruntime
 
-from pn_compiler.base.diagnostics import format_table
+from pn_compiler.base.tables import format_table
 
 _LARGEST = 12  # nodes in the table
 _SUFFIX = "_kernel_time"

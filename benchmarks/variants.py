@@ -129,3 +129,19 @@ RUNTIME_OF = {
     "ort-cpu, after a warm start": "onnxruntime",
     "openvino, after a warm start": "OpenVINO",
 }
+
+#: what the name of a variant stands for, for a reader of a plot
+DESCRIPTIONS = {
+    "BatchNorm": "BatchNorm, folded into the convolutions",
+    "normalizer, plain export": "LayerNorm without proxy normalization, as torch.onnx writes it",
+    "the same, opset 24": "the same in opset 24",
+    "normalizer + PN, plain export": "LayerNorm + proxy normalization, as torch.onnx writes it",
+    "pn_compiler, PN everywhere": "compiled for any runtime, proxy normalization at every activation",
+    "pn_compiler, after a warm start": "compiled for any runtime, from a trained network",
+    "ort-cpu, PN everywhere": "compiled for onnxruntime on CPUs, proxy normalization at every activation",
+    "ort-cpu, after a warm start": "compiled for onnxruntime on CPUs, from a trained network",
+    "openvino, after a warm start": "compiled for OpenVINO, from a trained network",
+    "warm start": "all statistics constant, from a trained network",
+    "PN everywhere": "all statistics constant, proxy normalization at every activation",
+    "PN everywhere, reference padding": "the same, padded as in the reference implementation",
+}

@@ -1,6 +1,8 @@
 """Exports a folded PyTorch graph to a verified ONNX file, with a report."""
 
 from pn_compiler.base.config import DType, TargetName
+from pn_compiler.export.batch_dependence import batch_dependence
+from pn_compiler.export.metadata import Description
 from pn_compiler.export.onnx_file import OnnxFile
 from pn_compiler.export.options import ExportOptions
 from pn_compiler.export.report import Check, Report, count_onnx_operators
@@ -24,11 +26,13 @@ __all__ = [
     "TOLERANCE",
     "Check",
     "DType",
+    "Description",
     "Expected",
     "ExportOptions",
     "OnnxFile",
     "Report",
     "TargetName",
+    "batch_dependence",
     "check_loadable",
     "choose_opset",
     "count_onnx_operators",

@@ -1,7 +1,7 @@
 """What torch.onnx makes of a model, without traces of the machine that it was made on."""
 
 import contextlib
-import importlib.metadata
+import io
 import logging
 import re
 import warnings
@@ -20,11 +20,14 @@ from torch.utils import _pytree as pytree
 from pn_compiler.base.errors import ExportError, root_cause
 from pn_compiler.export.external_data import move_weights_out
 from pn_compiler.export.io_names import rename
+from pn_compiler.export.node_names import module_paths, note_paths
 from pn_compiler.export.options import ExportOptions
 from pn_compiler.export.rewrites.simplify import freeze_reshapes
 from pn_compiler.export.verify import imitate
 from pn_compiler.running.evaluation import untouched
 from pn_compiler.running.inputs import Inputs
+
+logger = logging.getLogger(__name__)
 
 
 def export_graph(
@@ -72,7 +75,9 @@ def export_graph(
         raise ExportError("the forward returns no tensor: an ONNX file would have no outputs")
     result = program.model
     rename(result.graph, options.names)
+    paths = module_paths(result.graph)
     _strip(result)
+    note_paths(result, paths)
     if staged is not None:
         move_weights_out(result, staged)
     if options.dynamic_batch:
@@ -81,8 +86,6 @@ def export_graph(
     result.ir_version = min(
         result.ir_version, max(8, onnx.helper.OP_SET_ID_VERSION_MAP[("ai.onnx", options.opset)])
     )
-    result.producer_name = "pn_compiler"
-    result.producer_version = importlib.metadata.version("pn-compiler")
     return result
 
 
@@ -156,15 +159,24 @@ def _name_batch(graph: onnx_ir.Graph) -> None:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Silences what the exporter says about itself; its failures are exceptions."""
-    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "torch.export")]
-    levels = [logger.level for logger in loggers]
-    with warnings.catch_warnings():
+    """Silences what the exporter says about itself; its failures are exceptions.
+
+    torch.export prints the whole graph when it fails, which goes to the log.
+    """
+    loggers = [logging.getLogger(name) for name in _TALKATIVE]
+    levels = [talkative.level for talkative in loggers]
+    printed = io.StringIO()
+    with warnings.catch_warnings(), contextlib.redirect_stderr(printed), contextlib.redirect_stdout(printed):
         warnings.simplefilter("ignore")
         try:
-            for logger in loggers:
-                logger.setLevel(logging.ERROR)
+            for talkative in loggers:
+                talkative.setLevel(logging.ERROR)
             yield
         finally:
-            for logger, level in zip(loggers, levels, strict=True):
-                logger.setLevel(level)
+            for talkative, level in zip(loggers, levels, strict=True):
+                talkative.setLevel(level)
+            if printed.getvalue():
+                logger.debug("torch.onnx printed:\n%s", printed.getvalue())
+
+
+_TALKATIVE = ("torch.onnx", "onnxscript", "torch.export", "torch.fx.experimental.symbolic_shapes")

@@ -6,8 +6,11 @@ from typing import Any
 
 import onnx
 
-from pn_compiler.base.diagnostics import Diagnostic, Site, format_sites, format_table
+from pn_compiler.base.diagnostics import Diagnostic, Site
 from pn_compiler.base.strict_json import to_json
+from pn_compiler.base.tables import size
+from pn_compiler.export.summary import details, summary
+from pn_compiler.graph.pass_log import PassRun
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -28,8 +31,34 @@ class Check:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
+class Benchmark:
+    """A file beside that of the same network with BatchNorm, in onnxruntime on this machine.
+
+    Attributes:
+        milliseconds: of an inference, by file: "BatchNorm" and "converted"; medians over sessions in turn.
+        ratio: of the two, the median over pairs of sessions.
+        batch: samples in an inference.
+        file_bytes: size of the file with BatchNorm.
+        operators: how often each stands in that file, as torch.onnx writes it.
+    """
+
+    milliseconds: dict[str, float]
+    ratio: float
+    batch: int
+    file_bytes: int
+    operators: dict[str, int]
+
+    def __str__(self) -> str:
+        before, after = self.milliseconds["BatchNorm"], self.milliseconds["converted"]
+        return (
+            f"{self.ratio:.2f} times the time of the same network with BatchNorm: {after:.2f} ms, not "
+            f"{before:.2f} ms (onnxruntime, batch {self.batch}); its file has {size(self.file_bytes)}"
+        )
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
 class Report:
-    """Result of `pn_compiler.export_onnx` and `pn_compiler.compile`.
+    """Result of `pn_compiler.export_onnx` and `pn_compiler.compile`; ``str`` of it is for people.
 
     Attributes:
         path: the ONNX file.
@@ -53,10 +82,13 @@ class Report:
         distillation: the report of `pn_compiler.distill`; None if there was none.
         static: the report of `pn_compiler.freeze_statistics`; None if there was none.
         fidelity: distance of the outputs from the original model's; None if it was converted before.
+        benchmark: speed, size and operators of the file beside those of the same network with BatchNorm; None
+            if that was not measured.
         file_bytes, data_bytes: size of the ONNX file, and of the separate file with the weights, if any.
         repository: the version folder that was written for servers.
         batching: how a server may batch requests, in words.
         seconds: duration of each stage.
+        passes: what each pass did, over all graphs of the model, in order.
         versions: versions of the packages involved.
     """
 
@@ -85,11 +117,13 @@ class Report:
     distillation: Any = None
     static: Any = None
     fidelity: Any = None
+    benchmark: Benchmark | None = None
     file_bytes: int = 0
     data_bytes: int = 0
     repository: str = ""
     batching: str = ""
     seconds: dict[str, float] = dataclasses.field(default_factory=dict)
+    passes: tuple[PassRun, ...] = ()
     versions: dict[str, str] = dataclasses.field(default_factory=dict)
 
     @property
@@ -101,66 +135,13 @@ class Report:
         content = dataclasses.asdict(self) | {"max_error": self.max_error}
         return to_json(content)
 
+    @property
+    def summary(self) -> str:
+        """What was done, what it cost, and what to do next, in some ten lines."""
+        return "\n".join(map(str, summary(self)))
+
     def __str__(self) -> str:
-        lines = [format_sites(self.sites), ""] if self.sites else []
-        said = [note for note in self.notes if note.code != "PN212"]  # it comes at the end
-        lines += [str(note) for note in said if note.severity == "warning" or not note.site]
-        names = sorted({*self.operators_before, *self.operators_after})
-        rows = [
-            (n, str(self.operators_before.get(n, "")), str(self.operators_after.get(n, ""))) for n in names
-        ]
-        lines += [format_table(("operator", "before", "after"), rows), ""]
-        lines.append(f"parameters  {self.parameters_before:,} -> {self.parameters_after:,}")
-        for label, values in (("input", self.inputs), ("output", self.outputs)):
-            lines += [f"{label:<11} {v['name']} {v['shape']} {v['dtype']}" for v in values]
-        if self.input_shape_source != "given":
-            lines.append(f"input shape {self.input_shape_source}")
-        if self.distillation is not None:
-            lines += [f"distilled   {line}" for line in str(self.distillation).splitlines()]
-        if self.static is not None:
-            lines += ["", *str(self.static).splitlines(), ""]
-        lines += self._target()
-        if self.norms:
-            lines.append(f"norms       {self.norms}")
-        stages = ", ".join(f"{name} {seconds:.1f}" for name, seconds in self.seconds.items())
-        lines.append(f"seconds     {stages}")
-        data = f" and {self.data_bytes / 1e6:.2f} MB in {self.path}.data" if self.data_bytes else ""
-        lines.append(
-            f"wrote       {self.path} ({self.file_bytes / 1e6:.2f} MB{data}, opset {self.opset_version}, "
-            f"IR {self.ir_version})"
-        )
-        if self.repository:
-            lines.append(f"repository  {self.repository} ({self.batching})")
-        if self.fidelity is not None:
-            lines.append(f"conversion  {self.fidelity}")
-        lines.append(self._verdict())
-        if self.fidelity is not None:
-            lines.append(f"next        {self.fidelity.advice}")
-        return "\n".join(lines)
-
-    def _target(self) -> list[str]:
-        """The lines about the target; none for a portable file that was not chosen among others."""
-        lines = [f"target      {self.target}"] if self.target != "portable" or self.tuning else []
-        if self.blocked:
-            lines.append(
-                f"            {self.blocked} normalizers in the blocked layout: for onnxruntime "
-                f"{self.versions.get('onnxruntime', '')} on CPUs of this kind only; others refuse the file"
-            )
-        if self.tuning:
-            times = sorted(self.tuning.items(), key=lambda item: item[1])
-            lines.append("measured    " + ", ".join(f"{name} {time:.2f} ms" for name, time in times))
-        return lines
-
-    def _verdict(self) -> str:
-        if not self.checks:
-            return "verified    no"
-        batches = sorted({check.batch for check in self.checks})
-        return (
-            f"verified    largest error {self.max_error:.1e} (relative, limit {self.tolerance:.1e}) to "
-            f"{self.reference} PyTorch at batch {' and '.join(map(str, batches))}; "
-            f"PyTorch's own in {self.dtype}: {self.float32_error:.1e}"
-            + ("" if self.runtime == "onnxruntime" else f"; run in {self.runtime}, for onnxruntime cannot")
-        )
+        return f"{details(self)}\n\n{self.summary}"
 
 
 def count_onnx_operators(model: onnx.ModelProto) -> dict[str, int]:

@@ -27,6 +27,8 @@ from pn_compiler.base.files import (
 from pn_compiler.base.stopwatch import Stopwatch
 from pn_compiler.export.exporter import export_graph
 from pn_compiler.export.external_data import data_file, needs_external_data
+from pn_compiler.export.metadata import PACKAGES, Description, describe
+from pn_compiler.export.node_names import name_nodes, note_paths, noted_paths
 from pn_compiler.export.options import ExportOptions
 from pn_compiler.export.report import Report, count_onnx_operators, describe_values
 from pn_compiler.export.rewrites.blocked import in_blocked_layout
@@ -41,7 +43,6 @@ from pn_compiler.running.inputs import Inputs
 logger = logging.getLogger(__name__)
 
 VERIFIED_BATCHES = (1, 3)
-PACKAGES = ("pn-compiler", "torch", "onnx", "onnxruntime", "onnxscript")  # that the report names
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -69,6 +70,7 @@ def write_onnx(
     *,
     tolerance: float | None = None,
     stopwatch: Stopwatch | None = None,
+    description: Description | None = None,
 ) -> Report:
     """Exports `folded` to `path`, after comparing the result with `reference`.
 
@@ -81,6 +83,7 @@ def write_onnx(
         options: the defaults, if not given.
         tolerance: largest relative error; see `pn_compiler.export.verify`.
         stopwatch: announces and times the stages.
+        description: what the file says about itself, besides versions and a fingerprint of its weights.
 
     Returns:
         What there is to say of the file.
@@ -126,6 +129,7 @@ def write_onnx(
             target = TARGETS[options.target]
         lowered = _lower(model, target, staged, compare, stopwatch)
         with stopwatch("write"):
+            describe(lowered.proto, description or Description(), staged)
             sizes = _write(lowered.proto, path, staged)
     return _report(path, options, lowered, tuning, parameters_after, sizes, stopwatch)
 
@@ -183,6 +187,7 @@ def _write(proto: onnx.ModelProto, path: Path, staged: Path | None) -> tuple[int
         content = proto.SerializeToString()
         write_atomically(path, content)
         return len(content), 0
+    staged.write_bytes(proto.SerializeToString())
     sizes = staged.stat().st_size, data.stat().st_size
     publish([data, staged], path.parent)
     return sizes
@@ -221,10 +226,12 @@ def _verified(
     blocked, verification = 0, None
     with stopwatch("check"):
         proto = onnx_ir.to_proto(model)
+        name_nodes(proto, noted_paths(model))
         _check(proto, staged)
     if target.blocked:
         with stopwatch("lay out"):
             proto, blocked = in_blocked_layout(proto)
+            name_nodes(proto, noted_paths(model))
     if compare is not None:
         with stopwatch("verify"):
             verification = compare(proto)
@@ -256,6 +263,7 @@ def _choose_target(
             for name, target in candidates.items():
                 try:
                     copy = onnx_ir.from_proto(proto)
+                    note_paths(copy, noted_paths(model))
                     candidate = _lower(copy, target, None, compare, Stopwatch(stopwatch.announce)).proto
                 except PnCompilerError as error:
                     logger.info("candidate %s is left out: %s", name, error)

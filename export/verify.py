@@ -89,15 +89,15 @@ def expect(model: nn.Module, example: Inputs, batches: Sequence[int | None]) -> 
         example: arguments whose shapes and statistics the inputs imitate.
         batches: batch sizes to try; None is the example's.
     """
-    inputs = {_batch(x): x for x in (imitate(example, batch) for batch in batches)}
+    inputs = {batch_size(x): x for x in (imitate(example, batch) for batch in batches)}
     reference_dtype = torch.float64
     with untouched(model, keep_state=True):
         seed_everything()
         before = torch.get_rng_state()
-        actual = {batch: _own_leaves(model, x) for batch, x in inputs.items()}
+        actual = {batch: own_leaves(model, x) for batch, x in inputs.items()}
         random = not torch.equal(before, torch.get_rng_state())
         seed_everything(1)
-        again = {batch: _own_leaves(model, x) for batch, x in inputs.items()}
+        again = {batch: own_leaves(model, x) for batch, x in inputs.items()}
         try:
             seed_everything()
             with Float64(model):
@@ -265,7 +265,8 @@ def imitate(example: Inputs, batch: int | None) -> Inputs:
     return example.map(like)
 
 
-def _batch(inputs: Inputs) -> int:
+def batch_size(inputs: Inputs) -> int:
+    """Length of the first axis of the first tensor."""
     first = inputs.tensors()[0]
     return first.shape[0] if first.dim() else 1
 
@@ -281,12 +282,13 @@ def _leaves(model: nn.Module, inputs: Inputs) -> list[Any]:
     return [leaf for leaf in leaves if isinstance(leaf, Tensor | int)]
 
 
-def _own_leaves(model: nn.Module, inputs: Inputs) -> list[Any]:
+def own_leaves(model: nn.Module, inputs: Inputs) -> list[Any]:
+    """The same; raises VerificationError if `model` fails, whatever its forward raises."""
     try:
         return _leaves(model, inputs)
     except Exception as error:  # its forward can raise anything
         raise VerificationError(
-            f"the PyTorch model fails at batch {_batch(inputs)}: {first_line(error)}; if it takes "
+            f"the PyTorch model fails at batch {batch_size(inputs)}: {first_line(error)}; if it takes "
             "one batch size only, try a static batch"
         ) from error
 

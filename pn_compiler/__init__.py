@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from pn_compiler.api import transform
     from pn_compiler.base.diagnostics import Diagnostic, Site
     from pn_compiler.base.errors import PnCompilerError
+    from pn_compiler.base.tables import SiteTable
+    from pn_compiler.base.user_warnings import ConversionWarning
     from pn_compiler.compilation import compile, export_onnx  # noqa: A004
     from pn_compiler.freezing.freeze_report import FreezeReport, FrozenSite
     from pn_compiler.freezing.static_statistics import freeze_statistics
@@ -31,6 +33,7 @@ if TYPE_CHECKING:
     from pn_compiler.serving import export_model_repository
 
 __all__ = [
+    "ConversionWarning",
     "Diagnosis",
     "Diagnostic",
     "DistillReport",
@@ -40,6 +43,7 @@ __all__ = [
     "PnCompilerError",
     "Site",
     "SitePower",
+    "SiteTable",
     "compile",
     "convert_state_dict",
     "diagnose",
@@ -68,6 +72,8 @@ _MODULES = {
     "base.diagnostics": ("Diagnostic", "Site"),
     "recovery.distillation": ("DistillReport", "distill"),
     "base.errors": ("PnCompilerError",),
+    "base.tables": ("SiteTable",),
+    "base.user_warnings": ("ConversionWarning",),
     "freezing.freeze_report": ("FreezeReport", "FrozenSite"),
     "graph.graph_module": ("notes", "sites"),
     "running.losses": ("output_loss", "relative_l2"),

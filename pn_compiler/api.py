@@ -10,8 +10,10 @@ from pn_compiler.base.errors import ConfigError
 from pn_compiler.base.option_checks import check_function
 from pn_compiler.base.options import pick
 from pn_compiler.base.stopwatch import Stopwatch
+from pn_compiler.base.user_warnings import warn
 from pn_compiler.freezing.anchors import choose_anchors, needs_samples
-from pn_compiler.graph.graph_module import is_converted
+from pn_compiler.graph.graph_module import is_converted, notes
+from pn_compiler.graph.pass_log import stage
 from pn_compiler.inspection.fake_tensors import fake_mode
 from pn_compiler.passes import PipelineEdit, conversion_pipeline, edited, preparation_pipeline
 from pn_compiler.pipeline.conversion import convert, first_sample, measure_conversion, prepare
@@ -106,6 +108,10 @@ def transform(
         RefusedError: `strict` and something was refused.
         PassError: a pass fails, or `pipeline` left out one that another requires.
 
+    Warns:
+        ConversionWarning: once, of all that you must know: BatchNorms that were refused, a branch on
+            ``self.training`` that is fixed now, and the like. Its `diagnostics` have the codes.
+
     Source: Labatie et al., NeurIPS 2021 (arXiv 2106.03743).
     """
     config = pick(TransformConfig, locals())
@@ -128,6 +134,7 @@ def transform(
         traced = trace(model, inputs, leaves)
         convert_trace(traced, model, model, inputs, calibration, config, Stopwatch(), pipeline)
     measure_conversion(model, traced.root, inputs, calibration)
+    warn(notes(traced.root))
     return traced.root
 
 
@@ -143,7 +150,7 @@ def convert_trace(
 ) -> None:
     """Converts the trace of `model` in place, after comparing it with `witness`; see `transform`."""
     first, _ = edited(edit, preparation_pipeline(), conversion_pipeline(config))
-    with stopwatch("prepare"):
+    with stopwatch("prepare"), stage("prepare"):
         prepare(traced, witness, inputs, stopwatch.announce, first)
     if config.anchor == "auto":
         with stopwatch("anchors"):
@@ -152,7 +159,7 @@ def convert_trace(
     if config.warm_start == "calibrate":
         with stopwatch("calibrate"):
             calibrated = calibrate_prepared(traced, model, config, calibration, edit)
-    with stopwatch("transform"):
+    with stopwatch("transform"), stage("convert"):
         convert(
             traced, model, config, calibrated, strict=config.strict, progress=stopwatch.announce, edit=edit
         )

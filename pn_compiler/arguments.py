@@ -2,7 +2,6 @@
 
 import argparse
 import dataclasses
-import importlib.metadata
 import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -11,6 +10,7 @@ from typing import Any, NoReturn
 
 from pn_compiler.base.config import DistillConfig, ExportConfig, FreezeConfig, RecoveryConfig, TransformConfig
 from pn_compiler.base.errors import printable
+from pn_compiler.base.option_checks import did_you_mean
 from pn_compiler.base.options import Option, options_of
 from pn_compiler.repository.options import ModelRepository
 
@@ -61,8 +61,34 @@ def _names(text: str) -> tuple[str, ...]:
     return tuple(name.strip() for name in text.split(","))
 
 
+class _Version(argparse.Action):
+    """Reads the version only when it is asked for: that takes as long as everything else in ``--help``."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> NoReturn:
+        import importlib.metadata
+
+        sys.stdout.write(f"{parser.prog} {importlib.metadata.version('pn-compiler')}\n")
+        parser.exit()
+
+
 class _Parser(argparse.ArgumentParser):
     """Says what is wrong in one line, as every other error, without the two screens of usage."""
+
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """As usual, with the nearest flag to one that is unknown."""
+        found, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            flag = unknown[0].split("=")[0]
+            near = did_you_mean(flag, self._option_string_actions) if flag.startswith("-") else ""
+            self.error(f"unrecognized arguments: {' '.join(unknown)}{near}")
+        return found
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        """With the nearest choice to one that there is not."""
+        if action.choices is not None and value not in action.choices:
+            listed = ", ".join(map(str, action.choices))
+            near = did_you_mean(value, map(str, action.choices))
+            raise argparse.ArgumentError(action, f"there is no {value!r}: choose from {listed}{near}")
 
     def error(self, message: str) -> NoReturn:
         usage = f"usage: {self.prog} MODEL -o FILE, and {self.prog} --help for all options"
@@ -93,20 +119,27 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("-o", "--output", type=_file, metavar="FILE", help="the ONNX file to write")
     parser.add_argument(
-        "--report",
-        type=_path,
-        metavar="FILE",
-        help="write the report as JSON, too; - prints that, and nothing else",
+        "--report", type=_path, action="append", default=[], metavar="FILE",
+        help="write the report, too: a page if the name ends in .html, else JSON; - prints the JSON, and "
+        "nothing else. May be given several times",
+    )  # fmt: skip
+    parser.add_argument(
+        "--dry-run", action="store_true", help="print the table of sites; write nothing but a report"
     )
-    parser.add_argument("--dry-run", action="store_true", help="print the table of sites, write nothing")
     parser.add_argument(
         "--diagnose", metavar="DATA",
         help="print the power decomposition of each normalizer, before and after conversion, on samples",
     )  # fmt: skip
     parser.add_argument("--list-passes", action="store_true", help="print the pipeline and exit")
-    version = importlib.metadata.version("pn-compiler")
-    parser.add_argument("--version", action="version", version=f"pn-compile {version}")
-    parser.add_argument("-v", "--verbose", action="count", default=0, help="say more; twice: even more")
+    parser.add_argument(
+        "--plot", type=_file, metavar="FILE", help="draw what --diagnose found, as .png, .svg or .pdf"
+    )
+    parser.add_argument("--version", action=_Version, nargs=0, help="print the version and exit")
+    parser.add_argument(
+        "-v", "--verbose", action="count", default=0,
+        help="print the tables of sites and operators, and log; twice: log more",
+    )  # fmt: skip
+    parser.add_argument("-q", "--quiet", action="store_true", help="print nothing but errors")
 
     source = parser.add_argument_group("the model file")
     source.add_argument("--arch", metavar="PACKAGE.MODULE:FACTORY", help="makes the module of a state_dict")
@@ -209,6 +242,8 @@ def check_usage(arguments: argparse.Namespace) -> None:
     if arguments.model is None:
         make_parser().error("the following arguments are required: model")
     given = vars(arguments)
+    if arguments.quiet and arguments.verbose:
+        make_parser().error("--quiet and --verbose exclude each other")
     tasks = (arguments.output, given.get("directory"), arguments.diagnose)
     if not arguments.dry_run and all(task is None for task in tasks):
         make_parser().error("-o/--output is required (or --model-repository, --dry-run, or --diagnose)")
@@ -221,6 +256,8 @@ def check_usage(arguments: argparse.Namespace) -> None:
     _check_company(given)
     if arguments.diagnose is not None:
         _check_diagnosis_usage(given)
+    elif arguments.plot is not None:
+        make_parser().error("--plot draws what --diagnose finds: give --diagnose DATA, too")
     about_data = [name for name in DATA_OPTIONS if given[name]]
     if about_data and arguments.diagnose is None and arguments.calibrate is None:
         flag = f"--{about_data[0].replace('_', '-')}"

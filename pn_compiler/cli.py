@@ -2,61 +2,71 @@
 
 import argparse
 import contextlib
+import dataclasses
 import itertools
 import logging
-import os
+import shlex
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
+from pn_compiler import terminal
 from pn_compiler.arguments import check_usage, make_parser
 from pn_compiler.base.config import ExportConfig, RecoveryConfig, TransformConfig
-from pn_compiler.base.errors import ConfigError, PnCompilerError, RefusedError, named_line, printable
+from pn_compiler.base.errors import (
+    BatchDependentError,
+    ConfigError,
+    PnCompilerError,
+    RefusedError,
+    named_line,
+)
 from pn_compiler.base.interruption import STATUS as INTERRUPTED
 from pn_compiler.base.interruption import Interruption, interruptible
 from pn_compiler.base.options import options_of
+from pn_compiler.base.user_warnings import ConversionWarning
+from pn_compiler.destinations import STDOUT, check_files, reports
 from pn_compiler.repository.options import ModelRepository
 
 if TYPE_CHECKING:
     from pn_compiler.data.sources import Batches
     from pn_compiler.loading import LoadedModel
+    from pn_compiler.reporting.outcome import Outcome
 
-_STDOUT = Path("-")
-DONE, FAILED, USAGE, REFUSED = 0, 1, 2, 3
-_STAGES = 16  # of a whole run, for the progress bar
+DONE, FAILED, USAGE, REFUSED, BATCH_DEPENDENT = 0, 1, 2, 3, 4
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command and returns its exit status.
 
-    0 done; 1 an error, told in one line; 2 wrong usage; 3 ``--strict`` and a site was refused.
+    0 done; 1 an error, told in one line; 2 wrong usage; 3 ``--strict`` and a site was refused; 4 the file
+    would depend on the batch, and ``--allow-batch-dependent`` is not given; 130 interrupted.
     """
     try:
         with interruptible() as interruption:
             return _main(argv, interruption)
     except SystemExit:
         with contextlib.suppress(ConfigError):
-            _print("")  # what --help printed
+            terminal.write("")  # what --help printed
         raise
 
 
 def _main(argv: Sequence[str] | None, interruption: Interruption) -> int:
     arguments = make_parser().parse_args(argv)
-    logging.basicConfig(
-        level=(logging.WARNING, logging.INFO, logging.DEBUG)[min(arguments.verbose, 2)],
-        format="%(name)s: %(message)s",
-    )
+    logging.basicConfig(level=logging.WARNING, format="%(name)s: %(message)s")
+    level = (logging.WARNING, logging.INFO, logging.DEBUG)[min(arguments.verbose, 2)]
+    logging.getLogger("pn_compiler").setLevel(level)  # not the libraries, which log each of their steps
     try:
         with warnings.catch_warnings():
-            if not arguments.verbose:
-                warnings.simplefilter("ignore")
-            return _run(arguments, interruption)
+            warnings.simplefilter("ignore", ConversionWarning if arguments.verbose else Warning)
+            typed = sys.argv[1:] if argv is None else argv
+            return _run(arguments, shlex.join(["pn-compile", *typed]), interruption)
     except KeyboardInterrupt:
         return _fail(interruption.message, INTERRUPTED)
     except RefusedError as error:
         return _fail(str(error), REFUSED, error if arguments.verbose else None)
+    except BatchDependentError as error:
+        return _fail(str(error), BATCH_DEPENDENT, error if arguments.verbose else None)
     except PnCompilerError as error:
         return _fail(str(error), FAILED, error if arguments.verbose else None)
     except Exception as error:
@@ -74,39 +84,19 @@ def _unexpected(error: Exception) -> str:
 def _fail(message: str, status: int, error: Exception | None = None) -> int:
     if error is not None:
         logging.getLogger(__name__).error("traceback", exc_info=error)
-    with contextlib.suppress(OSError, ValueError):  # nobody listens
-        sys.stderr.write(f"pn-compile: error: {printable(message)}\n")
-        sys.stderr.flush()
+    terminal.write_error(message)
     return status
 
 
-def _print(text: str) -> None:
-    """To the standard output, which may be a pipe that nobody reads any more.
-
-    Raises:
-        ConfigError: it takes nothing, for example because the disk is full.
-    """
-    try:
-        if sys.stdout is not None:  # which it is if the caller closed it
-            encoding = sys.stdout.encoding or "utf-8"  # names of files may be beyond it
-            sys.stdout.write(text.encode(encoding, "backslashreplace").decode(encoding))
-            sys.stdout.flush()
-    except OSError as error:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python tries again at its end
-        if not isinstance(error, BrokenPipeError):
-            raise ConfigError(f"cannot print the result: {error.strerror}") from error
-
-
-def _run(arguments: argparse.Namespace, interruption: Interruption) -> int:
+def _run(arguments: argparse.Namespace, command: str, interruption: Interruption) -> int:
     if arguments.list_passes:
         return _list_passes()
     check_usage(arguments)
     from pn_compiler.loading import load_model  # torch is only imported for work
 
     interruption.starting = False
-    report = None if arguments.report == _STDOUT else arguments.report
-    _check_files(arguments, report)
-    with _progress(interruption.enter) as say:
+    check_files(arguments)
+    with terminal.stages(interruption.enter, quiet=arguments.quiet) as say:
         say("load")
         loaded = load_model(
             arguments.model,
@@ -115,52 +105,22 @@ def _run(arguments: argparse.Namespace, interruption: Interruption) -> int:
             unsafe_pickle=arguments.unsafe_pickle,
         )
         if arguments.diagnose is not None:
-            text, content = _diagnose(loaded, arguments, say)
+            text, outcome = _diagnose(loaded, arguments, say)
         elif arguments.dry_run:
-            text, content = _dry_run(loaded, arguments), None
+            text, outcome = _dry_run(loaded, arguments)
         else:
-            text, content = _compile(loaded, arguments, say)
-        if content is not None and report is not None:
-            from pn_compiler.base.files import write_atomically
-
-            write_atomically(report, content.encode())
+            text, outcome = _compile(loaded, arguments, say)
         interruption.check()
-    _print(content if content is not None and arguments.report == _STDOUT else f"{text}\n")
+        outcome = dataclasses.replace(outcome, title=arguments.model.name, command=command)
+        outcome.write(reports(arguments))
+        if arguments.plot is not None:
+            outcome.plot(arguments.plot)
+        interruption.check()
+    if STDOUT in arguments.report:
+        terminal.write(outcome.to_json())
+    elif not arguments.quiet:
+        terminal.write(f"{text}\n")
     return DONE
-
-
-def _check_files(arguments: argparse.Namespace, report: Path | None) -> None:
-    """Raises PnCompilerError if a file cannot be written, or is another one that is named, too."""
-    for path in (arguments.output, report):
-        if path is not None and not arguments.dry_run:
-            from pn_compiler.base.files import check_writable
-
-            check_writable(path)
-    data = [Path(source) for source in (arguments.diagnose, arguments.calibrate) if source is not None]
-    weights = [Path(f"{arguments.output}.data")] if arguments.output and "external_data" in arguments else []
-    _refuse_same_file(arguments.model, arguments.output, report, *data, *weights)
-
-
-def _refuse_same_file(*paths: Path | None) -> None:
-    """The model, the data, the ONNX file with its weights and the report must be different files."""
-    seen: set[object] = set()
-    for path in paths:
-        if path is not None:
-            identity = _identity(path)
-            if identity in seen:
-                raise ConfigError(
-                    f"{path} is named twice among the model, the data, the output and the report"
-                )
-            seen.add(identity)
-
-
-def _identity(path: Path) -> object:
-    """Equal for two names of one file, links of both kinds included."""
-    try:
-        found = path.stat()
-    except (OSError, ValueError):  # there is none yet, or it cannot be looked at
-        return os.path.realpath(path)
-    return found.st_dev, found.st_ino
 
 
 def _transform_options(loaded: "LoadedModel", arguments: argparse.Namespace) -> dict[str, Any]:
@@ -198,9 +158,11 @@ def _example_inputs(loaded: "LoadedModel", arguments: argparse.Namespace) -> tup
 
 def _compile(
     loaded: "LoadedModel", arguments: argparse.Namespace, say: Callable[[str], None]
-) -> tuple[str, str]:
-    """What to say, and the report as JSON."""
+) -> tuple[str, "Outcome"]:
+    """What to say, and what was found."""
     import pn_compiler
+    from pn_compiler.export.summary import details, summary
+    from pn_compiler.reporting.outcome import Outcome
 
     repository = _given(arguments, ModelRepository)
     options = _transform_options(loaded, arguments) | _given(arguments, RecoveryConfig, ExportConfig)
@@ -214,21 +176,33 @@ def _compile(
         progress=say,
         **options,
     )
-    text = str(report)
+    text = terminal.lines(summary(report))
+    if arguments.verbose:
+        text = f"{details(report, terminal.table)}\n\n{text}"
     if loaded.fixed_batch is not None:
         text += f"\nbatch       fixed to {loaded.fixed_batch}, as the program was exported"
-    return text, report.to_json()
+    return text, Outcome(report)
 
 
-def _dry_run(loaded: "LoadedModel", arguments: argparse.Namespace) -> str:
+def _dry_run(loaded: "LoadedModel", arguments: argparse.Namespace) -> tuple[str, "Outcome"]:
     import pn_compiler
-    from pn_compiler.base.diagnostics import format_sites
+    from pn_compiler.export import Report
+    from pn_compiler.export.summary import details, summary
+    from pn_compiler.graph.pass_log import pass_log, summed
+    from pn_compiler.pipeline.conversion import measure_conversion
+    from pn_compiler.reporting.outcome import Outcome
+    from pn_compiler.running.inputs import Inputs
 
-    converted = pn_compiler.transform(
-        loaded.model, _example_inputs(loaded, arguments), **_transform_options(loaded, arguments)
-    )
-    notes = [str(note) for note in pn_compiler.notes(converted) if not note.site]
-    return "\n".join([format_sites(pn_compiler.sites(converted)), *notes, "dry run: nothing was written"])
+    options, example = _transform_options(loaded, arguments), _example_inputs(loaded, arguments)
+    with pass_log() as runs:
+        converted = pn_compiler.transform(loaded.model, example, **options)
+    fidelity = measure_conversion(loaded.model, converted, Inputs.of(example), options.get("calibration"))
+    report = Report(
+        sites=pn_compiler.sites(converted), notes=pn_compiler.notes(converted), fidelity=fidelity,
+        passes=tuple(summed(runs)),
+    )  # fmt: skip
+    parts = (details(report, terminal.table), "", terminal.lines(summary(report)))
+    return "\n".join([*parts, "dry run: nothing was written"]), Outcome(report)
 
 
 def _batches(loaded: "LoadedModel", source: str, arguments: argparse.Namespace) -> "Batches":
@@ -252,13 +226,11 @@ def _batches(loaded: "LoadedModel", source: str, arguments: argparse.Namespace) 
 
 def _diagnose(
     loaded: "LoadedModel", arguments: argparse.Namespace, say: Callable[[str], None]
-) -> tuple[str, str]:
-    """What to say, and the same as JSON."""
-    import json
-
+) -> tuple[str, "Outcome"]:
+    """What to say, and what was found."""
     import pn_compiler
-    from pn_compiler.base.strict_json import to_json
     from pn_compiler.graph.graph_module import is_converted
+    from pn_compiler.reporting.outcome import Outcome
 
     batches = _batches(loaded, arguments.diagnose, arguments)
     say("diagnose")
@@ -272,10 +244,11 @@ def _diagnose(
         found["converted"] = pn_compiler.diagnose(converted, batches, affine=True)
     what = "power of the normalizers' outputs"  # weight and bias included: a warm start keeps those
     text = "\n\n".join(f"{what}, {title}\n{diagnosis}" for title, diagnosis in found.items())
-    return text, to_json({title: json.loads(diagnosis.to_json()) for title, diagnosis in found.items()})
+    return terminal.printable_lines(text), Outcome(diagnoses=found)
 
 
 def _list_passes() -> int:
+    from pn_compiler.graph.pass_base import about
     from pn_compiler.passes import fold_pipeline, freeze_pipeline, transform_pipeline
 
     pipelines = {
@@ -284,28 +257,10 @@ def _list_passes() -> int:
         "freeze": freeze_pipeline({}),
     }
     for name, passes in pipelines.items():
-        _print(f"{name}\n")
+        terminal.write(f"{name}\n")
         for position, graph_pass in enumerate(passes, start=1):
-            line = (type(graph_pass).__doc__ or "").strip().splitlines()[0]
-            _print(f"  {position}. {type(graph_pass).__name__}: {line}\n")
+            terminal.write(f"  {position}. {type(graph_pass).__name__}: {about(graph_pass)}\n")
     return DONE
-
-
-@contextlib.contextmanager
-def _progress(enter: Callable[[str], None]) -> Iterator[Callable[[str], None]]:
-    """A bar on a terminal, nothing in a pipe. Each stage is told to `enter`."""
-    from tqdm import tqdm
-
-    layout = "{percentage:3.0f}% |{bar}| {elapsed} {desc}"
-    with tqdm(total=_STAGES, disable=None, leave=False, bar_format=layout, file=sys.stderr) as bar:
-
-        def say(stage: str) -> None:
-            enter(stage)
-            bar.update(min(1, _STAGES - bar.n))
-            bar.set_description_str(stage)
-            bar.refresh()
-
-        yield say
 
 
 if __name__ == "__main__":

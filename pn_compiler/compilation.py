@@ -1,5 +1,6 @@
 """The public functions export_onnx and compile."""
 
+import dataclasses
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -28,6 +29,7 @@ from pn_compiler.base.stopwatch import Stopwatch
 from pn_compiler.graph.graph_module import is_converted, notes, record, sites
 from pn_compiler.graph.graph_utils import count_parameters
 from pn_compiler.graph.pass_base import Progress
+from pn_compiler.graph.pass_log import pass_log, summed
 from pn_compiler.pipeline.conversion import first_sample
 from pn_compiler.repository.options import ModelRepository
 from pn_compiler.running.copying import unwrap
@@ -35,6 +37,7 @@ from pn_compiler.running.evaluation import batches_of, check_dense
 from pn_compiler.running.inputs import Inputs
 from pn_compiler.stages import (
     Network,
+    benchmarked,
     check_calibration,
     check_destinations,
     compare,
@@ -68,6 +71,7 @@ def export_onnx(
     output_names: Sequence[str] = ExportConfig.output_names,
     repository: ModelRepository | None = None,
     verify: bool = ExportConfig.verify,
+    allow_batch_dependent: bool = ExportConfig.allow_batch_dependent,
     progress: Progress | None = None,
 ) -> "Report":
     """Folds `model` if it holds sites, exports it to ONNX and compares the two.
@@ -95,12 +99,15 @@ def export_onnx(
         verify: compare the file, in onnxruntime with optimizations off and on, at batch 1 and 3, with
             `model` in float64. The error relative to the largest output may be 1e-4, or four times that of
             PyTorch in float32 where this is more, but 1e-2 at most; the report states it.
+        allow_batch_dependent: write the file even if the outputs of a sample depend on the others in its
+            batch, as they do where a BatchNorm without running statistics is left; the report has PN310 then.
         progress: called with the name of each stage.
 
     Returns:
         The report; ``str`` of it is for people, ``to_json()`` for machines.
 
     Raises:
+        BatchDependentError: outputs depend on the batch, and `allow_batch_dependent` is not set.
         ExportError: the model cannot be exported, or the file not written.
         VerificationError: the ONNX model computes something else; there is no file then.
     """
@@ -142,6 +149,7 @@ def compile(  # noqa: A001  # the name that users of torch.compile look for
     static_statistics: StaticStatistics | None = RecoveryConfig.static_statistics,
     error_budget: float = RecoveryConfig.error_budget,
     metric: str | MetricFunction | None = RecoveryConfig.metric,
+    benchmark: bool = RecoveryConfig.benchmark,
     strict: bool = TransformConfig.strict,
     leaves: Sequence[str | type[nn.Module]] = TransformConfig.leaves,
     target: TargetName = ExportConfig.target,
@@ -155,6 +163,7 @@ def compile(  # noqa: A001  # the name that users of torch.compile look for
     output_names: Sequence[str] = ExportConfig.output_names,
     repository: ModelRepository | None = None,
     verify: bool = ExportConfig.verify,
+    allow_batch_dependent: bool = ExportConfig.allow_batch_dependent,
     progress: Progress | None = None,
 ) -> "Report":
     """From a trained BatchNorm network to a verified batch-independent ONNX file, in one call.
@@ -177,6 +186,7 @@ def compile(  # noqa: A001  # the name that users of torch.compile look for
         error_budget: of the output, relative; with `metric` what that may lose, in its own units.
         metric: the `metric` of anchor="auto", `distill` and `freeze_statistics`; `calibration` has labels
             then.
+        benchmark: measure the file, in onnxruntime, beside that of `model` with its BatchNorms.
         input_shape: shape of a single float input, batch included, instead of `example_inputs`. Without
             either the shape is guessed from the first layer, and the report says so.
 
@@ -204,20 +214,23 @@ def compile(  # noqa: A001  # the name that users of torch.compile look for
     if calibration is not None:
         calibration = batches_of(calibration, again=True)
         example = example if example or input_shape else first_sample(calibration)
-    traced = trace_model(model, example, input_shape, leaves, stopwatch)
-    if is_converted(model):
-        record(traced.trace.root, sites(model), notes(model))
-    else:
-        convert_trace(
-            traced.trace, model, witness(original, model), traced.inputs, calibration, config, stopwatch
-        )
-    recovered = recover(traced.trace.root, model, calibration, recovery, stopwatch)
-    fidelity = compare(
-        model, recovered.model, traced.inputs, calibration, distill_logits, stopwatch,
-        trained_on=recovered.distillation is not None,
-    )  # fmt: skip
-    network = Network(
-        recovered.model, recovered.model, traced.inputs, count_parameters(original),
-        traced=traced, recovered=recovered, fidelity=fidelity,
-    )  # fmt: skip
-    return export_network(network, path, repository, options, stopwatch)
+    with pass_log() as runs:
+        traced = trace_model(model, example, input_shape, leaves, stopwatch)
+        if is_converted(model):
+            record(traced.trace.root, sites(model), notes(model))
+        else:
+            convert_trace(
+                traced.trace, model, witness(original, model), traced.inputs, calibration, config, stopwatch
+            )
+        recovered = recover(traced.trace.root, model, calibration, recovery, stopwatch)
+        fidelity = compare(
+            model, recovered.model, traced.inputs, calibration, distill_logits, stopwatch,
+            trained_on=recovered.distillation is not None,
+        )  # fmt: skip
+        network = Network(
+            recovered.model, recovered.model, traced.inputs, count_parameters(original),
+            traced=traced, recovered=recovered, fidelity=fidelity, stages=(config, recovery),
+        )  # fmt: skip
+        report = export_network(network, path, repository, options, stopwatch)
+    report = dataclasses.replace(report, passes=tuple(summed(runs)))
+    return benchmarked(report, network, model, options, stopwatch) if recovery.benchmark else report

@@ -40,6 +40,7 @@ def export_model_repository(
     input_names: Sequence[str] = ExportConfig.input_names,
     output_names: Sequence[str] = ExportConfig.output_names,
     verify: bool = ExportConfig.verify,
+    allow_batch_dependent: bool = ExportConfig.allow_batch_dependent,
     progress: Progress | None = None,
 ) -> "Report":
     """Writes a folder that Triton and MLServer serve as it is, and that tests itself: see docs/deploy.md.

@@ -11,14 +11,25 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from pn_compiler.base.config import Logits, RecoveryConfig, TargetName, TransformConfig
-from pn_compiler.base.errors import ConfigError, VerificationError
+from pn_compiler.base.diagnostics import Diagnostic, Site
+from pn_compiler.base.errors import (
+    BatchDependentError,
+    ConfigError,
+    PnCompilerError,
+    VerificationError,
+    first_line,
+)
 from pn_compiler.base.option_checks import check_path
+from pn_compiler.base.options import stated
 from pn_compiler.base.stopwatch import Stopwatch
+from pn_compiler.base.strict_json import to_json
+from pn_compiler.base.user_warnings import listed
 from pn_compiler.data.input_shape import choose_inputs, stated_inputs
 from pn_compiler.freezing.freeze_report import FreezeReport
 from pn_compiler.freezing.static_statistics import freeze_statistics
 from pn_compiler.graph.graph_module import is_converted, notes, sites
 from pn_compiler.graph.graph_utils import count_operators
+from pn_compiler.graph.pass_log import stage
 from pn_compiler.nn import Normalizer
 from pn_compiler.pipeline.conversion import measure_conversion
 from pn_compiler.pipeline.fidelity import Fidelity
@@ -32,7 +43,7 @@ from pn_compiler.running.evaluation import check_values, to_eval_mode
 from pn_compiler.running.inputs import Inputs
 
 if TYPE_CHECKING:
-    from pn_compiler.export import ExportOptions, Report
+    from pn_compiler.export import Description, ExportOptions, Report
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -72,6 +83,7 @@ class Network:
         parameters: how many values were trained, before a conversion.
         traced, recovered: None if the model was not converted here.
         fidelity: how far outputs are from those of the model that was converted.
+        stages: the options of the stages before the export.
     """
 
     model: nn.Module
@@ -81,6 +93,7 @@ class Network:
     traced: Traced | None = None
     recovered: Recovered | None = None
     fidelity: Fidelity | None = None
+    stages: tuple[TransformConfig | RecoveryConfig, ...] = ()
 
 
 def trace_model(
@@ -115,7 +128,7 @@ def recover(
             )  # fmt: skip
     if config.static_statistics is not None:
         budget = config.error_budget if config.static_statistics == "auto" else None
-        with stopwatch("freeze"):
+        with stopwatch("freeze"), stage("freeze"):
             converted, static = freeze_statistics(converted, calibration, budget=budget, metric=config.metric)
     return Recovered(converted, distillation, static)
 
@@ -143,6 +156,8 @@ def refuse_conversion(config: TransformConfig, recovery: RecoveryConfig) -> None
         raise ConfigError("the model is already converted: options of transform have no effect")
     if recovery.distill_steps:
         raise ConfigError("the model is already converted: distill it with its BatchNorm network as teacher")
+    if recovery.benchmark:
+        raise ConfigError("the model is already converted: there is no network with BatchNorm to measure")
 
 
 def check_destinations(
@@ -241,35 +256,93 @@ def export_network(
     model = network.model
     if options.verify:
         _refuse_varying(model)
+    remarks = _batch_remarks(network, options)
     reference: Any = model
     if options.verify or repository is not None:
         # before folding, which then needs no second copy of the weights
         with stopwatch("reference"):
             reference = expect(network.witness, network.inputs, verified_batches(options.dynamic_batch))
     if has_sites(model):
-        with stopwatch("fold"):
+        with stopwatch("fold"), stage("fold"):
             model = fold_in_place(model)
     with contextlib.ExitStack() as stack:
         folder = stack.enter_context(tempfile.TemporaryDirectory()) if path is None else ""
         file = Path(path or Path(folder, "model.onnx"))
         written = write_onnx(
-            model, reference if options.verify else model, file, network.inputs, options, stopwatch=stopwatch
-        )
-        report = _assembled(written, network, model)
+            model, reference if options.verify else model, file, network.inputs, options,
+            stopwatch=stopwatch, description=_description(network, options),
+        )  # fmt: skip
+        report = _assembled(written, network, model, remarks)
         if repository is None:
             return report
         stored = add_to_repository(repository, file, reference, report, options.dtype, stopwatch)
         return stored if path is None else dataclasses.replace(stored, path=str(path))
 
 
-def _assembled(written: "Report", network: Network, folded: nn.Module) -> "Report":
+def _batch_remarks(network: Network, options: "ExportOptions") -> tuple[Diagnostic, ...]:
+    """PN310 if outputs depend on the batch. Raises BatchDependentError if that is not allowed."""
+    from pn_compiler.export import batch_dependence
+
+    change = batch_dependence(network.model, network.inputs, dynamic_batch=options.dynamic_batch)
+    if not change:
+        return ()
+    skipped = [site for site in _sites(network.model) if site.kind == "skipped" and site.code != "PN103"]
+    left = [f"{site.name} ({site.code})" for site in skipped]
+    cause = f": {listed(left)} still normalize over the batch" if left else ""
+    found = f"the outputs of a sample change by {100 * change:.2g} % with the others in its batch{cause}"
+    if not options.allow_batch_dependent:
+        raise BatchDependentError(
+            f"PN310: {found}; convert what normalizes over the batch, or write the file all the same with "
+            "--allow-batch-dependent (allow_batch_dependent=True)"
+        )
+    return (Diagnostic("PN310", "", found),)
+
+
+def benchmarked(
+    report: "Report", network: Network, original: nn.Module, options: "ExportOptions", stopwatch: Stopwatch
+) -> "Report":
+    """`report` with the speed of its file beside that of `original`, or with a note why there is none."""
+    from pn_compiler.export.benchmark import benchmark
+
+    try:
+        found = benchmark(original, Path(report.path), network.inputs, options, stopwatch)
+    except PnCompilerError as error:
+        note = Diagnostic("PN311", "", f"the network with BatchNorm was not measured: {first_line(error)}")
+        return dataclasses.replace(report, notes=(*report.notes, note))
+    return dataclasses.replace(report, benchmark=found, seconds=stopwatch.seconds)
+
+
+def _description(network: Network, options: "ExportOptions") -> "Description":
+    """What the file says about itself."""
+    from pn_compiler.export import Description
+
+    found = _sites(network.model)
+    converted = sum(site.kind != "skipped" for site in found)
+    about = {"options": to_json(stated(*network.stages, options))}
+    doc = [f"{converted} of {len(found)} BatchNorms became batch-independent normalizers."] if found else []
+    if network.fidelity is not None:
+        about["fidelity"] = str(network.fidelity)
+        doc.append(f"To the original: {network.fidelity}.")
+    return Description(" ".join(doc), about)
+
+
+def _sites(model: nn.Module) -> tuple[Site, ...]:
+    return sites(model) if is_converted(model) else ()
+
+
+def _assembled(
+    written: "Report", network: Network, folded: nn.Module, remarks: tuple[Diagnostic, ...]
+) -> "Report":
     """The report of all stages.
 
     Args:
         written: what there is to say of the file.
         folded: the model in the file; its sites say what folding made of them.
+        remarks: on the file as a whole.
     """
-    report = dataclasses.replace(written, parameters_before=network.parameters, fidelity=network.fidelity)
+    report = dataclasses.replace(
+        written, parameters_before=network.parameters, fidelity=network.fidelity, notes=remarks
+    )
     if network.traced is None or network.recovered is None:
         return report
     return dataclasses.replace(
@@ -277,7 +350,7 @@ def _assembled(written: "Report", network: Network, folded: nn.Module) -> "Repor
         input_shape_source=network.traced.input_shape_source,
         operators_before=dict(network.traced.operators),
         sites=sites(folded),
-        notes=notes(folded),
+        notes=(*notes(folded), *remarks),
         distillation=network.recovered.distillation,
         static=network.recovered.static,
     )

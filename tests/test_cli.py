@@ -431,7 +431,7 @@ def test_an_exported_program_keeps_its_fixed_batch(folder: Path, capsys: pytest.
     net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 2, 1))
     net = randomize_batch_norms(net).eval()
     torch.export.save(torch.export.export(net, (torch.randn(2, 3, 8, 8),)), folder / "fixed.pt2")
-    status, out, _ = run(capsys, "fixed.pt2", "-o", "m.onnx")
+    status, out, _ = run(capsys, "fixed.pt2", "-o", "m.onnx", "-v")
     assert status == cli.DONE
     assert "fixed to 2, as the program was exported" in out
     assert "1     pn" in out

@@ -204,3 +204,23 @@ def test_sessions_take_turns_and_are_never_two(monkeypatch) -> None:
     )
     assert b"".join(Session.opened) == b"cbaabc"
     assert [len(times) for times in seconds.values()] == [2, 2, 2]
+
+
+def test_one_long_bar_leaves_the_others_apart_and_variants_have_names_for_readers() -> None:
+    ratios = {"BatchNorm": 1.0, "the same, opset 24": 60.0, "ort-cpu, after a warm start": 1.2, "own": 1.1}
+    rows = [
+        {"model": "a", "batch": 1, "threads": 1, "runtime": "onnxruntime", "variant": v, "ratio": r}
+        for v, r in ratios.items()
+    ]
+    figure = latency_plot.plot(rows)
+    (axes,) = figure.axes
+    assert axes.get_yscale() == "log"
+    low, high = (axes.transData.transform((0, value))[1] for value in (1.0, 1.2))
+    assert (high - low) / axes.bbox.height > 0.03  # on a linear scale 0.002
+    named = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert named == [
+        variants.DESCRIPTIONS["the same, opset 24"],
+        "compiled for onnxruntime on CPUs, from a trained network",
+        "own",
+    ]
+    assert {v for made in latency.MODES.values() for v in made} <= variants.DESCRIPTIONS.keys()

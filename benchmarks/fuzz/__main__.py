@@ -20,7 +20,8 @@ from benchmarks.fuzz.campaign import BY_DESIGN, FAILURES, Finding, Hunt, Tally, 
 from benchmarks.fuzz.generate import generate
 from benchmarks.fuzz.oracles import check
 from benchmarks.fuzz.program import Program, source
-from pn_compiler.base.diagnostics import CODES, format_table
+from pn_compiler.base.diagnostics import CODES
+from pn_compiler.base.tables import format_table
 
 
 def main(argv: Sequence[str] | None = None) -> int:

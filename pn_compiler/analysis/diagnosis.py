@@ -1,19 +1,17 @@
 """What `pn_compiler.diagnose` returns: a table, JSON, and the paper's power plot."""
 
 import dataclasses
-import io
 import os
 from pathlib import Path
 
-from pn_compiler.base.diagnostics import format_table
-from pn_compiler.base.errors import ConfigError
+from pn_compiler.analysis.power_plot import power_plot
 from pn_compiler.base.strict_json import to_json
+from pn_compiler.base.tables import format_table
 
 COLLAPSED = 0.5  # a site with a larger share of P1 counts as collapsed: most of its power is a constant
 UNIFORM = 1e-3  # below this share of P2 + P4, a site's instance statistics count as constant
 
 _NAMED = 5  # sites in a line of text
-_LABELS = ("P1 constant per channel", "P2 instance mean", "P3 within an instance", "P4 instance deviation")
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -89,11 +87,12 @@ class Diagnosis:
         lines += _verdict("instance statistics hardly vary (P2 + P4)", self.uniform, len(self.sites))
         return "\n".join([*lines, *self.notes])
 
-    def plot(self, path: str | os.PathLike[str]) -> None:
+    def plot(self, path: str | os.PathLike[str], title: str = "Power of pre-activations by depth") -> None:
         """Draws the paper's power plot: shares of the power, stacked, by depth.
 
         Args:
             path: the file to write; its ending gives the format, such as ``.png``, ``.pdf`` or ``.svg``.
+            title: stands above it.
 
         Raises:
             ConfigError: matplotlib is missing or does not know the format, or there is no site.
@@ -101,30 +100,7 @@ class Diagnosis:
         """
         from pn_compiler.base.files import write_atomically  # onnx is only imported when it is needed
 
-        try:
-            from matplotlib.figure import Figure  # without pyplot: no global state, no display
-        except ImportError as error:
-            raise ConfigError("plots need matplotlib: pip install matplotlib (pn-compiler[plot])") from error
-        if not self.sites:
-            raise ConfigError("there is no site to plot")
-        figure = Figure(figsize=(7, 3.5), layout="constrained")
-        kind = Path(path).suffix.removeprefix(".").lower()
-        known = figure.canvas.get_supported_filetypes()
-        if kind not in known:
-            raise ConfigError(f"cannot plot to {path}: expected an ending out of {', '.join(sorted(known))}")
-        axes = figure.add_subplot(
-            xlabel="depth (normalized layers)", ylabel="share of power",
-            xlim=(0.5, len(self.sites) + 0.5), ylim=(0, 1),
-        )  # fmt: skip
-        axes.locator_params("x", integer=True)
-        edges = [depth + 0.5 for depth in range(len(self.sites) + 1)]
-        rows = [[*shares, shares[-1]] for shares in zip(*(s.shares for s in self.sites), strict=True)]
-        axes.stackplot(edges, rows, labels=_LABELS, step="post")
-        handles, labels = axes.get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside upper center", ncols=2, frameon=False)
-        content = io.BytesIO()
-        figure.savefig(content, format=kind)
-        write_atomically(Path(path), content.getvalue())
+        write_atomically(Path(path), power_plot({title: self}, Path(path)))
 
 
 def _verdict(title: str, affected: tuple[SitePower, ...], total: int) -> list[str]:

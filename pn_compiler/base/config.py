@@ -215,6 +215,10 @@ class RecoveryConfig:
             metavar="PACKAGE.MODULE:FUNCTION",
         ),
     )
+    benchmark: bool = dataclasses.field(
+        default=False,
+        metadata=about("measure the file, in onnxruntime, beside that of the same network with BatchNorm"),
+    )
 
     def __post_init__(self) -> None:
         check_number("error_budget", self.error_budget, "an error of 0 or more, such as 0.01", 0)
@@ -350,6 +354,13 @@ class ExportConfig:
         ),
     )
     verify: bool = dataclasses.field(default=True, metadata=about("compare with PyTorch before writing"))
+    allow_batch_dependent: bool = dataclasses.field(
+        default=False,
+        metadata=about(
+            "write the file even if the outputs of a sample depend on the others in its batch; without it "
+            "that is an error, with exit status 4"
+        ),
+    )
 
     def __post_init__(self) -> None:
         freeze_lists(self)

@@ -1,7 +1,6 @@
 """What the compiler says about a model: sites, and diagnostics with a stable code."""
 
 import dataclasses
-from collections.abc import Sequence
 from typing import Literal
 
 Severity = Literal["note", "warning"]
@@ -51,6 +50,8 @@ CODES: dict[str, tuple[Severity, str]] = {
     "PN210": ("note", "where the scale and shift of proxy normalization went, in the folded network"),
     "PN211": ("note", "the graph was not compared with the model that it was traced from"),
     "PN212": ("note", "how far the conversion moved the outputs"),
+    "PN310": ("warning", "the outputs of a sample depend on the others in its batch"),
+    "PN311": ("note", "the network with BatchNorm could not be measured beside the file"),
 }
 
 
@@ -120,45 +121,3 @@ def skipped(diagnostic: Diagnostic) -> Site:
     """The record of a BatchNorm that is left alone because of `diagnostic`."""
     hint = f" ({diagnostic.hint})" if diagnostic.hint else ""
     return Site(diagnostic.site, "skipped", code=diagnostic.code, reason=diagnostic.message + hint)
-
-
-def format_sites(sites: tuple[Site, ...]) -> str:
-    """A table of `sites` for a terminal, one line a BatchNorm."""
-    calibrated = any(s.residual is not None for s in sites)
-    measured = any(s.error is not None for s in sites)
-    folded = any(s.affine for s in sites)
-    extra = (
-        *(("residual",) if calibrated else ()),
-        *(("error",) if measured else ()),
-        *(("scale and shift",) if folded else ()),
-    )
-    header = ("site", "kind", "norm", "groups", "activation", *extra, "remark")
-    rows = [
-        (
-            s.name,
-            s.kind,
-            f"{s.norm or '-'}{f', anchor {s.anchor:g}' if s.anchor else ''}{', static' if s.static else ''}",
-            str(s.num_groups or "-"),
-            s.activation or "-",
-            *((_percent(s.residual),) if calibrated else ()),
-            *((_percent(s.error),) if measured else ()),
-            *((s.affine or "-",) if folded else ()),
-            f"{s.code} {s.reason}" if s.code else "",
-        )
-        for s in sites
-    ]
-    return format_table(header, rows)
-
-
-def _percent(share: float | None) -> str:
-    return "-" if share is None else f"{100 * share:.1f} %"
-
-
-def format_table(header: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
-    """`rows` under `header` in columns as wide as their widest cell; the last column is ragged."""
-    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header) - 1)]
-    lines = []
-    for row in [header, *rows]:
-        cells = [cell.ljust(width) for cell, width in zip(row, widths, strict=False)]
-        lines.append("  ".join([*cells, row[-1]]).rstrip())
-    return "\n".join(lines)

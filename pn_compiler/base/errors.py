@@ -41,6 +41,10 @@ class VerificationError(ExportError):
     """The ONNX file computes something else than the PyTorch model."""
 
 
+class BatchDependentError(ExportError):
+    """The outputs of a sample would depend on the others in its batch; the message says what is to blame."""
+
+
 class SmokeError(PnCompilerError):
     """A server cannot be asked, or does not give the golden outputs."""
 

@@ -1,12 +1,13 @@
 """Whether options of the public functions have possible values: each error names its option."""
 
+import difflib
 import math
 import numbers
 import os
 import re
+import sys
+from collections.abc import Iterable
 from typing import Any
-
-import numpy as np
 
 from pn_compiler.base.errors import ConfigError
 
@@ -16,14 +17,26 @@ FUNCTION_NAME = re.compile(r"[\w.]+:[\w.]+")  # package.module:function
 def one_of(name: str, value: object, choices: tuple[str, ...]) -> None:
     """Raises ConfigError if the option `name` has a `value` that is none of its `choices`."""
     if not isinstance(value, str) or value not in choices:
-        raise _impossible(name, value, f"one of {', '.join(map(repr, choices))}")
+        expected = f"one of {', '.join(map(repr, choices))}{did_you_mean(value, choices)}"
+        raise _impossible(name, value, expected)
+
+
+def did_you_mean(value: object, choices: Iterable[str]) -> str:
+    """The one of `choices` that is nearest to `value`, as the end of a message; empty if none is near."""
+    near = difflib.get_close_matches(str(value).lower(), [*choices], 1) if isinstance(value, str) else []
+    return f" (did you mean {near[0]}?)" if near else ""
 
 
 def check_flags(**flags: object) -> None:
     """Raises ConfigError if one is neither True nor False: the text "False" would count as true."""
     for name, value in flags.items():
-        if not isinstance(value, bool | np.bool_):
+        if not _is_flag(value):
             raise _impossible(name, value, "True or False")
+
+
+def _is_flag(value: object) -> bool:
+    numpy = sys.modules.get("numpy")  # one of its values is only there if it was imported
+    return isinstance(value, bool) or (numpy is not None and isinstance(value, numpy.bool_))
 
 
 def check_number(

@@ -116,6 +116,22 @@ def values(options: Any) -> dict[str, Any]:
     return {name: getattr(options, name) for name in options_of(type(options))}
 
 
+def stated(*stages: Any) -> dict[str, Any]:
+    """The value of each option of `stages`, by name, as JSON can hold it; functions and classes by name."""
+    found = {name: value for stage in stages for name, value in values(stage).items()}
+    return {name: _plain(value) for name, value in found.items()}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(key): _plain(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(part) for part in value]
+    if value is None or isinstance(value, str | bool | int | float):
+        return value
+    return getattr(value, "__qualname__", type(value).__qualname__)
+
+
 def changed(options: Any) -> list[str]:
     """The names of the options that do not have their default."""
     declared = options_of(type(options))

@@ -8,10 +8,10 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from pn_compiler.base.config import TransformConfig
 from pn_compiler.base.errors import ConfigError
+from pn_compiler.base.progress import track
 from pn_compiler.data.metric import Metric
 from pn_compiler.data.samples import Outputs, Samples
 from pn_compiler.freezing.held_out import BATCH, Data, Scale, affordable, ratio, worst
@@ -134,7 +134,7 @@ class _Search:
         self.put(anchors)
         rows = self.data.parts(self.data.held_out)
         gap, outputs = _Gap(), []
-        for part in tqdm(rows, desc="anchors: error", disable=None, leave=False):
+        for part in track(rows, "anchors: error"):
             actual = run(self.student, self.data.samples.inputs(part.tolist()), _NAME)
             if self.scale is None:
                 gap.add(actual, self.expected(part.tolist()))
@@ -162,7 +162,7 @@ class _Search:
         self.put(self.same(1.0))
         for inputs in data.batches(data.estimation[:count], "anchors: damage of each site"):
             before = run(self.student, inputs.map(torch.clone), _NAME)
-            for name in tqdm(self.norms, desc="sites", disable=None, leave=False):
+            for name in track(self.norms, "sites"):
                 self.put({name: 0.0})
                 after = run(self.student, inputs.map(torch.clone), _NAME)
                 self.put({name: 1.0})

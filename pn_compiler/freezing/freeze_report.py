@@ -2,8 +2,8 @@
 
 import dataclasses
 
-from pn_compiler.base.diagnostics import format_table
 from pn_compiler.base.strict_json import to_json
+from pn_compiler.base.tables import format_table
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

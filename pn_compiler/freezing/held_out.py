@@ -6,9 +6,9 @@ from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from pn_compiler.base.errors import ConfigError
+from pn_compiler.base.progress import track
 from pn_compiler.data.metric import Metric
 from pn_compiler.data.samples import Samples
 from pn_compiler.running.inputs import Inputs
@@ -27,7 +27,7 @@ class Data:
 
     def batches(self, rows: Tensor, title: str) -> Iterator[Inputs]:
         """The samples `rows`, under a progress bar."""
-        for part in tqdm(self.parts(rows), desc=title, disable=None, leave=False):
+        for part in track(self.parts(rows), title):
             yield self.samples.inputs(part.tolist())
 
     def parts(self, rows: Tensor) -> Sequence[Tensor]:

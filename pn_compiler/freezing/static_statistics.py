@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from pn_compiler.base.config import FreezeConfig, MetricFunction
 from pn_compiler.base.errors import ConfigError
 from pn_compiler.base.options import pick
+from pn_compiler.base.progress import track
 from pn_compiler.data.metric import Metric
 from pn_compiler.data.samples import Samples
 from pn_compiler.freezing.freeze_report import FreezeReport, FrozenSite
@@ -186,7 +186,7 @@ def _damages(network: nn.Module, norms: Norms, constants: Constants, data: Data)
     errors = {name: _Errors() for name in constants}
     for inputs in data.batches(data.held_out, "damage of each site"):
         before = run(network, inputs.map(torch.clone), "the calibration data")
-        for name in tqdm(constants, desc="sites", disable=None, leave=False):
+        for name in track(constants, "sites"):
             with replaced(norms, {name: constants[name]}):
                 errors[name].add(run(network, inputs.map(torch.clone), "the calibration data"), before)
     return {name: error.relative_l2 for name, error in errors.items()}

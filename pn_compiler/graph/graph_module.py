@@ -7,6 +7,7 @@ from torch import fx, nn
 
 from pn_compiler.base.diagnostics import Diagnostic, Site
 from pn_compiler.base.errors import ConfigError
+from pn_compiler.base.tables import SiteTable
 from pn_compiler.inspection.hooks import HOOKS_AND_OPTIONS
 from pn_compiler.inspection.model_checks import check_module
 
@@ -72,8 +73,8 @@ def is_converted(model: nn.Module) -> bool:
     return _SITES in _meta(model)
 
 
-def sites(model: nn.Module) -> tuple[Site, ...]:
-    """What became of each BatchNorm of the model that was given to `transform`.
+def sites(model: nn.Module) -> SiteTable:
+    """What became of each BatchNorm of the model that was given to `transform`; ``print`` shows a table.
 
     Args:
         model: a result of `transform` or `fold`, or a copy of one.
@@ -83,8 +84,7 @@ def sites(model: nn.Module) -> tuple[Site, ...]:
     """
     if not is_converted(model):
         raise ConfigError(f"{type(model).__name__} is not a result of pn_compiler.transform")
-    result: tuple[Site, ...] = _meta(model)[_SITES]
-    return result
+    return SiteTable(_meta(model)[_SITES])
 
 
 def notes(model: nn.Module) -> tuple[Diagnostic, ...]:

@@ -12,6 +12,7 @@ from torch import fx
 from pn_compiler.base.diagnostics import Diagnostic
 from pn_compiler.base.errors import PassError, PnCompilerError
 from pn_compiler.graph.aliases import find_aliases, has_effect
+from pn_compiler.graph.pass_log import log_pass
 
 logger = logging.getLogger(__name__)
 
@@ -109,10 +110,18 @@ def run_pipeline(
             raise PassError(
                 f"pass {position} of {len(passes)}, {name}{behind}: {type(error).__name__}: {error}"
             ) from error
-        logger.debug("%s: %d rewritten, %.3f s", name, result.rewritten, time.perf_counter() - start)
+        seconds = time.perf_counter() - start
+        logger.debug("%s: %d rewritten, %.3f s", name, result.rewritten, seconds)
+        if not isinstance(graph_pass, PassGroup):  # its passes have been logged
+            log_pass(name, about(graph_pass), result.rewritten, seconds)
         results.append(result)
     notes = tuple(note for result in results for note in result.notes)
     return PassResult(sum(result.rewritten for result in results), notes)
+
+
+def about(graph_pass: GraphPass) -> str:
+    """The first line of what the class of `graph_pass` says of itself."""
+    return next(iter((type(graph_pass).__doc__ or "").strip().splitlines()), "")
 
 
 def flatten(passes: Iterable[GraphPass]) -> Iterator[GraphPass]:

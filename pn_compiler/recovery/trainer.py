@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
-from tqdm import tqdm
 
 from pn_compiler.base.errors import ConfigError, LoadError
+from pn_compiler.base.progress import bar
 from pn_compiler.data.metric import Metric
 from pn_compiler.data.samples import Outputs, Samples, digest
 from pn_compiler.recovery.site_matching import SiteMatching
@@ -143,13 +143,12 @@ class Trainer:
     def train(self, checkpoint: "Checkpoint | None" = None) -> None:
         """Runs the remaining steps and leaves the student in its best state."""
         total = len(self._batches)
-        with tqdm(total=total, initial=self.step, desc="distillation", disable=None, leave=False) as bar:
+        with bar("distillation", total, done=self.step) as advance:
             while self.step < total and not self.stopped:
                 began = time.monotonic()
                 self._advance()
                 self.seconds += time.monotonic() - began
-                bar.set_postfix_str(f"held-out loss {self.result.loss:.4g}", refresh=False)
-                bar.update()
+                advance(f"distillation: held-out loss {self.result.loss:.4g}")
                 if checkpoint is not None:
                     checkpoint.save(self, last=self.step == total or bool(self.stopped))
         self._optimizer.zero_grad()

@@ -10,9 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from tqdm import tqdm
 
 from pn_compiler.base.errors import ConfigError, PnCompilerError, first_line
+from pn_compiler.base.progress import track
 from pn_compiler.inspection.captured import attributes, reachable
 from pn_compiler.inspection.fake_tensors import has_values
 from pn_compiler.inspection.module_state import ModuleState, WrittenParameters
@@ -85,7 +85,7 @@ def each_batch(model: nn.Module, batches: Iterable[Any], title: str) -> Iterator
     """
     first = next(iter([*model.parameters(), *model.buffers()]), None)
     name = ""
-    for number, batch in enumerate(tqdm(batches, desc=title, disable=None, leave=False), start=1):
+    for number, batch in enumerate(track(batches, title), start=1):
         name, inputs = f"batch {number}", inputs_of(batch)
         check_dense(inputs, name)
         if not all(bool(x.isfinite().all()) for x in inputs.tensors()):
