@@ -67,7 +67,9 @@ METHODS: Mapping[str, Method] = {
     "layer + PN": _converted("layer", 0.0, proxy=True),
     "rms 0.5": _converted("rms", 0.5, proxy=False),
     "rms 0.5 + PN": _converted("rms", 0.5, proxy=True),
+    "rms 0.75": _converted("rms", 0.75, proxy=False),
     "rms 0.75 + PN": _converted("rms", 0.75, proxy=True),
+    "rms 0.875": _converted("rms", 0.875, proxy=False),
 }
 #: opacus refuses BatchNorm even where it is frozen; what converts to it computes the same
 PRIVATE_METHODS: Mapping[str, Method] = {
