@@ -19,7 +19,7 @@ from benchmarks import tasks
 from benchmarks.ensemble import schedule
 from benchmarks.real_networks.networks import BasicBlock
 from benchmarks.transfer import __main__ as command
-from benchmarks.transfer import data, starts, tables, tuning
+from benchmarks.transfer import data, probe, starts, tables, tuning
 from benchmarks.transfer.options import Options, Run
 from benchmarks.transfer.starts import METHODS, Backbone
 from pn_compiler.base.errors import ConfigError
@@ -143,7 +143,10 @@ def test_methods_begin_with_the_same_head(seed: int) -> None:
 
 
 def test_methods_are_what_they_are_called() -> None:
-    anchors = {"layer": 0.0, "layer + PN": 0.0, "rms 0.5": 0.5, "rms 0.5 + PN": 0.5, "rms 0.75 + PN": 0.75}
+    anchors = {"layer": 0.0, "layer + PN": 0.0} | {
+        f"rms {anchor:g}{proxy}": anchor for anchor in (0.5, 0.75) for proxy in ("", " + PN")
+    }
+    anchors["rms 0.875"] = 0.875
     for name, anchor in anchors.items():
         network = starts.start("digits", name, 0, SMALL)
         found = pn_compiler.sites(network)
@@ -189,16 +192,45 @@ def test_distillation_sees_the_old_classes_only(monkeypatch: pytest.MonkeyPatch)
     assert len(seen) == 1
 
 
+def test_the_head_is_the_best_one_for_the_features() -> None:
+    """The gradient of the penalized loss, by hand, is 0; all but the head stays."""
+    images, labels = data.load("digits", SMALL)["train"]
+    network = starts.start("digits", "layer + PN", 0, SMALL)
+    before = {name: value.clone() for name, value in network.state_dict().items()}
+    probe.fit_head(network, "linear", (images, labels))
+    changed = {name for name, value in network.state_dict().items() if not torch.equal(value, before[name])}
+    assert changed == {"linear.weight", "linear.bias"}
+    head, network.linear = network.linear, nn.Identity()
+    with torch.no_grad():
+        features = network.eval()(images).double()
+        weight = head.weight.double() * features.std(0, correction=0)
+        wrong = (features @ head.weight.double().T + head.bias).softmax(1) - F.one_hot(labels, 10)
+        standard = (features - features.mean(0)) / features.std(0, correction=0)
+        gradient = wrong.T @ standard / len(labels) + probe.PENALTY * weight
+    assert weight.abs().max() > 0.02
+    torch.testing.assert_close(gradient, torch.zeros_like(gradient), atol=1e-4, rtol=0)
+    torch.testing.assert_close(wrong.mean(0), torch.zeros(10, dtype=torch.float64), atol=1e-4, rtol=0)
+
+
+def test_a_feature_that_is_constant_has_no_weight() -> None:
+    network = starts.start("digits", "BatchNorm", 0, SMALL)
+    network.block.register_forward_hook(lambda *_: torch.ones(12, 4, 1, 1))
+    probe.fit_head(network, "linear", data.load("digits", SMALL)["train"])
+    assert torch.equal(network.linear.weight, torch.zeros(10, 4))
+    assert network.linear.bias.isfinite().all()
+
+
 # Training ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("frozen", [True, False])
-def test_one_pass_is_what_torch_trains(frozen: bool) -> None:
+def test_one_pass_is_what_torch_trains(frozen: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Against SGD by hand, in the order of the seed; a frozen BatchNorm keeps its statistics."""
+    monkeypatch.setattr(tuning, "CLIP", 0.1)
     images = data.load("digits", SMALL)["train"]
     method = "frozen BatchNorm" if frozen else "BatchNorm"
     actual, expected = (starts.start("digits", method, 0, SMALL) for _ in range(2))
-    assert tuning.fine_tune(actual, images, batch_size=4, learning_rate=0.02, seed=1, frozen=frozen)
+    assert tuning.fine_tune(actual, images, batch_size=4, learning_rate=0.2, seed=1, frozen=frozen)
     momentum = {name: torch.zeros_like(p) for name, p in expected.named_parameters()}
     order = torch.randperm(12, generator=torch.Generator().manual_seed(1))
     for step, rows in enumerate(order.split(4)):
@@ -207,11 +239,14 @@ def test_one_pass_is_what_torch_trains(frozen: bool) -> None:
             if isinstance(module, nn.BatchNorm2d) and frozen:
                 module.eval()
         F.cross_entropy(expected(images[0][rows]), images[1][rows]).backward()
+        length = math.sqrt(sum(float(p.grad.square().sum()) for p in expected.parameters()))
+        assert length > 0.1
         with torch.no_grad():
             for name, p in expected.named_parameters():
+                p.grad *= 0.1 / length
                 decay = 1e-4 if p.ndim > 1 else 0.0
                 momentum[name] = 0.9 * momentum[name] + p.grad + decay * p
-                p.sub_(0.02 * schedule(step, 3) * momentum[name])
+                p.sub_(0.2 * schedule(step, 3) * momentum[name])
                 p.grad = None
     for name, value in expected.state_dict().items():
         torch.testing.assert_close(actual.state_dict()[name], value, atol=1e-5, rtol=1e-4)
@@ -232,9 +267,9 @@ def test_a_run_that_diverges_counts_as_chance() -> None:
     assert not fine["diverged"]
     network = starts.start("digits", "layer", 0, SMALL)
     images, labels = data.load("digits", SMALL)["test"]
-    assert tuning.fine_tune(
-        network, data.load("digits", SMALL)["train"], batch_size=2, learning_rate=1e-3, seed=0, frozen=False
-    )
+    seen = data.load("digits", SMALL)["train"]
+    probe.fit_head(network, "linear", seen)
+    assert tuning.fine_tune(network, seen, batch_size=2, learning_rate=1e-3, seed=0, frozen=False)
     right = sum(
         int(network(image[None]).argmax()) == label
         for image, label in zip(images, labels.tolist(), strict=True)

@@ -3,12 +3,12 @@
     python -m benchmarks.transfer --cifar CIFAR --json transfer.json
     python -m benchmarks.transfer --cifar CIFAR --json transfer.json --private
 
-EfficientNet-Lite, trained on ImageNet, gets a new head of ten classes and is trained in one pass over a few
-images: of CIFAR-10 (CIFAR holds train/ and test/) and scikit-learn's digits, which need no files. All methods
-of a seed begin with the same head, and see the same images in the same order. The learning rate is swept for
-each method and batch size, and chosen by accuracy on other training images; shown is the accuracy on test
-images. With --private, opacus trains at epsilon 8. A run that was stopped goes on where it was: finished
-trainings are read back from the JSON file.
+EfficientNet-Lite, trained on ImageNet, gets a new head of ten classes, which is fitted to its features
+first, and is trained in one pass over a few images: of CIFAR-10 (CIFAR holds train/ and test/) and
+scikit-learn's digits, which need no files. All methods of a seed see the same images in the same order. The
+learning rate is swept for each method and batch size, and chosen by accuracy on other training images;
+shown is that on test images. With --private, opacus trains at epsilon 8, and no head is fitted. A run that
+was stopped goes on where it was: finished trainings are read back from the JSON file.
 """
 
 import argparse
@@ -25,7 +25,7 @@ from benchmarks.tasks import Row
 from benchmarks.transfer import data, private, tables
 from benchmarks.transfer.options import BATCH_SIZES, PRIVATE_BATCH_SIZES, RATED_BATCH, RATES, Options, Run
 from benchmarks.transfer.starts import BACKBONES, methods
-from benchmarks.transfer.tuning import WEIGHT_DECAY, run_row, settings
+from benchmarks.transfer.tuning import CLIP, WEIGHT_DECAY, run_row, settings
 from pn_compiler.base.errors import ConfigError, PnCompilerError
 from pn_compiler.base.option_checks import check_number
 
@@ -84,7 +84,10 @@ def report(runs: Sequence[Run], rows: Sequence[Row], options: Options) -> str:
 
 def caption(target: str, rows: Sequence[Row], options: Options) -> str:
     """The settings that the tables of a target were measured with."""
-    training = f"one pass, SGD with momentum {MOMENTUM}, weight decay {WEIGHT_DECAY:g}, cosine schedule"
+    training = (
+        f"the head fitted first, then one pass, SGD with momentum {MOMENTUM}, weight decay "
+        f"{WEIGHT_DECAY:g}, cosine schedule, gradients clipped at {CLIP:g}"
+    )
     if options.private:
         training = (
             f"{private.EPOCHS} epochs of SGD with momentum {MOMENTUM} on normalizers and head, epsilon "

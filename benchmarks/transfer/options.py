@@ -5,7 +5,7 @@ from pathlib import Path
 
 from pn_compiler.base.option_checks import check_number
 
-RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
+RATES = (3e-4, 1e-3, 3e-3, 1e-2)
 BATCH_SIZES = (1, 2, 8)
 PRIVATE_BATCH_SIZES = (64,)  # noise is added once to a batch, whatever its size
 RATED_BATCH = 2  # the batch size that rates are given for

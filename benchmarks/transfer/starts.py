@@ -67,12 +67,15 @@ METHODS: Mapping[str, Method] = {
     "layer + PN": _converted("layer", 0.0, proxy=True),
     "rms 0.5": _converted("rms", 0.5, proxy=False),
     "rms 0.5 + PN": _converted("rms", 0.5, proxy=True),
+    "rms 0.75": _converted("rms", 0.75, proxy=False),
     "rms 0.75 + PN": _converted("rms", 0.75, proxy=True),
+    "rms 0.875": _converted("rms", 0.875, proxy=False),
+    "rms 0.875 + PN": _converted("rms", 0.875, proxy=True),
 }
 #: opacus refuses BatchNorm even where it is frozen; what converts to it computes the same
 PRIVATE_METHODS: Mapping[str, Method] = {
     "frozen BatchNorm": _converted("rms", 1.0, proxy=False),
-    **{name: METHODS[name] for name in ("opacus", "layer", "layer + PN", "rms 0.5 + PN", "rms 0.75 + PN")},
+    **{name: METHODS[name] for name in ("opacus", "layer + PN", "rms 0.75 + PN", "rms 0.875", "rms 0.875 + PN")},
 }
 
 

@@ -11,21 +11,22 @@ from torch import Tensor, nn
 from benchmarks.ensemble import MOMENTUM, schedule
 from benchmarks.real_networks.measure import outputs_of
 from benchmarks.tasks import Row
-from benchmarks.transfer import data
+from benchmarks.transfer import data, private
 from benchmarks.transfer.data import Part
 from benchmarks.transfer.options import Options, Run
-from benchmarks.transfer.private import fine_tune_privately
+from benchmarks.transfer.probe import PENALTY, fit_head
 from benchmarks.transfer.starts import BACKBONES, METHODS, start
 from pn_compiler import param_groups
 
 WEIGHT_DECAY = 1e-4
+CLIP = 1.0  # the largest norm of the gradient of all parameters together
 CHANCE = 100 / data.CLASSES
 
 
 def fine_tune(
     network: nn.Module, images: Part, *, batch_size: int, learning_rate: float, seed: int, frozen: bool
 ) -> bool:
-    """SGD with momentum in one pass over the images, in an order of the seed.
+    """SGD with momentum and clipped gradients in one pass over the images, in an order of the seed.
 
     Args:
         network: is trained in place.
@@ -48,6 +49,7 @@ def fine_tune(
             return False
         optimizer.zero_grad()
         loss.backward()
+        nn.utils.clip_grad_norm_(network.parameters(), CLIP)
         optimizer.step()
     return True
 
@@ -87,14 +89,19 @@ def run_row(run: Run, options: Options) -> Row:
 
 def _train(network: nn.Module, images: Part, run: Run, options: Options) -> bool:
     shared = {"batch_size": run.batch_size, "learning_rate": run.learning_rate, "seed": run.seed}
-    if options.private:
-        return fine_tune_privately(network, BACKBONES[options.network].head, images, **shared)
+    head = BACKBONES[options.network].head
+    if options.private:  # without fitting the head first: nothing may see the images but through noise
+        return private.fine_tune_privately(network, head, images, **shared)
+    fit_head(network, head, images)
     return fine_tune(network, images, frozen=METHODS[run.method].frozen, **shared)
 
 
 def settings(run: Run, options: Options) -> Row:
     """What a finished row must have in common with one that is asked for, as JSON has it."""
-    shared = dataclasses.asdict(options) | {"train": data.training_images(run.target, options)}
+    shared = dataclasses.asdict(options) | {
+        "train": data.training_images(run.target, options),
+        "recipe": "private" if options.private else f"clipped at {CLIP:g}, head fitted with {PENALTY:g}",
+    }
     del shared["seeds"]  # nothing in a row depends on it
     for name, target in data.TARGETS.items():
         if name != run.target and target.needs:
