@@ -51,6 +51,8 @@ CODES: dict[str, tuple[Severity, str]] = {
     "PN210": ("note", "where the scale and shift of proxy normalization went, in the folded network"),
     "PN211": ("note", "the graph was not compared with the model that it was traced from"),
     "PN212": ("note", "how far the conversion moved the outputs"),
+    "PN301": ("note", "which weights of a checkpoint were taken"),
+    "PN302": ("note", "entries of a checkpoint that do not belong to the network were left out"),
 }
 
 

@@ -328,11 +328,12 @@ def test_functions_with_arguments_in_modules(tmp_path: Path) -> None:
         assert loaded.state_dict().keys() == model.state_dict().keys()
 
 
-def test_torchvision_beside_a_cpu_build_of_torch(tmp_path: Path) -> None:
+@pytest.mark.parametrize("options", [(), ("--unsafe-pickle",)])
+def test_torchvision_beside_a_cpu_build_of_torch(tmp_path: Path, options: tuple[str, ...]) -> None:
     """In a process of its own, in which nobody has declared torchvision's compiled operators."""
     torch.save(zoo.torchvision().models.resnet18(), tmp_path / "resnet18.pt")
     done = subprocess.run(
-        [sys.executable, "-m", "pn_compiler.cli", str(tmp_path / "resnet18.pt"), "--dry-run"],
+        [sys.executable, "-m", "pn_compiler.cli", str(tmp_path / "resnet18.pt"), "--dry-run", *options],
         capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
