@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from pn_compiler.base.config import DistillConfig, ExportConfig, FreezeConfig, RecoveryConfig, TransformConfig
-from pn_compiler.base.errors import printable
+from pn_compiler.base.errors import ConfigError, printable
+from pn_compiler.base.input_specs import InputSpec
 from pn_compiler.base.options import Option, options_of
 from pn_compiler.repository.options import ModelRepository
 
@@ -25,6 +26,13 @@ def _shape(text: str, example: str = "1,3,224,224") -> tuple[int, ...]:
     if not sizes or any(size < 1 for size in sizes):
         raise argparse.ArgumentTypeError(f"{text!r}: expected positive sizes such as {example}")
     return sizes
+
+
+def _input(text: str) -> InputSpec:
+    try:
+        return InputSpec.parse(text)
+    except ConfigError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 def _positive(text: str) -> int:
@@ -114,11 +122,24 @@ def make_parser() -> argparse.ArgumentParser:
         "--allow", metavar="PACKAGE.MODULE.CLASS", action="append", default=[],
         help="a class that the file may use, beside those of torch.nn, torchvision and timm",
     )  # fmt: skip
+    source.add_argument(
+        "--checkpoint-key", metavar="KEY",
+        help="the entry of a checkpoint that holds the weights, as state_dict_ema or state_dict.student",
+    )  # fmt: skip
+    source.add_argument(
+        "--part", metavar="PATH",
+        help="compile this submodule alone, such as the backbone of a detector, which has no file as a whole",
+    )  # fmt: skip
     source.add_argument("--unsafe-pickle", action="store_true", help="let the file run any code it brings")
     source.add_argument(
         "--input-shape", type=_shape, action="append", metavar="N,C,H,W",
         help="shape of an input, batch included; once for each input. Default: from the file, else the "
         "channels of the first layer and 224 pixels",
+    )  # fmt: skip
+
+    source.add_argument(
+        "--input", type=_input, action="append", metavar="[NAME:][DTYPE:]N,...", dest="inputs",
+        help="the same with a dtype and the name of the parameter of forward, as tokens:int64:1,128",
     )  # fmt: skip
 
     _add_data_options(parser)
@@ -218,6 +239,8 @@ def check_usage(arguments: argparse.Namespace) -> None:
             make_parser().error(f"{flag} needs samples: give --calibrate DATA")
     if given.get("anchor") == "auto" and arguments.calibrate is None and arguments.diagnose is None:
         make_parser().error("--anchor auto needs samples: give --calibrate DATA, or a number, such as 0.75")
+    if arguments.inputs and arguments.input_shape:
+        make_parser().error("--input describes all inputs: leave out --input-shape")
     _check_company(given)
     if arguments.diagnose is not None:
         _check_diagnosis_usage(given)
@@ -244,7 +267,7 @@ def _check_company(given: Mapping[str, Any]) -> None:
 
 def _check_diagnosis_usage(given: Mapping[str, Any]) -> None:
     clashes = {"output": "--output", "directory": "--model-repository", "dry_run": "--dry-run"}
-    clashes |= {"input_shape": "--input-shape", "calibrate": "--calibrate"}
+    clashes |= {"input_shape": "--input-shape", "inputs": "--input", "calibrate": "--calibrate"}
     for flag in (flag for name, flag in clashes.items() if given.get(name)):
         make_parser().error(f"--diagnose writes no model and takes shapes from its data: leave out {flag}")
 

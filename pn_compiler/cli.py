@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import dataclasses
 import itertools
 import logging
 import os
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from pn_compiler.arguments import check_usage, make_parser
 from pn_compiler.base.config import ExportConfig, RecoveryConfig, TransformConfig
 from pn_compiler.base.errors import ConfigError, PnCompilerError, RefusedError, named_line, printable
+from pn_compiler.base.input_specs import InputSpec
 from pn_compiler.base.interruption import STATUS as INTERRUPTED
 from pn_compiler.base.interruption import Interruption, interruptible
 from pn_compiler.base.options import options_of
@@ -112,8 +114,11 @@ def _run(arguments: argparse.Namespace, interruption: Interruption) -> int:
             arguments.model,
             arch=arguments.arch,
             allow=arguments.allow,
+            checkpoint_key=arguments.checkpoint_key,
             unsafe_pickle=arguments.unsafe_pickle,
         )
+        if arguments.part is not None:
+            loaded = _part(loaded, arguments.part)
         if arguments.diagnose is not None:
             text, content = _diagnose(loaded, arguments, say)
         elif arguments.dry_run:
@@ -127,6 +132,13 @@ def _run(arguments: argparse.Namespace, interruption: Interruption) -> int:
         interruption.check()
     _print(content if content is not None and arguments.report == _STDOUT else f"{text}\n")
     return DONE
+
+
+def _part(loaded: "LoadedModel", path: str) -> "LoadedModel":
+    from pn_compiler.data.parts import part_of
+    from pn_compiler.running.copying import unwrap
+
+    return dataclasses.replace(loaded, model=part_of(unwrap(loaded.model), path), inputs=None)
 
 
 def _check_files(arguments: argparse.Namespace, report: Path | None) -> None:
@@ -184,16 +196,18 @@ def _given(arguments: argparse.Namespace, *stages: type) -> dict[str, Any]:
     return {name: getattr(arguments, name) for name in names if name in arguments}
 
 
-def _example_inputs(loaded: "LoadedModel", arguments: argparse.Namespace) -> tuple[Any, ...] | None:
-    """What the model is compiled with: the shapes that the user gave, else what the file brings."""
-    if not arguments.input_shape:
-        return None if loaded.inputs is None else loaded.inputs.args
-    from pn_compiler.data.input_shape import random_inputs
+def _example(loaded: "LoadedModel", arguments: argparse.Namespace) -> dict[str, Any]:
+    """What the model is compiled with: the inputs that the user described, else what the file brings."""
+    specs = arguments.inputs or [InputSpec(shape) for shape in arguments.input_shape or ()]
+    if not specs:
+        return {} if loaded.inputs is None else {"example_inputs": loaded.inputs.args}
+    from pn_compiler.data.input_shape import described_inputs
 
-    batch = arguments.input_shape[0][0]
+    batch = specs[0].shape[0]
     if loaded.fixed_batch not in (None, batch):
         raise ConfigError(f"the program was exported for a batch of {loaded.fixed_batch}, not of {batch}")
-    return random_inputs(loaded.model, arguments.input_shape).args
+    inputs = described_inputs(loaded.model, specs)
+    return {"example_inputs": inputs.args, "example_kwargs": inputs.kwargs}
 
 
 def _compile(
@@ -209,11 +223,12 @@ def _compile(
     report = pn_compiler.compile(
         loaded.model,
         arguments.output,
-        _example_inputs(loaded, arguments),
+        **_example(loaded, arguments),
         repository=ModelRepository(**repository) if repository else None,
         progress=say,
         **options,
     )
+    report = dataclasses.replace(report, notes=(*loaded.notes, *report.notes))
     text = str(report)
     if loaded.fixed_batch is not None:
         text += f"\nbatch       fixed to {loaded.fixed_batch}, as the program was exported"
@@ -225,9 +240,9 @@ def _dry_run(loaded: "LoadedModel", arguments: argparse.Namespace) -> str:
     from pn_compiler.base.diagnostics import format_sites
 
     converted = pn_compiler.transform(
-        loaded.model, _example_inputs(loaded, arguments), **_transform_options(loaded, arguments)
+        loaded.model, **_example(loaded, arguments), **_transform_options(loaded, arguments)
     )
-    notes = [str(note) for note in pn_compiler.notes(converted) if not note.site]
+    notes = [str(note) for note in (*loaded.notes, *pn_compiler.notes(converted)) if not note.site]
     return "\n".join([format_sites(pn_compiler.sites(converted)), *notes, "dry run: nothing was written"])
 
 
@@ -271,7 +286,8 @@ def _diagnose(
         say("diagnose")
         found["converted"] = pn_compiler.diagnose(converted, batches, affine=True)
     what = "power of the normalizers' outputs"  # weight and bias included: a warm start keeps those
-    text = "\n\n".join(f"{what}, {title}\n{diagnosis}" for title, diagnosis in found.items())
+    parts = [f"{what}, {title}\n{diagnosis}" for title, diagnosis in found.items()]
+    text = "\n\n".join([*map(str, loaded.notes), *parts])
     return text, to_json({title: json.loads(diagnosis.to_json()) for title, diagnosis in found.items()})
 
 

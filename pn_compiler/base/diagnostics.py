@@ -53,6 +53,7 @@ CODES: dict[str, tuple[Severity, str]] = {
     "PN212": ("note", "how far the conversion moved the outputs"),
     "PN301": ("note", "which weights of a checkpoint were taken"),
     "PN302": ("note", "entries of a checkpoint that do not belong to the network were left out"),
+    "PN303": ("note", "a program that was exported in train mode is read as in eval mode"),
 }
 
 

@@ -3,13 +3,15 @@
 import torch
 from torch import fx
 
+from pn_compiler.base.diagnostics import Diagnostic
 from pn_compiler.base.errors import LoadError, root_cause
 from pn_compiler.loading.archives import Archive
 from pn_compiler.loading.loaded import LoadedModel
 from pn_compiler.loading.program_audit import audit_program
+from pn_compiler.loading.program_modes import to_eval_mode
 from pn_compiler.running.inputs import Inputs
 
-_TRAINING_ARGUMENTS = {"aten.dropout.default": (2, "train"), "aten.batch_norm.default": (5, "training")}
+_LISTED = 4  # operators in a note
 
 
 def load_program(archive: Archive, *, unsafe: bool) -> LoadedModel:
@@ -35,28 +37,25 @@ def load_program(archive: Archive, *, unsafe: bool) -> LoadedModel:
         raise LoadError(
             f"cannot load {path}: torch.export.load fails on it ({root_cause(error)[:200]})"
         ) from error
-    for node in program.graph.nodes:
-        if _runs_in_train_mode(node):
-            raise LoadError(
-                f"{path} was exported in train mode ({node.name}): call model.eval() before "
-                "torch.export.export"
-            )
+    try:
+        switched = to_eval_mode(plain)
+    except LoadError as error:
+        raise LoadError(f"{path} {error}") from error
     if program.example_inputs is None or program.example_inputs[1]:
         raise LoadError(f"{path} takes keyword arguments: export it with positional inputs only")
     if not program.example_inputs[0]:
         raise LoadError(f"{path} has no example inputs: export it again with torch.export.save")
     inputs = Inputs(tuple(program.example_inputs[0]))
-    return LoadedModel(plain.eval(), inputs, _fixed_batch(program.graph, users))
+    return LoadedModel(plain.eval(), inputs, _fixed_batch(program.graph, users), _modes(switched))
 
 
-def _runs_in_train_mode(node: fx.Node) -> bool:
-    if node.op != "call_function":
-        return False
-    position = _TRAINING_ARGUMENTS.get(str(node.target))
-    if position is None:
-        return False
-    index, name = position
-    return node.kwargs.get(name, node.args[index] if len(node.args) > index else None) is True
+def _modes(switched: list[str]) -> tuple[Diagnostic, ...]:
+    if not switched:
+        return ()
+    more = f" and {len(switched) - _LISTED} more" if len(switched) > _LISTED else ""
+    listed = ", ".join(switched[:_LISTED]) + more
+    message = f"the program was exported in train mode, and is read as in eval mode: {listed}"
+    return (Diagnostic("PN303", "", message),)
 
 
 def _fixed_batch(graph: fx.Graph, users: set[str]) -> int | None:

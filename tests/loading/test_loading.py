@@ -231,11 +231,6 @@ def test_programs_bring_their_inputs(tmp_path: Path) -> None:
     assert load_model(exported(tmp_path / "s.pt2", plain().eval(), dynamic=False)).fixed_batch == 2
 
 
-def test_programs_in_train_mode_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(LoadError, match=r"train mode.*model\.eval\(\)"):
-        load_model(exported(tmp_path / "p.pt2", plain().train()))
-
-
 def test_programs_that_would_run_code_are_refused(tmp_path: Path) -> None:
     path = exported(tmp_path / "p.pt2", plain().eval())
 
