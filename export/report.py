@@ -19,12 +19,14 @@ class Check:
         optimized: whether onnxruntime's graph optimizations were on.
         output: name of the worst output.
         error: largest absolute difference of that output, relative to its largest magnitude.
+        sizes: of the axes that may have any, such as "H=64, W=96"; empty for those of the example.
     """
 
     batch: int
     optimized: bool
     output: str
     error: float
+    sizes: str = ""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -155,9 +157,11 @@ class Report:
         if not self.checks:
             return "verified    no"
         batches = sorted({check.batch for check in self.checks})
+        others = sorted({check.sizes for check in self.checks} - {""})
         return (
             f"verified    largest error {self.max_error:.1e} (relative, limit {self.tolerance:.1e}) to "
-            f"{self.reference} PyTorch at batch {' and '.join(map(str, batches))}; "
+            f"{self.reference} PyTorch at batch {' and '.join(map(str, batches))}"
+            f"{''.join(f', and at {sizes}' for sizes in others)}; "
             f"PyTorch's own in {self.dtype}: {self.float32_error:.1e}"
             + ("" if self.runtime == "onnxruntime" else f"; run in {self.runtime}, for onnxruntime cannot")
         )
