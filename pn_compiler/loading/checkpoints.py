@@ -14,7 +14,8 @@ _DEEPEST = 5  # nested dictionaries
 _LISTED = 12  # keys in a message
 #: Entries that hold tensors, but not those of the network.
 _NO_WEIGHTS = re.compile(
-    r"optim|sched|scaler|loops|callback|hyper|hparam|rng|random|arg|config|cfg|metric|loss|criterion|history",
+    r"optim|sched|scaler|callback|hyper|hparam|random|config|cfg|metric|loss|criterion|history"
+    r"|(^|_)(args?|rng|loops?)(_|$)",
     re.IGNORECASE,
 )
 _USUAL = re.compile(

@@ -19,7 +19,7 @@ from torch.torch_version import TorchVersion
 
 from pn_compiler.loading.inert_pickle import Call, Name
 
-_NUMBER = re.compile(r"b1|[iuf][1248]|f16|c(8|16)")  # dtypes of numpy that hold no objects
+_NUMBER = re.compile(r"b1|[iu][1248]|f[248]|c(8|16)")  # dtypes of numpy that hold no objects
 _ORDERS = ("<", ">", "=", "|")
 _MULTIARRAY = ("numpy._core.multiarray", "numpy.core.multiarray")  # numpy 2 and 1
 _ON_WINDOWS = os.name == "nt"
@@ -93,11 +93,11 @@ def _version(call: Call) -> bool:
 
 def _dtype(call: Call) -> bool:
     """``dtype("f8", False, True)``, a copy, which is then given its byte order."""
-    fine = len(call.arguments) == 3 and call.arguments[1:] == (False, True) and not call.new
-    kind, state = call.arguments[0], call.state
-    if not fine or not isinstance(kind, str) or not _NUMBER.fullmatch(kind):
+    if call.new or len(call.arguments) != 3 or call.arguments[1:] != (False, True):
         return False
-    return isinstance(state, tuple) and state[0] == 3 and state[1] in _ORDERS and state[2:] == _NO_FIELDS
+    kind, state = call.arguments[0], call.state
+    plain = isinstance(kind, str) and _NUMBER.fullmatch(kind) and isinstance(state, tuple) and len(state) == 8
+    return bool(plain) and state[0] == 3 and state[1] in _ORDERS and state[2:] == _NO_FIELDS
 
 
 _NO_FIELDS = (None, None, None, -1, -1, 0)
@@ -139,9 +139,10 @@ def _byte_count(value: Any) -> int | None:
         return None
     if value.function.path == "builtins.bytes":
         return 0 if value.arguments == () else None
-    text, *encoding = value.arguments if isinstance(value.arguments, tuple) else ("",)
-    fine = value.function.path == "_codecs.encode" and encoding == ["latin1"] and isinstance(text, str)
-    return len(text) if fine else None
+    if value.function.path != "_codecs.encode" or not isinstance(value.arguments, tuple):
+        return None
+    text, encoding = value.arguments if len(value.arguments) == 2 else (None, None)
+    return len(text) if isinstance(text, str) and encoding == "latin1" else None
 
 
 _Rule = Callable[[Call], bool]

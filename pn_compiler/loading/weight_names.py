@@ -70,25 +70,25 @@ def rename_weights(
             if prefixes:
                 prefix = _choose(prefixes, {name: state[was] for name, was in variant.items()}, inner)
                 others = tuple(other for other in prefixes if other != prefix)
-                result, left = _selected(variant, state, prefix, lead, names)
-                return Renamed(result, prefix, others, left)
+                return _renamed(variant, state, Renamed({}, prefix, others), lead, names)
     return None
 
 
-def _selected(
-    variant: Mapping[str, Any], state: Mapping[Any, Any], prefix: str, lead: str, names: set[str]
-) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """(the entries below `prefix`, under names that begin with `lead`; the names of those left out)."""
+def _renamed(
+    variant: Mapping[str, Any], state: Mapping[Any, Any], choice: Renamed, lead: str, names: set[str]
+) -> Renamed:
+    """`choice` with the entries below its prefix, under names that begin with `lead`."""
     result: dict[str, Any] = {}
     left: list[str] = []
     for name, was in variant.items():
-        inner = lead + name.removeprefix(prefix)
+        inner = lead + name.removeprefix(choice.prefix)
         counter = inner.rpartition(".")[2] in _COUNTERS and inner not in names
-        if not name.startswith(prefix) or counter or not isinstance(state[was], Tensor):
+        foreign = not name.startswith(choice.prefix) or (not choice.prefix and name.startswith(choice.others))
+        if foreign or counter or not isinstance(state[was], Tensor):
             left.append(name)
         else:
             result[inner] = state[was]
-    return result, tuple(left)
+    return dataclasses.replace(choice, state=result, left=tuple(left))
 
 
 def _variants(state: Mapping[Any, Any]) -> Iterator[Mapping[str, Any]]:
@@ -121,23 +121,25 @@ def _is_wrapper(prefix: str) -> bool:
 
 
 def _prefixes(names: Iterable[str], required: Iterable[str]) -> list[str]:
-    """All prefixes under which `names` has everything required; if the empty one is, that alone."""
+    """All prefixes under which `names` has everything required, the empty one first."""
     present, wanted = set(names), list(required)
-    if all(name in present for name in wanted):
+    anchor = max(wanted, key=len, default=None)
+    if anchor is None:
         return [""]
-    anchor = max(wanted, key=len)
     ends = dict.fromkeys(name.removesuffix(anchor) for name in names if name.endswith(f".{anchor}"))
-    return [prefix for prefix in ends if all(prefix + name in present for name in wanted)]
+    return [prefix for prefix in ("", *ends) if all(prefix + name in present for name in wanted)]
 
 
 def _choose(prefixes: Sequence[str], state: Mapping[str, Any], required: Iterable[str]) -> str:
-    """The prefix to take: the averaged one, or any if all hold the same.
+    """The prefix to take: the averaged one, or none, or any if all hold the same.
 
     Raises:
         LoadError: they hold different weights.
     """
     averaged = [prefix for prefix in prefixes if is_averaged(prefix)]
     first, *others = averaged or prefixes
+    if not first:
+        return first
     for name in required:
         if any(not _equal(state[first + name], state[other + name]) for other in others):
             listed = ", ".join(prefix.removesuffix(".") or "(none)" for prefix in prefixes[:_MOST_LISTED])

@@ -110,6 +110,7 @@ def adam() -> dict[str, Any]:
     [
         lambda: {"net": state(), "epoch": 3},
         lambda: {"weights": {"generator": state()}},
+        lambda: {"target_large": state(), "args_ema": {"a.b": torch.ones(1)}},
         lambda: {"model": net(1), "optimizer": None},
         lambda: {"model": state(prefix="module."), "optimizer": adam()},
         lambda: AveragedModel(net(1)).state_dict(),
@@ -154,6 +155,12 @@ def test_several_networks_in_one_state_dict(tmp_path: Path) -> None:
     assert_is(loaded, 2)
     assert "state_dict.ema_model.module were taken, an average" in loaded.notes[0].message
     assert_is(load(tmp_path, averaged, checkpoint_key="state_dict.model"), 1)
+    beside = state(1) | state(2, "teacher.")
+    loaded = load(tmp_path, beside)
+    assert_is(loaded, 1)
+    assert codes(loaded) == ["PN302"]
+    assert_is(load(tmp_path, beside, checkpoint_key="teacher"), 2)
+    assert_is(load(tmp_path, state(1) | state(2, "ema.module.")), 2)
     with pytest.raises(LoadError, match=r"has no 'state_dict\.other'"):
         load(tmp_path, averaged, checkpoint_key="state_dict.other")
     with pytest.raises(LoadError, match=r"has no 'weights'.*'state_dict': dict"):

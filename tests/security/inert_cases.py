@@ -1,6 +1,7 @@
 """Pickles with types that are admitted beside weights, in forms in which they are never written."""
 
 import argparse
+import codecs
 import collections
 import datetime
 import pathlib
@@ -57,6 +58,12 @@ def _values_beside_weights() -> Iterator[Case]:
         "scalar_object": Made(scalar, (Made(np.dtype, ("O8", False, True), order), b"12345678")),
         "scalar_short": Made(scalar, (f8, b"1234")),
         "scalar_list": Made(scalar, (f8, [1])),
+        "scalar_of_no_bytes": Made(scalar, (f8, Made(codecs.encode, ()))),
+        "scalar_of_nothing": Made(scalar, ()),
+        "scalar_not_of_latin1": Made(scalar, (f8, Made(codecs.encode, ("12345678", "utf8")))),
+        "dtype_unknown": Made(scalar, (Made(np.dtype, ("f1", False, True), order), b"1")),
+        "dtype_of_nothing": Made(np.dtype, (), order),
+        "dtype_short": Made(np.dtype, ("f8", False, True), (3, "<")),
         "dtype_of_fields": Made(np.dtype, ("f8,O", False, True), order),
         "dtype_of_strings": Made(np.dtype, ("S99999999", False, True), order),
         "dtype_shared": Made(np.dtype, ("f8", False, False), order),
