@@ -9,7 +9,7 @@ from pn_compiler.export.report import Check, Report, count_onnx_operators
 from pn_compiler.export.runtimes import DEFAULT_OPSET, check_loadable, choose_opset, oldest_onnxruntime
 from pn_compiler.export.sessions import load_session, make_session
 from pn_compiler.export.targets import TARGETS
-from pn_compiler.export.to_onnx import verified_batches, write_onnx
+from pn_compiler.export.to_onnx import reference_of, verified_batches, write_onnx
 from pn_compiler.export.verify import (
     TOLERANCE,
     Expected,
@@ -42,6 +42,7 @@ __all__ = [
     "load_session",
     "make_session",
     "oldest_onnxruntime",
+    "reference_of",
     "relative_error",
     "verified_batches",
     "verify_onnx",

@@ -5,7 +5,7 @@ import io
 import logging
 import re
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from pn_compiler.base.errors import ExportError, root_cause
+from pn_compiler.data.parts import part_hint
+from pn_compiler.export.dynamic_axes import DynamicAxes
 from pn_compiler.export.external_data import move_weights_out
 from pn_compiler.export.io_names import rename
 from pn_compiler.export.node_names import module_paths, note_paths
@@ -35,15 +37,13 @@ def export_graph(
 ) -> onnx_ir.Model:
     """The ONNX model that torch.onnx makes, with the IR version of its opset and no traces of source."""
     dynamic_shapes = None
+    axes = DynamicAxes.of(options.dynamic_axes, model, inputs) if options.dynamic_axes else None
     # torch.export takes a batch of 1 for a constant, and one tensor in two places for one input
     inputs = imitate(inputs, 2 if options.dynamic_batch else None)
     if inputs.args and isinstance(inputs.args[-1], dict):  # torch.onnx would take it for the keywords
         inputs = Inputs((), inputs.by_name(model))
-    if options.dynamic_batch:
-        batch = torch.export.Dim("batch", min=1)
-        dynamic_shapes = pytree.tree_map(
-            lambda x: {0: batch} if isinstance(x, torch.Tensor) and x.dim() else None, inputs.by_name(model)
-        )
+    if options.dynamic_batch or axes is not None:
+        dynamic_shapes = _dynamic_shapes(inputs.by_name(model), axes, dynamic_batch=options.dynamic_batch)
     uses_data = _uses_data(model.eval(), inputs)
     try:
         with _quiet(), torch.no_grad():  # with gradients, pieces of a split may not be written to
@@ -63,12 +63,13 @@ def export_graph(
             )
     except Exception as error:
         hint = "; if the batch axis is the cause, try a static batch" if options.dynamic_batch else ""
+        hint += "; if the other dynamic axes are, leave out --dynamic (dynamic_axes)" if axes else ""
         if uses_data:
             raise ExportError(
                 "torch.onnx cannot export the model: its forward uses .data of a tensor, which torch.export "
                 "cannot follow: use detach(), and compute weights without storing them"
             ) from error
-        cause = f"{_no_tensor(model, inputs)}{root_cause(error)}{hint}"
+        cause = f"{_no_tensor(model, inputs)}{root_cause(error)}{hint}{part_hint(model)}"
         raise ExportError(f"torch.onnx cannot export the model: {cause}") from error
     assert program is not None
     if not program.model.graph.outputs:
@@ -81,12 +82,28 @@ def export_graph(
     if staged is not None:
         move_weights_out(result, staged)
     if options.dynamic_batch:
-        _name_batch(result.graph)
+        _name_sizes(result.graph, [(value, 0, "batch") for value in result.graph.inputs])
+    if axes is not None:
+        tables = zip(result.graph.inputs, axes.names, strict=True)
+        _name_sizes(result.graph, [(value, axis, name) for value, t in tables for axis, name in t.items()])
     freeze_reshapes(result)
     result.ir_version = min(
         result.ir_version, max(8, onnx.helper.OP_SET_ID_VERSION_MAP[("ai.onnx", options.opset)])
     )
     return result
+
+
+def _dynamic_shapes(given: dict[str, Any], axes: DynamicAxes | None, *, dynamic_batch: bool) -> Any:
+    """What torch.export needs to know of the sizes of `given`, arguments by name."""
+    batch = torch.export.Dim("batch", min=1) if dynamic_batch else None
+    count = sum(isinstance(leaf, torch.Tensor) for leaf in pytree.tree_leaves(given))
+    dims = (axes or DynamicAxes(({},) * count)).dims(batch)
+
+    def of(leaf: Any) -> dict[int, Any] | None:
+        found = next(dims) if isinstance(leaf, torch.Tensor) else None
+        return found if isinstance(leaf, torch.Tensor) and leaf.dim() else None
+
+    return pytree.tree_map(of, given)
 
 
 class _DataWatch(TorchFunctionMode):
@@ -142,19 +159,31 @@ def _values(graph: onnx_ir.Graph) -> list[onnx_ir.Value]:
     return [*graph.inputs, *graph.initializers.values(), *made]
 
 
-def _name_batch(graph: onnx_ir.Graph) -> None:
-    """Calls the batch axis "batch"; torch.onnx names it s31 or the like when several inputs have it."""
-    firsts = [value.shape[0] for value in graph.inputs if value.shape]
-    symbols = {first.value for first in firsts if isinstance(first, onnx_ir.SymbolicDim) and first.value}
-    if not symbols:
+def _name_sizes(graph: onnx_ir.Graph, axes: Iterable[tuple[onnx_ir.Value, int, str]]) -> None:
+    """Gives the sizes of `axes`, (input, axis, name), their names; torch.onnx calls them s31 or the like.
+
+    Raises:
+        ExportError: one has a fixed size, because the forward asks for it.
+    """
+    names: dict[str, str] = {}
+    for value, axis, name in axes:
+        size = value.shape[axis] if value.shape else None
+        if isinstance(size, int) and name != "batch":
+            raise ExportError(f"the forward fixes {name} of {value.name} to {size}: leave {name} out")
+        if isinstance(size, onnx_ir.SymbolicDim) and size.value:
+            names[size.value] = name
+    if not names:
         return
-    symbol = re.compile(rf"\b({'|'.join(map(re.escape, symbols))})\b")
+    symbol = re.compile(rf"\b({'|'.join(map(re.escape, names))})\b")
+
+    def renamed(size: int | onnx_ir.SymbolicDim) -> int | str | None:
+        if isinstance(size, int):
+            return size
+        return size.value and symbol.sub(lambda found: names[found[0]], size.value)
+
     for value in _values(graph):
         if value.shape is not None:
-            value.shape = onnx_ir.Shape(
-                size if isinstance(size, int) else size.value and symbol.sub("batch", size.value)
-                for size in value.shape
-            )
+            value.shape = onnx_ir.Shape(map(renamed, value.shape))
 
 
 @contextlib.contextmanager

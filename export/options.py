@@ -5,6 +5,7 @@ import dataclasses
 from pn_compiler.base.config import ExportConfig
 from pn_compiler.base.errors import ConfigError
 from pn_compiler.base.options import check_kinds
+from pn_compiler.export.dynamic_axes import check_axes
 from pn_compiler.export.io_names import Names
 from pn_compiler.export.rewrites.half import check_dtype
 from pn_compiler.export.runtimes import DEFAULT_OPSET, choose_opset
@@ -26,6 +27,7 @@ class ExportOptions(ExportConfig):
             value = getattr(self, key)
             if not isinstance(value, tuple) or not all(isinstance(name, str) for name in value):
                 raise ConfigError(f"{key}={value!r:.80}: expected a list of names")
+        check_axes(self.dynamic_axes)
         check_kinds(self)
         if not isinstance(self.target_ort, str | None):
             raise ConfigError(f"target_ort={self.target_ort!r:.80}: expected a version such as '1.18'")

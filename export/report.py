@@ -22,12 +22,14 @@ class Check:
         optimized: whether onnxruntime's graph optimizations were on.
         output: name of the worst output.
         error: largest absolute difference of that output, relative to its largest magnitude.
+        sizes: of the axes that may have any, such as "H=64, W=96"; empty for those of the example.
     """
 
     batch: int
     optimized: bool
     output: str
     error: float
+    sizes: str = ""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -177,10 +177,12 @@ def _verdict(report: "Report") -> Iterator[Line]:
         yield Line("verified", "no: the file was not compared with PyTorch", "warning")
         return
     batches = sorted({check.batch for check in report.checks})
+    others = sorted({check.sizes for check in report.checks} - {""})
     yield Line(
         "verified",
         f"largest error {report.max_error:.1e} (relative, limit {report.tolerance:.1e}) to "
-        f"{report.reference} PyTorch at batch {' and '.join(map(str, batches))}; "
+        f"{report.reference} PyTorch at batch {' and '.join(map(str, batches))}"
+        f"{''.join(f', and at {sizes}' for sizes in others)}; "
         f"PyTorch's own in {report.dtype}: {report.float32_error:.1e}"
         + ("" if report.runtime == "onnxruntime" else f"; run in {report.runtime}, for onnxruntime cannot"),
         "good",

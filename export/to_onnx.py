@@ -12,7 +12,7 @@ from pathlib import Path
 
 import onnx
 import onnx_ir
-from torch import nn
+from torch import Tensor, nn
 
 from pn_compiler.base.errors import ExportError, PnCompilerError, VerificationError
 from pn_compiler.base.files import (
@@ -25,6 +25,8 @@ from pn_compiler.base.files import (
     write_atomically,
 )
 from pn_compiler.base.stopwatch import Stopwatch
+from pn_compiler.data.parts import part_hint
+from pn_compiler.export.dynamic_axes import DynamicAxes
 from pn_compiler.export.exporter import export_graph
 from pn_compiler.export.external_data import data_file, needs_external_data
 from pn_compiler.export.metadata import PACKAGES, Description, describe
@@ -106,7 +108,7 @@ def write_onnx(
         compare = None
         if options.verify and not isinstance(reference, Expected):
             with stopwatch("reference"):
-                reference = expect(reference, inputs, verified_batches(options.dynamic_batch))
+                reference = reference_of(reference, inputs, options)
         given = folded
         if options.dtype != "float32":
             folded = in_half(folded, DTYPES[options.dtype])
@@ -169,6 +171,27 @@ def _report(
         checks=found.checks, tolerance=found.tolerance, float32_error=found.float32_error,
         reference=found.reference, dtype=found.dtype, runtime=found.runtime,
     )  # fmt: skip
+
+
+def reference_of(model: nn.Module, inputs: Inputs, options: ExportOptions) -> Expected:
+    """What a file with `options` is compared with: outputs of `model` at each batch size and size of an axis.
+
+    Raises:
+        ExportError: `model` does not run on other sizes, which the file should take.
+        VerificationError: it does not run at other batch sizes.
+    """
+    batches = verified_batches(options.dynamic_batch)
+    try:
+        found = expect(model, inputs, batches)
+    except VerificationError as error:
+        nested = not all(isinstance(given, Tensor) for given in (*inputs.args, *inputs.kwargs.values()))
+        raise VerificationError(f"{error}{part_hint(model) if nested else ''}") from error
+    if not options.dynamic_axes:
+        return found
+    axes = DynamicAxes.of(options.dynamic_axes, model, inputs)
+    other = axes.resized(model, inputs)
+    resized = dataclasses.replace(expect(model, other, batches[-1:]), sizes=axes.sizes(other))
+    return dataclasses.replace(found, resized=resized)
 
 
 def verified_batches(dynamic_batch: bool) -> tuple[int | None, ...]:

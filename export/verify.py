@@ -52,6 +52,8 @@ class Expected:
         random: whether the model draws random numbers.
         varying: for each output in `actual`, whether it changes in another call with other random numbers:
             then its difference from `reference` is not just rounding.
+        sizes: of the axes that may have any, if they are not those of the example.
+        resized: the same for other sizes of those, or None.
     """
 
     inputs: dict[int, Inputs]
@@ -61,11 +63,14 @@ class Expected:
     dtype: torch.dtype = torch.float32
     random: bool = False
     varying: dict[int, list[Any]] = dataclasses.field(default_factory=dict)
+    sizes: str = ""
+    resized: "Expected | None" = None
 
     def in_dtype(self, model: nn.Module, dtype: torch.dtype) -> "Expected":
         """The outputs expected of an ONNX model in `dtype`; `model` is the original in PyTorch."""
         actual = {batch: _leaves(model, x) for batch, x in self.inputs.items()}
-        return dataclasses.replace(self, actual=actual, dtype=dtype)
+        resized = self.resized and self.resized.in_dtype(model, dtype)
+        return dataclasses.replace(self, actual=actual, dtype=dtype, resized=resized)
 
     def outputs(self, count: int) -> dict[int, list[np.ndarray[Any, Any]]]:
         """The `count` outputs expected of the ONNX model, by batch size."""
@@ -155,7 +160,7 @@ def verify_onnx(
     least = default_tolerance(model.dtype) if tolerance is None else tolerance
     limit = max(least, min(_OWN_FACTOR * float32_error, MOST_TOLERATED))
     source = proto.SerializeToString() if path is None else str(path)
-    checks = []
+    checks, at = [], f" and {model.sizes}" if model.sizes else ""
     in_reference = model.dtype == torch.bfloat16
     for optimized in (False,) if in_reference else (False, True):
         how = "in ONNX's reference evaluator" if in_reference else (
@@ -172,9 +177,11 @@ def verify_onnx(
                     own += "; it draws random numbers or keeps state in eval mode, which a file cannot repeat"
                 raise VerificationError(
                     f"output {output} differs from PyTorch by {worst:.1e} relative to its largest "
-                    f"magnitude at batch {batch} (limit {limit:.1e}; {own}), {how}; nothing was written"
+                    f"magnitude at batch {batch}{at} (limit {limit:.1e}; {own}), {how}; nothing was written"
                 )
-            checks.append(Check(batch, optimized, output, worst))
+            checks.append(Check(batch, optimized, output, worst, model.sizes))
+    if model.resized is not None:
+        checks += verify_onnx(proto, model.resized, tolerance=tolerance, path=path).checks
     runtime = "ONNX's reference evaluator" if in_reference else "onnxruntime"
     return Verification(tuple(checks), limit, float32_error, model.reference_dtype, model.dtype_name, runtime)
 

@@ -128,7 +128,7 @@ def transform(
     if calibration is not None:
         check_values(model)
         calibration = batches_of(calibration, again=True)
-        inputs = inputs or first_sample(calibration)
+        inputs = inputs or first_sample(calibration, model)
     inputs = in_mode_of(model, inputs)
     with fake_mode(model):
         traced = trace(model, inputs, leaves)

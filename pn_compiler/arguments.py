@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from pn_compiler.base.config import DistillConfig, ExportConfig, FreezeConfig, RecoveryConfig, TransformConfig
-from pn_compiler.base.errors import printable
+from pn_compiler.base.errors import ConfigError, printable
+from pn_compiler.base.input_specs import InputSpec
 from pn_compiler.base.option_checks import did_you_mean
 from pn_compiler.base.options import Option, options_of
 from pn_compiler.repository.options import ModelRepository
@@ -25,6 +26,13 @@ def _shape(text: str, example: str = "1,3,224,224") -> tuple[int, ...]:
     if not sizes or any(size < 1 for size in sizes):
         raise argparse.ArgumentTypeError(f"{text!r}: expected positive sizes such as {example}")
     return sizes
+
+
+def _input(text: str) -> InputSpec:
+    try:
+        return InputSpec.parse(text)
+    except ConfigError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 def _positive(text: str) -> int:
@@ -147,11 +155,24 @@ def make_parser() -> argparse.ArgumentParser:
         "--allow", metavar="PACKAGE.MODULE.CLASS", action="append", default=[],
         help="a class that the file may use, beside those of torch.nn, torchvision and timm",
     )  # fmt: skip
+    source.add_argument(
+        "--checkpoint-key", metavar="KEY",
+        help="the entry of a checkpoint that holds the weights, as state_dict_ema or state_dict.student",
+    )  # fmt: skip
+    source.add_argument(
+        "--part", metavar="PATH",
+        help="compile this submodule alone, such as the backbone of a detector, which has no file as a whole",
+    )  # fmt: skip
     source.add_argument("--unsafe-pickle", action="store_true", help="let the file run any code it brings")
     source.add_argument(
         "--input-shape", type=_shape, action="append", metavar="N,C,H,W",
         help="shape of an input, batch included; once for each input. Default: from the file, else the "
         "channels of the first layer and 224 pixels",
+    )  # fmt: skip
+
+    source.add_argument(
+        "--input", type=_input, action="append", metavar="[NAME:][DTYPE:]N,...", dest="inputs",
+        help="the same with a dtype and the name of the parameter of forward, as tokens:int64:1,128",
     )  # fmt: skip
 
     _add_data_options(parser)
@@ -248,18 +269,26 @@ def check_usage(arguments: argparse.Namespace) -> None:
     if not arguments.dry_run and all(task is None for task in tasks):
         make_parser().error("-o/--output is required (or --model-repository, --dry-run, or --diagnose)")
     _check_repository_usage(arguments)
-    for name, flag in {"distill_steps": "--distill", "static_statistics": "--static-statistics"}.items():
-        if name in given and arguments.calibrate is None:
-            make_parser().error(f"{flag} needs samples: give --calibrate DATA")
-    if given.get("anchor") == "auto" and arguments.calibrate is None and arguments.diagnose is None:
-        make_parser().error("--anchor auto needs samples: give --calibrate DATA, or a number, such as 0.75")
+    _check_samples(given)
+    if arguments.inputs and arguments.input_shape:
+        make_parser().error("--input describes all inputs: leave out --input-shape")
     _check_company(given)
     if arguments.diagnose is not None:
         _check_diagnosis_usage(given)
     elif arguments.plot is not None:
         make_parser().error("--plot draws what --diagnose finds: give --diagnose DATA, too")
+
+
+def _check_samples(given: Mapping[str, Any]) -> None:
+    """Refuses what needs DATA, or is about it, where there is none."""
+    for name, flag in {"distill_steps": "--distill", "static_statistics": "--static-statistics"}.items():
+        if name in given and given["calibrate"] is None:
+            make_parser().error(f"{flag} needs samples: give --calibrate DATA")
+    none = given["calibrate"] is None and given["diagnose"] is None
+    if given.get("anchor") == "auto" and none:
+        make_parser().error("--anchor auto needs samples: give --calibrate DATA, or a number, such as 0.75")
     about_data = [name for name in DATA_OPTIONS if given[name]]
-    if about_data and arguments.diagnose is None and arguments.calibrate is None:
+    if about_data and none:
         flag = f"--{about_data[0].replace('_', '-')}"
         make_parser().error(f"{flag} is about DATA, and there is none: see --calibrate and --diagnose")
 
@@ -281,7 +310,7 @@ def _check_company(given: Mapping[str, Any]) -> None:
 
 def _check_diagnosis_usage(given: Mapping[str, Any]) -> None:
     clashes = {"output": "--output", "directory": "--model-repository", "dry_run": "--dry-run"}
-    clashes |= {"input_shape": "--input-shape", "calibrate": "--calibrate"}
+    clashes |= {"input_shape": "--input-shape", "inputs": "--input", "calibrate": "--calibrate"}
     for flag in (flag for name, flag in clashes.items() if given.get(name)):
         make_parser().error(f"--diagnose writes no model and takes shapes from its data: leave out {flag}")
 

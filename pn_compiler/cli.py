@@ -21,6 +21,7 @@ from pn_compiler.base.errors import (
     RefusedError,
     named_line,
 )
+from pn_compiler.base.input_specs import InputSpec
 from pn_compiler.base.interruption import STATUS as INTERRUPTED
 from pn_compiler.base.interruption import Interruption, interruptible
 from pn_compiler.base.options import options_of
@@ -102,8 +103,11 @@ def _run(arguments: argparse.Namespace, command: str, interruption: Interruption
             arguments.model,
             arch=arguments.arch,
             allow=arguments.allow,
+            checkpoint_key=arguments.checkpoint_key,
             unsafe_pickle=arguments.unsafe_pickle,
         )
+        if arguments.part is not None:
+            loaded = _part(loaded, arguments.part)
         if arguments.diagnose is not None:
             text, outcome = _diagnose(loaded, arguments, say)
         elif arguments.dry_run:
@@ -121,6 +125,13 @@ def _run(arguments: argparse.Namespace, command: str, interruption: Interruption
     elif not arguments.quiet:
         terminal.write(f"{text}\n")
     return DONE
+
+
+def _part(loaded: "LoadedModel", path: str) -> "LoadedModel":
+    from pn_compiler.data.parts import part_of
+    from pn_compiler.running.copying import unwrap
+
+    return dataclasses.replace(loaded, model=part_of(unwrap(loaded.model), path), inputs=None)
 
 
 def _transform_options(loaded: "LoadedModel", arguments: argparse.Namespace) -> dict[str, Any]:
@@ -144,16 +155,18 @@ def _given(arguments: argparse.Namespace, *stages: type) -> dict[str, Any]:
     return {name: getattr(arguments, name) for name in names if name in arguments}
 
 
-def _example_inputs(loaded: "LoadedModel", arguments: argparse.Namespace) -> tuple[Any, ...] | None:
-    """What the model is compiled with: the shapes that the user gave, else what the file brings."""
-    if not arguments.input_shape:
-        return None if loaded.inputs is None else loaded.inputs.args
-    from pn_compiler.data.input_shape import random_inputs
+def _example(loaded: "LoadedModel", arguments: argparse.Namespace) -> dict[str, Any]:
+    """What the model is compiled with: the inputs that the user described, else what the file brings."""
+    specs = arguments.inputs or [InputSpec(shape) for shape in arguments.input_shape or ()]
+    if not specs:
+        return {} if loaded.inputs is None else {"example_inputs": loaded.inputs.args}
+    from pn_compiler.data.input_shape import described_inputs
 
-    batch = arguments.input_shape[0][0]
+    batch = specs[0].shape[0]
     if loaded.fixed_batch not in (None, batch):
         raise ConfigError(f"the program was exported for a batch of {loaded.fixed_batch}, not of {batch}")
-    return random_inputs(loaded.model, arguments.input_shape).args
+    inputs = described_inputs(loaded.model, specs)
+    return {"example_inputs": inputs.args, "example_kwargs": inputs.kwargs}
 
 
 def _compile(
@@ -171,11 +184,12 @@ def _compile(
     report = pn_compiler.compile(
         loaded.model,
         arguments.output,
-        _example_inputs(loaded, arguments),
+        **_example(loaded, arguments),
         repository=ModelRepository(**repository) if repository else None,
         progress=say,
         **options,
     )
+    report = dataclasses.replace(report, notes=(*loaded.notes, *report.notes))
     text = terminal.lines(summary(report))
     if arguments.verbose:
         text = f"{details(report, terminal.table)}\n\n{text}"
@@ -193,13 +207,14 @@ def _dry_run(loaded: "LoadedModel", arguments: argparse.Namespace) -> tuple[str,
     from pn_compiler.reporting.outcome import Outcome
     from pn_compiler.running.inputs import Inputs
 
-    options, example = _transform_options(loaded, arguments), _example_inputs(loaded, arguments)
+    options, example = _transform_options(loaded, arguments), _example(loaded, arguments)
     with pass_log() as runs:
-        converted = pn_compiler.transform(loaded.model, example, **options)
-    fidelity = measure_conversion(loaded.model, converted, Inputs.of(example), options.get("calibration"))
+        converted = pn_compiler.transform(loaded.model, **example, **options)
+    inputs = Inputs.of(example.get("example_inputs"), example.get("example_kwargs"))
+    fidelity = measure_conversion(loaded.model, converted, inputs, options.get("calibration"))
     report = Report(
-        sites=pn_compiler.sites(converted), notes=pn_compiler.notes(converted), fidelity=fidelity,
-        passes=tuple(summed(runs)),
+        sites=pn_compiler.sites(converted), notes=(*loaded.notes, *pn_compiler.notes(converted)),
+        fidelity=fidelity, passes=tuple(summed(runs)),
     )  # fmt: skip
     parts = (details(report, terminal.table), "", terminal.lines(summary(report)))
     return "\n".join([*parts, "dry run: nothing was written"]), Outcome(report)
@@ -243,7 +258,8 @@ def _diagnose(
         say("diagnose")
         found["converted"] = pn_compiler.diagnose(converted, batches, affine=True)
     what = "power of the normalizers' outputs"  # weight and bias included: a warm start keeps those
-    text = "\n\n".join(f"{what}, {title}\n{diagnosis}" for title, diagnosis in found.items())
+    parts = [f"{what}, {title}\n{diagnosis}" for title, diagnosis in found.items()]
+    text = "\n\n".join([*map(str, loaded.notes), *parts])
     return terminal.printable_lines(text), Outcome(diagnoses=found)
 
 

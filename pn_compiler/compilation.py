@@ -65,6 +65,7 @@ def export_onnx(
     opset_version: int | None = ExportConfig.opset_version,
     target_ort: str | None = ExportConfig.target_ort,
     dynamic_batch: bool = ExportConfig.dynamic_batch,
+    dynamic_axes: Sequence[str] | Mapping[str, Mapping[int, str]] = ExportConfig.dynamic_axes,
     external_data: bool = ExportConfig.external_data,
     dtype: DType = ExportConfig.dtype,
     input_names: Sequence[str] = ExportConfig.input_names,
@@ -90,6 +91,9 @@ def export_onnx(
             onnxruntime 1.17 and later; "openvino" and "tensorrt" have 21.
         target_ort: an onnxruntime such as "1.18" that must load the file.
         dynamic_batch: whether the file takes any batch size, or only that of the example.
+        dynamic_axes: sizes that may vary besides it: letters such as ("H", "W") of images [N, C, H, W] ("D"
+            of volumes, "L" of sequences), or axes of parameters of forward, {"x": {2: "height"}}. Equal names
+            have equal sizes. The file is verified at the sizes of the example and at others.
         external_data: write the weights to ``<path>.data``. Above 2 GB this is done in any case.
         dtype: of weights and activations: "float32", "float16" or "bfloat16" (opset 22 or later). Inputs,
             outputs and normalizers stay float32: see docs/precision.md.
@@ -157,6 +161,7 @@ def compile(  # noqa: A001  # the name that users of torch.compile look for
     opset_version: int | None = ExportConfig.opset_version,
     target_ort: str | None = ExportConfig.target_ort,
     dynamic_batch: bool = ExportConfig.dynamic_batch,
+    dynamic_axes: Sequence[str] | Mapping[str, Mapping[int, str]] = ExportConfig.dynamic_axes,
     external_data: bool = ExportConfig.external_data,
     dtype: DType = ExportConfig.dtype,
     input_names: Sequence[str] = ExportConfig.input_names,
@@ -213,7 +218,7 @@ def compile(  # noqa: A001  # the name that users of torch.compile look for
     check_dense(example or Inputs(), "example_inputs")
     if calibration is not None:
         calibration = batches_of(calibration, again=True)
-        example = example if example or input_shape else first_sample(calibration)
+        example = example if example or input_shape else first_sample(calibration, model)
     with pass_log() as runs:
         traced = trace_model(model, example, input_shape, leaves, stopwatch)
         if is_converted(model):

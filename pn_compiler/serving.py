@@ -35,6 +35,7 @@ def export_model_repository(
     opset_version: int | None = ExportConfig.opset_version,
     target_ort: str | None = ExportConfig.target_ort,
     dynamic_batch: bool = ExportConfig.dynamic_batch,
+    dynamic_axes: Sequence[str] | Mapping[str, Mapping[int, str]] = ExportConfig.dynamic_axes,
     external_data: bool = ExportConfig.external_data,
     dtype: DType = ExportConfig.dtype,
     input_names: Sequence[str] = ExportConfig.input_names,

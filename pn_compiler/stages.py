@@ -251,7 +251,7 @@ def export_network(
     Returns:
         The report, from the results of all stages.
     """
-    from pn_compiler.export import expect, verified_batches, write_onnx
+    from pn_compiler.export import reference_of, write_onnx
 
     model = network.model
     if options.verify:
@@ -261,7 +261,7 @@ def export_network(
     if options.verify or repository is not None:
         # before folding, which then needs no second copy of the weights
         with stopwatch("reference"):
-            reference = expect(network.witness, network.inputs, verified_batches(options.dynamic_batch))
+            reference = reference_of(network.witness, network.inputs, options)
     if has_sites(model):
         with stopwatch("fold"), stage("fold"):
             model = fold_in_place(model)

@@ -372,9 +372,7 @@ def test_one_value_needs_an_anchor_of_1() -> None:
     assert site.code == "PN107"  # less its own mean, it is 0
 
 
-@pytest.mark.parametrize(
-    "anchor", [-0.1, 1.1, float("nan"), "0.5", True, {"bn1": 2}, {3: 0.5}], ids=str
-)
+@pytest.mark.parametrize("anchor", [-0.1, 1.1, float("nan"), "0.5", True, {"bn1": 2}, {3: 0.5}], ids=str)
 def test_impossible_anchors_are_errors(anchor: Any) -> None:
     with pytest.raises(ConfigError, match="anchor"):
         pn_compiler.transform(network(), IMAGES, anchor=anchor)

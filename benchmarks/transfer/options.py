@@ -3,6 +3,7 @@
 import dataclasses
 from pathlib import Path
 
+from pn_compiler.base.errors import ConfigError
 from pn_compiler.base.option_checks import check_number
 
 RATES = (3e-4, 1e-3, 3e-3, 1e-2)
@@ -43,6 +44,8 @@ class Options:
                 check_number(name, getattr(self, name), "1 or more", 1, whole=True)
         # strides of 32 leave one pixel, of which BatchNorm has no variance at batch size 1
         check_number("pixels", self.pixels, "33 or more", 33, whole=True)
+        if self.private and self.distilled:
+            raise ConfigError("--distilled reads the private images without noise: leave out it or --private")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -75,7 +75,10 @@ METHODS: Mapping[str, Method] = {
 #: opacus refuses BatchNorm even where it is frozen; what converts to it computes the same
 PRIVATE_METHODS: Mapping[str, Method] = {
     "frozen BatchNorm": _converted("rms", 1.0, proxy=False),
-    **{name: METHODS[name] for name in ("opacus", "layer + PN", "rms 0.75 + PN", "rms 0.875", "rms 0.875 + PN")},
+    **{
+        name: METHODS[name]
+        for name in ("opacus", "layer + PN", "rms 0.75 + PN", "rms 0.875", "rms 0.875 + PN")
+    },
 }
 
 

@@ -49,9 +49,10 @@ def diagnose(
     Args:
         model: any module, converted or not, on any device.
         batches: batches of inputs, such as a DataLoader or a list. Of a tuple or list the first element is
-            the input, as in (images, labels); a mapping holds arguments by name; anything else is the one
-            argument. Tensors are moved to the device of the model. A single tensor or mapping is one batch.
-            Memory does not grow with the number of batches.
+            the input, as in (images, labels), and as many as the forward needs, as in (left, right); a
+            mapping holds arguments by name; anything else is the one argument. Tensors are moved to the
+            device of the model. A single tensor or mapping is one batch. Memory does not grow with the
+            number of batches.
         batch_statistics: let BatchNorm normalize with the statistics of each batch, as it does in training
             and in the paper's plots, instead of its running statistics. Use it for untrained networks, with
             batches as large as in training.

@@ -337,6 +337,14 @@ class ExportConfig:
             "take any batch size; with --static-batch only that of the input", flag="--static-batch"
         ),
     )
+    dynamic_axes: Sequence[str] | Mapping[str, Mapping[int, str]] = dataclasses.field(
+        default=(),
+        metadata=about(
+            "sizes that may vary besides the batch: H and W of images, D of volumes, L of sequences; in "
+            "Python also axes of inputs by name, as {'x': {2: 'height'}}",
+            flag="--dynamic", metavar="H,W",
+        ),
+    )  # fmt: skip
     input_names: Sequence[str] = dataclasses.field(
         default=(), metadata=about("of the inputs in the file", metavar="A,B")
     )

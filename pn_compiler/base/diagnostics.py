@@ -50,6 +50,9 @@ CODES: dict[str, tuple[Severity, str]] = {
     "PN210": ("note", "where the scale and shift of proxy normalization went, in the folded network"),
     "PN211": ("note", "the graph was not compared with the model that it was traced from"),
     "PN212": ("note", "how far the conversion moved the outputs"),
+    "PN301": ("note", "which weights of a checkpoint were taken"),
+    "PN302": ("note", "entries of a checkpoint that do not belong to the network were left out"),
+    "PN303": ("note", "a program that was exported in train mode is read as in eval mode"),
     "PN310": ("warning", "the outputs of a sample depend on the others in its batch"),
     "PN311": ("note", "the network with BatchNorm could not be measured beside the file"),
 }

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from pn_compiler.base.errors import ConfigError
-from pn_compiler.running.evaluation import batches_of, each_batch, labels_of, run
+from pn_compiler.running.evaluation import batches_of, each_batch, labels_of, run, with_inputs
 from pn_compiler.running.inputs import Inputs
 from pn_compiler.running.losses import named_outputs, relative_l2
 
@@ -65,7 +65,7 @@ class Samples:
         counts: list[int] = []
         size = 0
         batches = batches_of(batches)
-        for _, inputs in each_batch(model, _noting(batches, labels) if labelled else batches, title):
+        for _, inputs in each_batch(model, _noting(batches, labels, model) if labelled else batches, title):
             arguments = (inputs.args, dict(inputs.kwargs))
             parts = cut(arguments) or [arguments]
             read.append(arguments)
@@ -187,9 +187,10 @@ def joined(batches: Sequence[Any], counts: Sequence[int]) -> Any:
     return join(pieces) if _alike(pieces) else None
 
 
-def _noting(batches: Iterable[Any], labels: list[Any]) -> Iterator[Any]:
-    """`batches`, whose labels are appended to `labels` as they are read."""
-    for number, batch in enumerate(batches, start=1):
+def _noting(batches: Iterable[Any], labels: list[Any], model: nn.Module) -> Iterator[Any]:
+    """`batches` of inputs of `model`, whose labels are appended to `labels` as they are read."""
+    for number, given in enumerate(batches, start=1):
+        batch = with_inputs(given, model)
         labels.append(labels_of(batch, f"batch {number}"))
         yield batch
 

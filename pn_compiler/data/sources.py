@@ -17,7 +17,7 @@ from pn_compiler.inspection.fake_tensors import fake_mode
 from pn_compiler.loading.admission import named_function
 from pn_compiler.regions.regions import trace
 from pn_compiler.running.copying import unwrap
-from pn_compiler.running.evaluation import inputs_of, labels_of
+from pn_compiler.running.evaluation import inputs_of, labels_of, with_inputs
 from pn_compiler.running.inputs import Inputs
 
 if TYPE_CHECKING:
@@ -83,8 +83,9 @@ class FunctionBatches:
     Attributes:
         name: ``package.module:function``.
         function: takes no argument, and yields batches or returns an iterable of them, such as a DataLoader.
-            Of a tuple or list the first element is the input, as in (images, labels); a mapping holds
-            arguments by name; a tensor or numpy array is the one argument.
+            Of a tuple or list the first element is the input, as in (images, labels), and as many as the
+            forward needs, as in (left, right); a mapping holds arguments by name; a tensor or numpy array is
+            the one argument.
         model: the model whose forward takes the batches.
         batch_size: size of all batches, if `whole`.
         whole: the model's batch size is fixed; a smaller last batch is dropped.
@@ -100,9 +101,9 @@ class FunctionBatches:
 
     def __iter__(self) -> Iterator[Any]:
         samples, short = 0, ""
-        for number, batch in enumerate(self._produced(), start=1):
-            where = f"batch {number} of {self.name}"
-            arrays = _named(batch)
+        for number, given in enumerate(self._produced(), start=1):
+            where, batch = f"batch {number} of {self.name}", with_inputs(given, self.model)
+            arrays = _named(batch, self.model)
             size = _check(arrays, where, self.model)
             samples += size
             if short or (self.whole and size > self.batch_size):
@@ -242,9 +243,11 @@ def _dtype(model: nn.Module) -> torch.dtype:
     return next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
 
 
-def _named(batch: Any) -> Mapping[str, Any]:
-    """Argument -> value of a batch; the name "" stands for the first argument."""
+def _named(batch: Any, model: nn.Module) -> Mapping[str, Any]:
+    """Argument -> value of a batch for `model`; the name "" stands for the first argument."""
     inputs = inputs_of(batch)
+    if len(inputs.args) > 1:
+        return inputs.by_name(model)
     return {"": inputs.args[0]} if inputs.args else inputs.kwargs
 
 

@@ -55,8 +55,9 @@ def freeze_statistics(
             its ``nn.GroupNorm`` modules, and what `fold` makes of anchored ones. It is left untouched. Proxy
             normalization is folded first.
         calibration: batches of inputs like those that the model will see, such as a DataLoader or a list.
-            Of a tuple or list the first element is the input, as in (images, labels); a mapping holds
-            arguments by name; anything else is the one argument. They are read once, and held in memory.
+            Of a tuple or list the first element is the input, as in (images, labels), and as many as the
+            forward needs, as in (left, right); a mapping holds arguments by name; anything else is the one
+            argument. They are read once, and held in memory.
         budget: the largest error of the output, such as 0.01; see `FreezeReport`. None freezes all sites.
             With `metric` it is what the metric may lose, in its own units.
         metric: (outputs, labels) -> a number, higher is better; or its name, ``package.module:function``,

@@ -4,6 +4,7 @@ A pickle names functions and calls them; an exported program names operators and
 checked against allowlists before torch reads them. Everything else is refused by name.
 """
 
-from pn_compiler.loading.model_file import LoadedModel, load_model
+from pn_compiler.loading.loaded import LoadedModel
+from pn_compiler.loading.model_file import load_model
 
 __all__ = ["LoadedModel", "load_model"]

@@ -1,14 +1,16 @@
 """What a pickle may name: module classes, activation functions and plain types. Nothing is called."""
 
+import contextlib
 import dataclasses
 import enum
 import functools
 import importlib
+import importlib.util
 import inspect
 import re
 import sys
 from _compat_pickle import IMPORT_MAPPING  # modules of Python 2
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ import torch
 from torch import fx, nn
 
 from pn_compiler.base.errors import ConfigError, LoadError, first_line
+from pn_compiler.loading.inert_types import inert_type
 from pn_compiler.operators.activations import activation_functions
 
 _LIBRARIES = ("torch.nn", "torchvision.models", "torchvision.ops", "timm.models", "timm.layers")
@@ -25,6 +28,7 @@ _PLAIN: dict[str, object] = {
     f"builtins.{kind.__name__}": kind for kind in (dict, list, tuple, set, int, float, bool, str)
 }
 _DETECTION = "torchvision.models.detection._utils"
+_AVERAGED = "torch.optim.swa_utils.AveragedModel"
 _HELPERS = (  # of detectors; plain values and arithmetic
     *(f"{_DETECTION}.{n}" for n in ("BoxCoder", "BoxLinearCoder", "Matcher", "SSDMatcher")),
     f"{_DETECTION}.BalancedPositiveNegativeSampler",
@@ -43,6 +47,8 @@ def admit(name: str, allow: Sequence[str]) -> Any:
     """
     if name in _PLAIN:
         return _PLAIN[name]
+    if (inert := inert_type(name)) is not None:
+        return inert
     if not _DOTTED.fullmatch(name):
         return None
     if name in allow:
@@ -50,7 +56,7 @@ def admit(name: str, allow: Sequence[str]) -> Any:
     functions = {f"{f.__module__}.{f.__name__}": f for f in activation_functions()}
     if name in functions:
         return functions[name]
-    if name in _HELPERS:
+    if name in _HELPERS or name == _AVERAGED:
         return resolve(name)
     if _within(name, _LIBRARIES):
         admitted = resolve(name)
@@ -86,6 +92,26 @@ def _admit_on_request(name: str) -> Any:
             "might run code when it is unpickled"
         )
     return cls
+
+
+def admit_nested(nested: Mapping[str, str], admitted: Mapping[str, Any]) -> dict[str, Any]:
+    """What a pickle calls to reach admitted classes inside classes: a getattr that knows nothing else.
+
+    Args:
+        nested: path of a class -> that of the class that holds it.
+        admitted: path -> admitted object.
+    """
+    if not nested:
+        return {}
+    outer_classes = {outer: resolve(outer) for outer in nested.values()}
+
+    def nested_class(outer: Any, name: str) -> Any:
+        for path, holder in nested.items():
+            if outer_classes[holder] is outer and path == f"{holder}.{name}":
+                return admitted[path] if path in admitted else outer_classes[path]
+        raise LoadError(f"{name} of {outer!r:.80} was not admitted")
+
+    return {"builtins.getattr": nested_class} | outer_classes
 
 
 def _runs_code(cls: type) -> bool:
@@ -156,6 +182,13 @@ def _import(module: str) -> Any:
             raise
     declare_torchvision_operators()
     return importlib.import_module(module)
+
+
+def prepare_torchvision() -> None:
+    """Imports torchvision, if it is installed, so that code of the user's can import it, too."""
+    if importlib.util.find_spec("torchvision") is not None:
+        with contextlib.suppress(ImportError, RuntimeError, AttributeError):  # whoever needs it will see why
+            _import("torchvision")
 
 
 def declare_torchvision_operators() -> None:

@@ -101,11 +101,6 @@ def _other_format(start: bytes) -> str:
             "is in the format of torch before 1.6 or a plain pickle, which cannot be checked: "
             "load it where you trust it and save it again with torch.save"
         )
-    if len(start) > 9 and start[8:9] == b"{" and int.from_bytes(start[:8], "little") < 2**32:
-        return (
-            "looks like safetensors, which hold parameters without the network: load them into the model and "
-            "save that with torch.save"
-        )
     return "is not a model saved by torch.save or torch.export"
 
 

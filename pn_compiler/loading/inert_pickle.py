@@ -6,6 +6,7 @@ which has no others.
 
 import dataclasses
 import pickletools
+import re
 from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING  # names of Python 2, which torch.save writes
 from collections.abc import Callable
 from typing import Any
@@ -13,6 +14,8 @@ from typing import Any
 from pn_compiler.base.errors import LoadError
 
 _LONGEST = 10_000_000  # opcodes
+_GETATTR = "builtins.getattr"
+_CLASS = re.compile(r"(.+\.)?_*[A-Z]\w*", re.ASCII)  # how classes are named, behind the path of their module
 
 
 @dataclasses.dataclass(frozen=True, eq=False, slots=True)
@@ -51,12 +54,25 @@ class Stored:
     id: Any
 
 
-def parse_pickle(content: bytes) -> tuple[Any, list[str]]:
-    """Reads a pickle.
+@dataclasses.dataclass(frozen=True, slots=True)
+class Parsed:
+    """A pickle as plain data.
 
-    Returns:
-        (its content as plain values and containers, `Name`, `Call`, `Mapping` and `Stored`; the sorted dotted
-        paths of everything that it refers to).
+    Attributes:
+        value: its content as plain values and containers, `Name`, `Call`, `Mapping` and `Stored`.
+        names: the sorted dotted paths of everything that it refers to.
+        calls: all that it makes, also where the content does not hold it.
+        nested: path of a class inside a class -> that of the outer one.
+    """
+
+    value: Any
+    names: list[str]
+    calls: list[Call]
+    nested: dict[str, str]
+
+
+def parse_pickle(content: bytes) -> Parsed:
+    """Reads a pickle.
 
     Raises:
         LoadError: it is damaged, or uses what torch.save does not write.
@@ -65,7 +81,8 @@ def parse_pickle(content: bytes) -> tuple[Any, list[str]]:
     try:
         for count, (opcode, argument, _) in enumerate(pickletools.genops(content)):
             if opcode.name == "STOP":
-                return reader.stack.pop(), sorted(reader.names)
+                value = reader.stack.pop()
+                return Parsed(value, reader.used_names(), reader.calls, reader.nested)
             reader.read(opcode.name if count < _LONGEST else "an endless pickle", argument)
     except LoadError:
         raise
@@ -82,6 +99,14 @@ class _Reader:
         self.marks: list[list[Any]] = []
         self.memo: dict[int, Any] = {}
         self.names: set[str] = set()
+        self.calls: list[Call] = []
+        self.nested: dict[str, str] = {}
+
+    def used_names(self) -> list[str]:
+        """All names, without those that only led to a class inside a class."""
+        called = {call.function.path for call in self.calls if isinstance(call.function, Name)}
+        led = {_GETATTR, *self.nested.values()} - called if self.nested else set()
+        return sorted((self.names | self.nested.keys()) - led)
 
     def read(self, opcode: str, argument: Any) -> None:
         if opcode in _VALUES:
@@ -146,14 +171,23 @@ class _Reader:
 
     def reduce(self, _: Any) -> None:
         arguments, function = self.stack.pop(), self.stack.pop()
-        if isinstance(function, Name) and function.path == "collections.OrderedDict" and arguments == ():
+        path = function.path if isinstance(function, Name) else None
+        if path == "collections.OrderedDict" and arguments == ():
             self.stack.append(Mapping())
+        elif path == _GETATTR and _is_nested_class(arguments):
+            outer, attribute = arguments
+            self.nested[f"{outer.path}.{attribute}"] = outer.path
+            self.stack.append(Name(f"{outer.path}.{attribute}"))
         else:
-            self.stack.append(Call(function, arguments))
+            self.push(Call(function, arguments))
 
     def new(self, _: Any) -> None:
         arguments, function = self.stack.pop(), self.stack.pop()
-        self.stack.append(Call(function, arguments, new=True))
+        self.push(Call(function, arguments, new=True))
+
+    def push(self, call: Call) -> None:
+        self.calls.append(call)
+        self.stack.append(call)
 
     def build(self, _: Any) -> None:
         state = self.stack.pop()
@@ -164,6 +198,15 @@ class _Reader:
 
     def stored(self, _: Any) -> None:
         self.stack.append(Stored(self.stack.pop()))
+
+
+def _is_nested_class(arguments: Any) -> bool:
+    """Whether ``getattr(*arguments)`` names a class inside a class, as protocol 2 has to write it."""
+    if not isinstance(arguments, tuple) or len(arguments) != 2:
+        return False
+    outer, name = arguments
+    named = isinstance(outer, Name) and isinstance(name, str)
+    return named and bool(_CLASS.fullmatch(outer.path) and _CLASS.fullmatch(name)) and "." not in name
 
 
 _VALUES = ("BININT", "BININT1", "BININT2", "BINFLOAT", "BINUNICODE", "SHORT_BINSTRING", "LONG1")

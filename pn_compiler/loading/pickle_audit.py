@@ -15,7 +15,8 @@ import torch
 from pn_compiler.base.errors import LoadError
 from pn_compiler.loading.admission import is_module_class
 from pn_compiler.loading.archives import Archive
-from pn_compiler.loading.inert_pickle import Call, Mapping, Name, Stored, parse_pickle
+from pn_compiler.loading.inert_pickle import Call, Mapping, Name, Parsed, Stored, parse_pickle
+from pn_compiler.loading.inert_types import inert_type, is_inert_call
 
 _ENTRY = re.compile(
     r"data\.pkl|data/\d+|byteorder|version|\.format_version|\.storage_alignment|\.data/\w{1,40}", re.ASCII
@@ -53,9 +54,9 @@ _DEEPEST_STACK = 10_000  # layers of a recurrent network, which torch loops over
 SAFE_NAME = re.compile(r"[\w :/+-]{1,200}")
 
 
-def names_in(content: bytes) -> list[str]:
+def names_in(parsed: Parsed) -> list[str]:
     """The names that a pickle refers to, except those of tensors and containers."""
-    return [name for name in parse_pickle(content)[1] if not _is_data(name)]
+    return [name for name in parsed.names if not _is_data(name)]
 
 
 def _is_data(name: str) -> bool:
@@ -81,7 +82,11 @@ def audit_pickle(archive: Archive, admit: Callable[[str], Any]) -> None:
         if not _ENTRY.fullmatch(name):
             raise LoadError(f"{archive.path} holds {name[:80]!r}, which torch.save does not write")
     try:
-        _Audit(archive, admit).count(parse_pickle(archive.read("data.pkl"))[0])
+        parsed = parse_pickle(archive.read("data.pkl"))
+        audit = _Audit(archive, admit)
+        audit.count(parsed.value)
+        for call in parsed.calls:  # torch makes them also where a later value takes their place
+            audit.count(call)
     except RecursionError as error:
         raise LoadError(f"{archive.path} holds values nested too deep") from error
 
@@ -101,7 +106,8 @@ class _Audit:
             self.require(-_LARGEST <= value < _LARGEST, f"the number {str(value)[:20]}...")
             return 1
         if isinstance(value, Name):
-            known = not _is_data(value.path) and self.admit(value.path) is not None
+            other = _is_data(value.path) or inert_type(value.path) is not None
+            known = not other and self.admit(value.path) is not None
             self.require(known or _is_dtype(value.path), f"a reference to {value.path[:80]}")
             return 1
         count = self.counts.get(id(value))
@@ -145,6 +151,8 @@ class _Audit:
             self.check_parameter(value)
         elif path in _BUILDERS:
             self.check_builder(value, path)
+        elif inert_type(path) is not None:
+            return self.inert(value, path)
         else:
             return self.instance(value, self.admit(path), path)
         return 1
@@ -220,6 +228,14 @@ class _Audit:
         self.count(state)
 
     # Instances
+
+    def inert(self, value: Call, path: str) -> int:
+        self.require(is_inert_call(value), f"a strange call of {path}")
+        if isinstance(value.state, dict):
+            for key, item in value.state.items():
+                self.check_attribute(key, item, inert_type(path))
+        given = (argument for argument in value.arguments if not isinstance(argument, Name))
+        return sum(map(self.count, given)) + self.count(value.state)
 
     def instance(self, value: Call, cls: Any, path: str) -> int:
         if is_module_class(cls):

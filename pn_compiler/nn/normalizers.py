@@ -6,7 +6,8 @@ are leaves for torch.fx.
 """
 
 import math
-from typing import Literal, get_args
+from collections.abc import Mapping
+from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +16,10 @@ from torch import Tensor, nn
 from pn_compiler.base.errors import ConfigError
 from pn_compiler.numerics.affine import channel_affine, per_channel
 
+_NOT_CONVERTED = (
+    "this is a checkpoint of the network with BatchNorm: load "
+    "pn_compiler.convert_state_dict(state_dict, model) into the converted one"
+)
 Statistics = Literal["group", "anchored", "rms"]
 
 
@@ -106,6 +111,23 @@ class Normalizer(nn.Module):
         assert self.anchor is not None
         mean = None if self.population_mean is None else self.population_mean.double()
         return self.population_var.double(), self.anchor.double(), mean
+
+    def _load_from_state_dict(
+        self,
+        state_dict: Mapping[str, Any],
+        prefix: str,
+        local_metadata: Mapping[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        """As of any module; entries of a BatchNorm, whose weight means something else, are an error."""
+        if f"{prefix}running_var" in state_dict and _NOT_CONVERTED not in error_msgs:
+            error_msgs.append(_NOT_CONVERTED)
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
 
     def _describe(self) -> str:
         return "" if self.statistics == "group" else f", statistics={self.statistics!r}"

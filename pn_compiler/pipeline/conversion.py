@@ -33,12 +33,12 @@ from pn_compiler.running.losses import Logits
 logger = logging.getLogger(__name__)
 
 
-def first_sample(batches: Iterable[Any]) -> Inputs:
-    """The first sample of `batches`, as a batch of one. Raises ConfigError if there is none."""
+def first_sample(batches: Iterable[Any], model: nn.Module) -> Inputs:
+    """The first sample of `batches` for `model`, as a batch of one. Raises ConfigError if there is none."""
     first = next(iter(batches), None)
     if first is None:
         raise ConfigError("there is no batch for the calibration: batches is empty")
-    inputs = inputs_of(first)
+    inputs = inputs_of(first, model)
     check_dense(inputs, "the first batch for the calibration")
     return inputs.map(lambda x: x[:1] if x.dim() else x)
 

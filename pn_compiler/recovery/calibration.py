@@ -95,7 +95,7 @@ def calibrate(
         ConfigError: no batch, values that are nan or infinite, or batches that the networks do not accept.
     """
     refuse_uninitialised(teacher)
-    inputs = (_in_float32(inputs_of(batch)) for batch in batches_of(batches, again=True))
+    inputs = (_in_float32(inputs_of(batch, teacher)) for batch in batches_of(batches, again=True))
     _widen(student)
     _widen(teacher)
     student.requires_grad_(requires_grad=False)

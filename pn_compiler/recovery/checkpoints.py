@@ -8,11 +8,12 @@ import torch
 from torch import Tensor, fx, nn
 
 from pn_compiler.base.diagnostics import Site
-from pn_compiler.base.errors import ConfigError
+from pn_compiler.base.errors import ConfigError, LoadError
 from pn_compiler.graph.graph_module import sites
 from pn_compiler.graph.graph_utils import called_module, module_calls
 from pn_compiler.graph.ranks import infer_ranks
 from pn_compiler.graph.warm_start import affine_from_running_stats, population
+from pn_compiler.loading.architectures import state_for
 from pn_compiler.nn import INPUT_AFFINE, ProxyNormAct
 from pn_compiler.passes.absorption import Router
 from pn_compiler.passes.convert.insert_proxy_norm import compensate
@@ -23,7 +24,9 @@ _STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 
 
 @torch.no_grad()
-def convert_state_dict(state_dict: Mapping[str, Any], model: nn.Module) -> dict[str, Any]:
+def convert_state_dict(
+    state_dict: Mapping[str, Any], model: nn.Module, *, key: str | None = None
+) -> dict[str, Any]:
     """Converts a BatchNorm checkpoint to a state_dict for `model`, with a warm start.
 
     For each BatchNorm ``p`` of the original model, ``p.weight`` and ``p.bias`` are computed from all of
@@ -34,9 +37,12 @@ def convert_state_dict(state_dict: Mapping[str, Any], model: nn.Module) -> dict[
     names and values.
 
     Args:
-        state_dict: state_dict of the original model, with running statistics.
+        state_dict: state_dict of the original model, with running statistics; or a checkpoint that holds one,
+            also under names with the prefixes of wrappers, as ``pn-compile --arch`` takes them.
         model: the original model, from this or another checkpoint, converted by `transform` with
             ``warm_start="running_stats"``. It is left untouched.
+        key: the entry of a checkpoint that holds the weights, such as "state_dict_ema"; dots lead into nested
+            dictionaries, and to a prefix of names. By default averages come first.
 
     Returns:
         A state_dict for ``model.load_state_dict``.
@@ -50,8 +56,8 @@ def convert_state_dict(state_dict: Mapping[str, Any], model: nn.Module) -> dict[
         )
     table = [site for site in sites(model) if site.kind != "skipped"]
     _refuse_cold(table)
+    rest = _weights(state_dict, model, table, key)
     model = copy.deepcopy(model)
-    rest = dict(state_dict)
     for site in table:
         norm = _batch_norm(site, rest, model.get_submodule(site.name))
         new = cast("nn.GroupNorm | ProxyNormAct", model.get_submodule(site.name))
@@ -72,6 +78,21 @@ def convert_state_dict(state_dict: Mapping[str, Any], model: nn.Module) -> dict[
         for consumer, proxy_norm in _consumers(graph):
             compensate(consumer, proxy_norm)
     return dict(model.state_dict())
+
+
+def _weights(
+    checkpoint: Mapping[str, Any], model: nn.Module, table: list[Site], key: str | None
+) -> dict[str, Any]:
+    """The entries of the original network; those of `checkpoint` as they are if it lacks some."""
+    sites_of = {site.name for site in table}
+    others = {name for name in model.state_dict() if name.rpartition(".")[0] not in sites_of}
+    kept = {name for name in others if not name.endswith("bias")}  # a consumer's bias may be new
+    statistics = {f"{name}.{entry}" for name in sites_of for entry in _STATISTICS[:2]}
+    try:
+        found = state_for(checkpoint, kept | statistics, key)
+    except LoadError as error:
+        raise ConfigError(f"no state_dict to convert: {error}") from error
+    return dict(checkpoint) if found is None else found
 
 
 def _refuse_cold(table: list[Site]) -> None:

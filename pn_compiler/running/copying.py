@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.optim.swa_utils import AveragedModel
 
 from pn_compiler.base.errors import UnsupportedModelError, first_line
 from pn_compiler.inspection.batch_norms import is_batch_norm
@@ -16,7 +17,7 @@ from pn_compiler.running.evaluation import has_graph_for_each_mode
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The network inside torch.compile, DataParallel and DistributedDataParallel.
+    """The network inside torch.compile, DataParallel, DistributedDataParallel and AveragedModel.
 
     Raises:
         ConfigError: `model` is no module.
@@ -24,7 +25,7 @@ def unwrap(model: nn.Module) -> nn.Module:
     """
     check_module(model)
     refuse_uninitialised(model)
-    wrappers = (nn.DataParallel, nn.parallel.DistributedDataParallel)
+    wrappers = (nn.DataParallel, nn.parallel.DistributedDataParallel, AveragedModel)
     while True:
         inner = getattr(model, "_orig_mod", model.module if isinstance(model, wrappers) else None)
         if not isinstance(inner, nn.Module):

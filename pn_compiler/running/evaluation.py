@@ -2,6 +2,7 @@
 
 import abc
 import contextlib
+import inspect
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, TypeVar
@@ -35,8 +36,39 @@ class Shards(abc.ABC):
         """Applies `function` to the batches of each shard, in the place where they are."""
 
 
-def inputs_of(batch: Any) -> Inputs:
-    """The arguments in a batch: the first of (images, labels), all of a mapping by name, else the batch."""
+def with_inputs(batch: Any, model: nn.Module) -> Any:
+    """`batch` with its arguments as one Inputs, if the forward of `model` needs several and it holds them.
+
+    With two, (x, y), (x, y, labels), ((x, y), labels) and the same as lists do.
+    """
+    count = _needed(model)
+    if count < 2 or not isinstance(batch, tuple | list) or len(batch) < 2 or isinstance(batch[0], Inputs):
+        return batch
+    first = batch[0]
+    if isinstance(first, tuple | list) and len(first) == count:
+        return (Inputs(tuple(first)), *batch[1:])
+    if len(batch) < count:
+        return batch
+    inputs = Inputs(tuple(batch[:count]))
+    return (inputs, *batch[count:]) if len(batch) > count else inputs
+
+
+def _needed(model: nn.Module) -> int:
+    """How many arguments the forward of `model` cannot do without; 0 if that is not known."""
+    try:
+        parameters = inspect.signature(model.forward).parameters.values()
+    except (TypeError, ValueError):
+        return 0
+    by_place = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    return sum(p.kind in by_place and p.default is inspect.Parameter.empty for p in parameters)
+
+
+def inputs_of(batch: Any, model: nn.Module | None = None) -> Inputs:
+    """The arguments in a batch: those that `model` needs, of (images, labels) the first, all of a mapping by
+    name, else the batch.
+    """
+    if model is not None:
+        batch = with_inputs(batch, model)
     if isinstance(batch, tuple | list) and batch and isinstance(batch[0], Inputs):
         batch = batch[0]
     if isinstance(batch, Inputs):
@@ -86,7 +118,7 @@ def each_batch(model: nn.Module, batches: Iterable[Any], title: str) -> Iterator
     first = next(iter([*model.parameters(), *model.buffers()]), None)
     name = ""
     for number, batch in enumerate(track(batches, title), start=1):
-        name, inputs = f"batch {number}", inputs_of(batch)
+        name, inputs = f"batch {number}", inputs_of(batch, model)
         check_dense(inputs, name)
         if not all(bool(x.isfinite().all()) for x in inputs.tensors()):
             raise ConfigError(f"{name} holds values that are nan or infinite")

@@ -63,7 +63,7 @@ def outcomes(runs: Sequence[tuple[str, Sequence[str]]], folder: Path) -> Iterato
     waiting = list(runs)
     while waiting:
         lines: queue.Queue[str] = queue.Queue()
-        process = _start(folder, waiting, lines)
+        process = _start(folder, [*waiting], lines)  # read in a thread of its own
         while waiting:
             name, _ = waiting.pop(0)
             try:

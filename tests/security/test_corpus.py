@@ -9,13 +9,14 @@ import pytest
 
 from tests.security.archive_cases import archive_cases
 from tests.security.files import Case
+from tests.security.inert_cases import inert_cases
 from tests.security.pickle_cases import pickle_cases
 from tests.security.program_cases import program_cases
 from tests.security.sandbox import ROOT, outcomes
 
 
 def corpus() -> list[Case]:
-    return [*archive_cases(), *pickle_cases(), *program_cases()]
+    return [*archive_cases(), *pickle_cases(), *inert_cases(), *program_cases()]
 
 
 def write(case: Case, folder: Path) -> None:
