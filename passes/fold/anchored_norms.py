@@ -5,6 +5,7 @@ from torch import Tensor, fx, nn
 
 from pn_compiler.graph.aliases import find_aliases
 from pn_compiler.graph.graph_utils import module_calls, replace_module
+from pn_compiler.inspection.fake_tensors import has_values
 from pn_compiler.nn import AnchoredNorm, ConstantAffine, FoldedNorm
 from pn_compiler.passes.absorption import put_before
 
@@ -39,7 +40,7 @@ def _fold_rms(
     assert mean is not None
     repeats = norm.num_channels // norm.num_groups
     mean = mean.repeat_interleave(repeats)
-    if (anchor == 1).all():
+    if has_values(anchor) and (anchor == 1).all():
         scale = norm.weight.double() / (var + norm.eps).sqrt().repeat_interleave(repeats)
         shift = norm.bias.double() - mean * scale
         if movable and put_before(gm, calls[0], scale, shift):
@@ -48,7 +49,7 @@ def _fold_rms(
         else:
             replace_module(gm, path, ConstantAffine(scale.to(norm.weight.dtype), shift.to(norm.weight.dtype)))
         return
-    if not mean.any() or (movable and put_before(gm, calls[0], torch.ones_like(mean), -mean)):
+    if (has_values(mean) and not mean.any()) or (movable and put_before(gm, calls[0], torch.ones_like(mean), -mean)):
         mean = None
     replace_module(gm, path, _folded(norm, mean, centered=False))
 
@@ -57,7 +58,7 @@ def _folded_anchored(norm: AnchoredNorm) -> nn.GroupNorm | FoldedNorm:
     """A plain GroupNorm, if one epsilon will do for all groups."""
     var, anchor, _ = norm.constants()
     eps = (anchor * var + norm.eps) / (1 - anchor)
-    if not (anchor < 1).all() or not (eps == eps[0]).all():
+    if not has_values(eps) or not (anchor < 1).all() or not (eps == eps[0]).all():
         return _folded(norm, None, centered=True)
     new = nn.GroupNorm(
         norm.num_groups, norm.num_channels, float(eps[0]), device=norm.weight.device, dtype=norm.weight.dtype
@@ -75,7 +76,7 @@ def _folded(norm: AnchoredNorm, shift: Tensor | None, *, centered: bool) -> Fold
     var, anchor, _ = norm.constants()
     share: Tensor | None = 1 - anchor
     eps, weight = anchor * var + norm.eps, norm.weight.double()
-    if (anchor < 1).all():
+    if not has_values(anchor) or (anchor < 1).all():
         assert share is not None
         weight = weight / share.sqrt().repeat_interleave(norm.num_channels // norm.num_groups)
         eps, share = eps / share, None
