@@ -113,7 +113,7 @@ def test_deepcopy_pickle_and_state_dict_round_trip() -> None:
         assert pn_compiler.sites(again) == pn_compiler.sites(converted)
         assert not again.training
         assert_same_outputs(pn_compiler.fold(again)(IMAGES), expected)
-    other = pn_compiler.transform(conv_net(), warm_start="none")
+    other = pn_compiler.transform(conv_net(), norm="rms", warm_start="none")
     # a warm start adds biases where consumers had none: here every consumer has one
     other.load_state_dict(converted.state_dict())
     assert torch.equal(other(IMAGES), expected)

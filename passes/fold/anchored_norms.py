@@ -49,7 +49,8 @@ def _fold_rms(
         else:
             replace_module(gm, path, ConstantAffine(scale.to(norm.weight.dtype), shift.to(norm.weight.dtype)))
         return
-    if (has_values(mean) and not mean.any()) or (movable and put_before(gm, calls[0], torch.ones_like(mean), -mean)):
+    is_zero = has_values(mean) and not mean.any()
+    if is_zero or (movable and put_before(gm, calls[0], torch.ones_like(mean), -mean)):
         mean = None
     replace_module(gm, path, _folded(norm, mean, centered=False))
 

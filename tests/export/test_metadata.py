@@ -37,7 +37,7 @@ def network() -> nn.Module:
 
 
 def compiled(folder: Path, **options: Any) -> onnx.ModelProto:
-    pn_compiler.compile(network(), folder / "m.onnx", X, **options)
+    pn_compiler.compile(network(), folder / "m.onnx", X, norm="layer", **options)
     return onnx.load(folder / "m.onnx")
 
 

@@ -51,7 +51,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPa
 def test_what_a_target_gets(
     tmp_path: Path, target: Any, opset: int, has: dict[str, int], has_not: set[str]
 ) -> None:
-    report = pn_compiler.compile(network(), tmp_path / "m.onnx", IMAGES, target=target)
+    report = pn_compiler.compile(network(), tmp_path / "m.onnx", IMAGES, norm="layer", target=target)
     assert (report.target, report.opset_version) == (target, opset)
     assert {name: report.operators_after[name] for name in has} == has
     assert not has_not & report.operators_after.keys()
@@ -62,7 +62,7 @@ def test_what_a_target_gets(
     proto = onnx.load(tmp_path / "m.onnx")
     if target != "ort-cpu":  # which the reference evaluator does not know
         with torch.no_grad():
-            expected = pn_compiler.transform(network(), IMAGES).eval()(IMAGES).numpy()
+            expected = pn_compiler.transform(network(), IMAGES, norm="layer").eval()(IMAGES).numpy()
         (actual,) = ReferenceEvaluator(proto).run(None, {proto.graph.input[0].name: IMAGES.numpy()})
         assert relative_error(actual, expected) < 1e-4
 

@@ -70,7 +70,7 @@ def test_nothing_of_proxy_normalization_remains(tmp_path: Path, activation: nn.M
     net = network(activation)
     pn_compiler.export_onnx(with_group_norm(net), tmp_path / "plain.onnx", IMAGES)
     for warm_start in ("auto", "none"):
-        report = pn_compiler.compile(net, tmp_path / "m.onnx", IMAGES, warm_start=warm_start)
+        report = pn_compiler.compile(net, tmp_path / "m.onnx", IMAGES, norm="layer", warm_start=warm_start)
         assert [site.kind for site in report.sites] == ["pn", "pn"]
         assert operators(tmp_path / "m.onnx") == operators(tmp_path / "plain.onnx")
         assert operators(tmp_path / "m.onnx")["Shape"] == 0
@@ -79,7 +79,7 @@ def test_nothing_of_proxy_normalization_remains(tmp_path: Path, activation: nn.M
 
 
 def test_report_is_complete_and_json(tmp_path: Path) -> None:
-    report = pn_compiler.compile(network(), tmp_path / "m.onnx", input_shape=(1, 3, 8, 8))
+    report = pn_compiler.compile(network(), tmp_path / "m.onnx", input_shape=(1, 3, 8, 8), norm="layer")
     content = json.loads(report.to_json())
     assert content["operators_before"]["BatchNorm2d"] == 2
     assert content["operators_after"]["InstanceNormalization"] == 2

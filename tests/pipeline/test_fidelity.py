@@ -47,7 +47,7 @@ def test_distances_are_those_of_the_formulas() -> None:
 @torch.no_grad()
 def test_each_site_is_measured_on_its_own_input() -> None:
     model = classifier()
-    converted = pn_compiler.transform(model, X)
+    converted = pn_compiler.transform(model, X, norm="layer")
     errors = {site.name: site.error for site in pn_compiler.sites(converted)}
     for name in ("1", "4"):
         x = model[: int(name)](X)  # type: ignore[index]
@@ -104,13 +104,14 @@ def test_the_last_lines_state_both_errors(tmp_path: Path, capsys: pytest.Capture
     report = tmp_path / "r.json"
     arguments = [str(tmp_path / "m.pt"), "-o", str(tmp_path / "m.onnx"), "--input-shape", "1,3,8,8"]
     assert cli.main([*arguments, "--report", str(report)]) == cli.DONE
-    *_, moved, verified, advice = capsys.readouterr().out.splitlines()
-    assert moved.startswith("conversion  outputs moved by ")
+    lines = {line.split()[0]: line for line in capsys.readouterr().out.splitlines()}
+    moved, verified, advice = (lines[label] for label in ("fidelity", "verified", "next"))
+    assert moved.startswith("fidelity    to the original: outputs moved by ")
     assert "KL divergence" in moved
     assert "most enters at" in moved
     assert verified.startswith("verified    largest error ")
     assert advice.startswith(
-        "next        this says nothing about accuracy, of which real networks lose 0 to 8 points"
+        "next        this says nothing about accuracy, of which real networks lose at most 1 point"
     )
     assert "--calibrate DATA --distill 200" in advice
     content = json.loads(report.read_text())
@@ -220,12 +221,13 @@ def test_the_distance_is_that_of_the_worst_output(form: Callable[[Tensor], Any])
 @torch.no_grad()
 def test_whole_numbers_are_counted(form: Callable[[Tensor], Tensor], name: str, tmp_path: Path) -> None:
     model = Shaped(form)
-    found = measure(model, pn_compiler.transform(model, X), [X[:4], X[4:]])
-    same = (model(X) == pn_compiler.transform(model, X).eval()(X)).double().mean()
+    converted = pn_compiler.transform(model, X, norm="layer").eval()
+    found = measure(model, converted, [X[:4], X[4:]])
+    same = (model(X) == converted(X)).double().mean()
     assert found.relative_l2 is None
     assert found.unchanged == pytest.approx(float(same))
     assert 0.5 < found.unchanged < 1
-    report = pn_compiler.compile(model, tmp_path / "m.onnx", X)
+    report = pn_compiler.compile(model, tmp_path / "m.onnx", X, norm="layer")
     assert f"{100 * found.unchanged:.1f} % of the whole numbers stay the same" in str(report)
     assert report.outputs[0]["dtype"].startswith(name)
 
@@ -234,7 +236,7 @@ def test_whole_numbers_are_counted(form: Callable[[Tensor], Tensor], name: str, 
 def test_outputs_that_cannot_be_compared_are_named() -> None:
     """As boxes, of which there are other numbers after a conversion."""
     model = Shaped(lambda y: {"boxes": y[y > 0.1], "maps": y})
-    found = measure(model, pn_compiler.transform(model, leaves=["conv"]), [X])
+    found = measure(model, pn_compiler.transform(model, norm="layer", leaves=["conv"]), [X])
     assert found.not_compared == ("output['boxes']",)
     assert "output['boxes']" in str(found)
     assert found.relative_l2 is not None

@@ -340,7 +340,18 @@ def test_the_command_calibrates_and_distills(tmp_path, capsys) -> None:
     torch.save(model, tmp_path / "model.pt")
     np.save(tmp_path / "data.npy", x.numpy())
     paths = [str(tmp_path / name) for name in ("model.pt", "out.onnx", "report.json", "data.npy")]
-    arguments = [paths[0], "-o", paths[1], "--report", paths[2], "--calibrate", paths[3], "--distill", "5"]
+    arguments = [
+        paths[0],
+        "-o",
+        paths[1],
+        "--report",
+        paths[2],
+        "--calibrate",
+        paths[3],
+        "--distill",
+        "5",
+        "-v",
+    ]
     assert main(arguments) == 0
     printed = capsys.readouterr().out
     assert "residual" in printed.splitlines()[0]
@@ -381,7 +392,7 @@ def test_the_command_makes_statistics_constants(tmp_path, capsys) -> None:
         "--report",
         str(tmp_path / "r.json"),
     ]
-    command += ["--calibrate", str(tmp_path / "data.npy")]
+    command += ["--calibrate", str(tmp_path / "data.npy"), "-v"]
     for option, budget in (("--static-statistics=all", None), ("--static-statistics", 0.01)):
         assert main([*command, option]) == 0
         printed = capsys.readouterr().out
