@@ -124,7 +124,8 @@ def distill(
     KL divergence (at temperature 1), and only if no fewer samples than at the beginning have the teacher's
     class; for other outputs the relative L2 distance. If the distance rises to twice its initial value, or
     exceeds that value at two evaluations in a row without falling, training rolls back to the best state and
-    continues at a quarter of the learning rate. A loss or gradient that is nan or infinite stops the training.
+    continues at a quarter of the learning rate. A loss or gradient that is nan or infinite stops the
+    training.
 
     The first `max_samples` samples of `batches` are held in memory, up to 1 GB. A random part of them is held
     out; the rest are shuffled into batches of `batch_size`, again and again. So `batches` is read only once,
@@ -142,7 +143,8 @@ def distill(
         batch_size: samples per step.
         lr: Adam's highest learning rate. It rises in the first tenth of the steps, at most 20, and falls to
             zero along a cosine. If there are BatchNorms to learn from, it is that of a parameter with a root
-            mean square of 0.1; others have theirs in proportion, so that all change by the same share.
+            mean square of 0.1; others have theirs in proportion, so that all change by the same share. A
+            model that is nearly right at the start has lower ones: docs/distillation.md.
         seed: for the held-out split, the order of samples, and torch's random numbers while the batches are
             read. On a CPU with the same number of threads the result is bit-for-bit the same; torch's own
             random state is left as it was.

@@ -31,6 +31,7 @@ _LEAST_SIZES = (0.1, 0.01)  # of parameters with one value a channel, which may 
 BACKOFF = 0.25  # factor on the learning rate at each rollback
 WARM_UP = 0.1  # share of the steps, and at most 20, in which the learning rate rises to its highest
 _MOST_WARM_UP = 20
+_FAR = 0.1  # initial distance of the sites from which on the learning rate is not reduced
 _PIECE = 2**20  # values of inputs that run at once: four images of 224 pixels, of which 20 MB at a site
 _KIND = "pn_compiler.distill, version 4"
 
@@ -51,7 +52,8 @@ class Trainer:
         sites: the sites to match besides; false if there are none.
         output_share: weight of the loss, relative to its initial value, beside the distance of the sites.
         lr: the highest learning rate. It is reached in a short warm-up and falls to zero along a cosine. To
-            match sites it is that of a parameter of root mean square 0.1; others have theirs in proportion.
+            match sites it is that of a parameter of root mean square 0.1, in a student that is far from
+            them; others have theirs in proportion.
         logits: which outputs `agreement` compares.
         seed: of torch's random numbers, for a student that draws some.
         batches: the samples of each step.
@@ -91,6 +93,7 @@ class Trainer:
         self._batches, self._held_out = batches, held_out
         self._parameters = [p for p in student.parameters() if p.requires_grad]
         self._targets = SiteTargets(sites, samples, batches)
+        self._lr *= self._caution()
         self._factors = [self._factor(p) for p in self._parameters]
         self._optimizer = self._adam()
         self._best = self._copies()
@@ -151,6 +154,23 @@ class Trainer:
             {"params": [p], "factor": factor}
             for p, factor in zip(self._parameters, self._factors, strict=True)
         ])  # fmt: skip
+
+    @torch.no_grad()
+    def _caution(self) -> float:
+        """Share of the learning rate that the sites of the initial student need.
+
+        Steps that bring a LayerNorm nearer throw off a network that is nearly right: docs/distillation.md.
+        """
+        if not self._sites or not self._batches:
+            return 1.0
+        total = 0.0
+        for rows in self._pieces(self._batches[0]):
+            self._targets.load(rows)
+            with self._sites.comparing():
+                run(self._student, self._samples.inputs(rows.tolist()), "a batch for the student")
+            distance = self._sites.distance()
+            total += math.inf if distance is None else float(distance) * len(rows)
+        return min(1.0, total / len(self._batches[0]) / _FAR) if math.isfinite(total) else 1.0
 
     def _factor(self, parameter: Tensor) -> float:
         """Of its learning rate: what an optimizer step changes is the same share of every parameter."""

@@ -11,6 +11,8 @@ import pn_compiler
 from pn_compiler import distill, output_loss
 from pn_compiler.recovery import trainer
 from pn_compiler.recovery.eval_result import EvalResult
+from pn_compiler.recovery.site_matching import SiteMatching
+from pn_compiler.running.inputs import Inputs
 from pn_compiler.testing import randomize_batch_norms
 
 
@@ -27,7 +29,7 @@ def images(count: int) -> Tensor:
     return torch.randn(count, 3, 9, 9, generator=torch.Generator().manual_seed(1))
 
 
-def rates(monkeypatch: pytest.MonkeyPatch, steps: int) -> list[float]:
+def rates(monkeypatch: pytest.MonkeyPatch, steps: int, lr: float = 1e-6, **options: float) -> list[float]:
     """The learning rate of each step."""
     found = []
     rate = trainer.Trainer._rate
@@ -38,8 +40,18 @@ def rates(monkeypatch: pytest.MonkeyPatch, steps: int) -> list[float]:
 
     monkeypatch.setattr(trainer.Trainer, "_rate", noted)
     net = network()
-    distill(pn_compiler.transform(net, norm="layer"), net, images(20), steps=steps, lr=1e-6)
+    start = pn_compiler.transform(net, **{"norm": "layer", **options})
+    distill(start, net, images(20), steps=steps, lr=lr, batch_size=16)
     return found
+
+
+def initial_distance(student: nn.Module, net: nn.Module, x: Tensor) -> float:
+    """Of the sites."""
+    sites = SiteMatching(student.eval(), net)
+    sites.observe_teacher(Inputs((x,)))
+    with torch.no_grad(), sites.comparing():
+        student(x)
+    return float(sites.distance())
 
 
 @pytest.mark.parametrize(("steps", "rises"), [(1, 1), (9, 1), (30, 3), (300, 20)])
@@ -50,6 +62,18 @@ def test_the_rate_rises_for_a_tenth_of_the_steps_and_then_falls(
     cosine = [1e-6 * (1 + math.cos(math.pi * step / steps)) / 2 for step in range(steps)]
     expected = [value * min(1, (step + 1) / rises) for step, value in enumerate(cosine)]
     assert found == pytest.approx(expected, rel=1e-12)
+
+
+def test_a_network_that_is_nearly_right_learns_slowly(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In proportion to the distance of its sites."""
+    net = network()
+    shares = []
+    for anchor in (0.5, 0.9, 1.0):
+        found = rates(monkeypatch, 1, norm="rms", anchor=anchor)
+        distance = initial_distance(pn_compiler.transform(net, norm="rms", anchor=anchor), net, images(20))
+        assert found[0] == pytest.approx(1e-6 * min(1.0, distance / 0.1), rel=0.5, abs=1e-12)
+        shares.append(found[0] / 1e-6)
+    assert 1 >= shares[0] > 3 * shares[1] > 3 * shares[2]
 
 
 def test_a_parameter_learns_in_proportion_to_its_size() -> None:
