@@ -243,9 +243,9 @@ _BOUNDS = {
 class DistillConfig:
     """Options of `pn_compiler.distill` that are numbers or choices; see there for their meaning."""
 
-    steps: int = dataclasses.field(default=200, metadata=about("of the optimizer; 0 only measures", flag=""))
+    steps: int = dataclasses.field(default=150, metadata=about("of the optimizer; 0 only measures", flag=""))
     batch_size: int = dataclasses.field(default=16, metadata=about("samples in a step", flag=""))
-    lr: float = dataclasses.field(default=5e-4, metadata=about("learning rate at the first step", flag=""))
+    lr: float = dataclasses.field(default=5e-4, metadata=about("the highest learning rate", flag=""))
     seed: int = dataclasses.field(
         default=0, metadata=about("of the held-out part and the order of samples", flag="")
     )

@@ -15,9 +15,11 @@ from pn_compiler.running.evaluation import run
 from pn_compiler.running.inputs import Inputs
 from pn_compiler.running.losses import agreement, distance, named_outputs
 
-BATCH_SIZE = 16
+BATCH_SIZE = 16  # of what is not trained on
+STEP_SIZE = 8  # samples
 EVALUATE_EVERY = 16  # steps
-RATE = 5e-3  # of Adam at the first step, relative to the weights of a site
+RATE = 4e-3  # Adam's highest, relative to the weights of a site
+WARM_UP = 0.125  # share of the steps in which the rate rises to its highest
 HELD_OUT = 0.25
 _EXACT = 1e-12  # a distance that leaves nothing to learn
 _FEWEST_TO_SPARE = 32  # samples; of fewer, none are held out
@@ -65,7 +67,7 @@ class AffineFit:
         every = torch.arange(len(samples))
         spare = len(samples) >= _FEWEST_TO_SPARE
         held, self._train = samples.divide(HELD_OUT, self._generator) if spare else (every, every)
-        self._size = min(size, len(self._train))
+        self._size = min(1 if samples.whole else STEP_SIZE, len(self._train))
         self._held_out = [samples.inputs(rows.tolist()) for rows in torch.split(held, size)]
         self._expected = [run(teacher, inputs.map(torch.clone), "a batch") for inputs in self._held_out]
         self._best = values_of(norms)
@@ -89,17 +91,21 @@ class AffineFit:
         if not self._sites or self._score.distance <= _EXACT:
             return
         with _trainable(self._norms):
-            optimizer, factor = self._adam(), 1.0
+            optimizer, factor, restart = self._adam(), RATE, 0
             for step in range(steps):
+                share = min(
+                    1.0, (step - restart + 1) / (WARM_UP * steps)
+                )  # Adam's first steps are the longest
+                share *= (1 + math.cos(math.pi * step / steps)) / 2
                 for group in optimizer.param_groups:
-                    group["lr"] = factor * RATE * group["scale"] * (1 + math.cos(math.pi * step / steps)) / 2
+                    group["lr"] = factor * share * group["scale"]
                 if not self._step(optimizer):
                     break
                 if (step + 1) % EVALUATE_EVERY and step + 1 < steps:
                     continue
                 if not self.propose(values_of(self._norms)).distance <= self._start.distance:
                     put(self._norms, self._best)
-                    optimizer, factor = self._adam(), factor / 4
+                    optimizer, factor, restart = self._adam(), factor / 4, step + 1
         put(self._norms, self._best)
 
     def _adam(self) -> torch.optim.Adam:

@@ -32,7 +32,8 @@ from pn_compiler.running.losses import named_outputs
 
 MOST_SAMPLES = 256  # that are trained on and held out
 FIT_SAMPLES = 64  # for the least squares and the residuals: more change little, and take time
-STEPS = 48
+MOST_PIXELS = 1024  # of a channel of a sample, for the same
+STEPS = 64
 
 
 def calibrate_prepared(
@@ -148,7 +149,7 @@ def _survey(teacher: nn.Module, sites: Norms, samples: Samples) -> dict[str, Cha
         n = normalize(norm, args[0])
         if not (n.isfinite().all() and output.isfinite().all()):
             raise ConfigError(f"the calibration data makes values that are nan or infinite at {name}")
-        fits.setdefault(name, ChannelFit()).add(n, output)
+        fits.setdefault(name, ChannelFit()).add(_thinned(n), _thinned(output))
 
     with contextlib.ExitStack() as stack:
         for name in sites:
@@ -171,8 +172,19 @@ def _compare(
         actual = _observed(student, names, inputs, name)
         for place, target in expected.items():
             if place in actual and actual[place].shape == target.shape:
-                fits[_owner(place)].add(actual[place], target)
+                fits[_owner(place)].add(_thinned(actual[place]), _thinned(target))
     return fits
+
+
+def _thinned(x: Tensor) -> Tensor:
+    """Large maps [N, C, *] with every third, fifth, ... row and column: the others say the same.
+
+    The step is odd, so that it meets every phase of a pattern that upsampling has left.
+    """
+    rank, step = x.dim() - 2, 1
+    while rank and x.shape[2:].numel() > MOST_PIXELS * step**rank:
+        step += 2
+    return x[(slice(None), slice(None), *[slice(None, None, step)] * rank)]
 
 
 def _observed(model: nn.Module, sites: Iterable[str], inputs: Inputs, name: str) -> dict[str, Tensor]:

@@ -18,6 +18,7 @@ from pn_compiler.base.options import pick
 from pn_compiler.base.strict_json import to_json
 from pn_compiler.data.metric import Metric
 from pn_compiler.data.samples import Outputs, Samples, digest
+from pn_compiler.recovery.fast_norm import fast_norms
 from pn_compiler.recovery.memory_layout import channels_last
 from pn_compiler.recovery.site_matching import SiteMatching
 from pn_compiler.recovery.trainer import Checkpoint, Loss, Trainer
@@ -121,9 +122,10 @@ def distill(
     first step, after every 25th and after the last one, the model is compared with the teacher on held-out
     samples. The result is the state with the lowest distance, which may be the initial one: for logits the
     KL divergence (at temperature 1), and only if no fewer samples than at the beginning have the teacher's
-    class; for other outputs the relative L2 distance. If the distance rises above its initial value, training
-    rolls back to the best state and continues at a quarter of the learning rate. A loss or gradient that is
-    nan or infinite stops the training.
+    class; for other outputs the relative L2 distance. If the distance rises to twice its initial value, or
+    exceeds that value at two evaluations in a row without falling, training rolls back to the best state and
+    continues at a quarter of the learning rate. A loss or gradient that is nan or infinite stops the
+    training.
 
     The first `max_samples` samples of `batches` are held in memory, up to 1 GB. A random part of them is held
     out; the rest are shuffled into batches of `batch_size`, again and again. So `batches` is read only once,
@@ -139,8 +141,10 @@ def distill(
         batches: an iterable of batches, such as a DataLoader or a list, or one tensor; as for `diagnose`.
         steps: number of optimizer steps; 0 only measures.
         batch_size: samples per step.
-        lr: Adam's learning rate at the first step; it falls to zero along a cosine. For parameters with at
-            most one value a channel it is five times as high, if there are BatchNorms to learn from.
+        lr: Adam's highest learning rate. It rises in the first tenth of the steps, at most 20, and falls to
+            zero along a cosine. If there are BatchNorms to learn from, it is that of a parameter with a root
+            mean square of 0.1; others have theirs in proportion, so that all change by the same share. A
+            model that is nearly right at the start has lower ones: docs/distillation.md.
         seed: for the held-out split, the order of samples, and torch's random numbers while the batches are
             read. On a CPU with the same number of threads the result is bit-for-bit the same; torch's own
             random state is left as it was.
@@ -178,7 +182,7 @@ def distill(
     file = None if checkpoint is None else Checkpoint(Path(checkpoint))
     student, teacher = copy_model(unwrap(model)), unwrap(teacher)
     _refuse(student)
-    with channels_last(teacher, student), untouched(teacher), untouched(student):  # in this order
+    with channels_last(teacher, student), untouched(teacher), untouched(student), fast_norms(student):
         torch.manual_seed(seed)
         samples = Samples.read(batches, teacher, max_samples, labelled=metric is not None)
         measure = None if metric is None else Metric(metric, samples)

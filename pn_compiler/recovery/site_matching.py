@@ -18,7 +18,7 @@ from pn_compiler.running.evaluation import run
 from pn_compiler.running.inputs import Inputs
 
 _FEWEST_ENDS = 0.25  # share of sites without an activation, to do without the others
-_Target = tuple[Tensor, float]  # what a BatchNorm gives, and its variance
+Target = tuple[Tensor, float]  # what a BatchNorm gives, and its variance
 
 
 class SiteMatching:
@@ -30,6 +30,9 @@ class SiteMatching:
     Args:
         student: a network whose sites give what the BatchNorms give, as after a warm start, or nearly.
         teacher: the network that was converted. It is run in its current mode.
+
+    Attributes:
+        targets: of each call of each site, in order, for the next comparison.
     """
 
     def __init__(self, student: nn.Module, teacher: nn.Module) -> None:
@@ -48,7 +51,7 @@ class SiteMatching:
         self._pairs = ends if len(ends) >= _FEWEST_ENDS * len(pairs) else pairs
         # What a site hands on is scaled, which its consumers have absorbed with the initial scale.
         self._scales = [_scale(site) for site, _ in self._pairs]
-        self._targets: list[list[_Target]] = []  # of each call of each site, in order
+        self.targets: list[list[Target]] = []
         self._distances: list[Tensor] = []
 
     def __bool__(self) -> bool:
@@ -56,9 +59,9 @@ class SiteMatching:
 
     def observe_teacher(self, inputs: Inputs) -> None:
         """Runs the teacher on `inputs`, and keeps what its BatchNorms give."""
-        self._targets = [[] for _ in self._pairs]
+        self.targets = [[] for _ in self._pairs]
         with torch.no_grad(), contextlib.ExitStack() as stack:
-            for targets, (_, norm) in zip(self._targets, self._pairs, strict=True):
+            for targets, (_, norm) in zip(self.targets, self._pairs, strict=True):
                 hook = norm.register_forward_pre_hook(functools.partial(_keep, targets), with_kwargs=True)
                 stack.callback(hook.remove)
             run(self._teacher, inputs, "a batch for the teacher")
@@ -68,7 +71,7 @@ class SiteMatching:
         """Compares what the student gives for the same inputs, when it is run."""
         self._distances = []
         with contextlib.ExitStack() as stack:
-            for (site, _), targets, scale in zip(self._pairs, self._targets, self._scales, strict=True):
+            for (site, _), targets, scale in zip(self._pairs, self.targets, self._scales, strict=True):
                 compare = functools.partial(self._compare, targets, scale)
                 reader = _reader(site)
                 if reader is None:
@@ -77,13 +80,13 @@ class SiteMatching:
                     hook = reader.register_forward_pre_hook(functools.partial(_pass_input, compare))
                 stack.callback(hook.remove)
             yield
-        self._targets = []
+        self.targets = []
 
     def distance(self) -> Tensor | None:
         """Mean over all calls of |s - t|^2 / |t - mean(t)|^2, with t what the BatchNorm gives, s the site."""
         return torch.stack(self._distances).mean() if self._distances else None
 
-    def _compare(self, targets: list[_Target], scale: Tensor | None, actual: Tensor) -> None:
+    def _compare(self, targets: list[Target], scale: Tensor | None, actual: Tensor) -> None:
         # The moments of an activation call it, too; and the student may take another branch than the teacher.
         if not targets or actual.shape != targets[0][0].shape:
             return
@@ -91,7 +94,7 @@ class SiteMatching:
         if 0 < variance < math.inf:
             # Neither division nor subtraction keeps `actual`, which an activation may overwrite.
             values = actual if scale is None else actual / per_channel(scale, actual)
-            self._distances.append((values - expected).square().mean() / variance)
+            self._distances.append((values - expected.to(values.dtype)).square().mean() / variance)
 
 
 def _reader(site: nn.Module) -> nn.Module | None:
@@ -109,7 +112,7 @@ def _scale(site: nn.Module) -> Tensor | None:
     return cast("ProxyNormAct", site).scale_and_shift()[0] if scaled else None
 
 
-def _keep(targets: list[_Target], norm: _BatchNorm, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+def _keep(targets: list[Target], norm: _BatchNorm, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """The module itself may do more than normalize."""
     x = next(iter((*args, *kwargs.values())))
     expected = F.batch_norm(

@@ -3,7 +3,6 @@
 import dataclasses
 import io
 import math
-import operator
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -17,7 +16,9 @@ from pn_compiler.base.errors import ConfigError, LoadError
 from pn_compiler.base.progress import bar
 from pn_compiler.data.metric import Metric
 from pn_compiler.data.samples import Outputs, Samples, digest
+from pn_compiler.recovery.eval_result import EvalResult, mean_result
 from pn_compiler.recovery.site_matching import SiteMatching
+from pn_compiler.recovery.site_targets import SiteTargets
 from pn_compiler.running.evaluation import run
 from pn_compiler.running.losses import Logits, agreement, distance, divergence
 
@@ -25,64 +26,22 @@ Loss = Callable[[Any, Any], Tensor]  # (student's outputs, teacher's outputs) ->
 
 EVALUATE_EVERY = 25  # steps
 SAVE_EVERY = 5.0  # seconds
-AFFINE_RATE = 5.0  # factor on the learning rate of parameters with one value a channel, to match sites
+_SIZE = 0.1  # root mean square of a parameter that learns at the learning rate itself, to match sites
+_LEAST_SIZES = (0.1, 0.01)  # of parameters with one value a channel, which may start as zeros; of others
 BACKOFF = 0.25  # factor on the learning rate at each rollback
-_KIND = "pn_compiler.distill, version 3"
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class EvalResult:
-    """How well the student does on the held-out samples.
-
-    Attributes:
-        step: the step after which it was evaluated.
-        loss: mean over the samples of the loss that is trained on.
-        agreement: share of samples, or of their pixels, where student and teacher predict the same class;
-            None without logits.
-        divergence: that of the logits in nats, at temperature 1; None without logits.
-        distance: the divergence, and the relative L2 distance of outputs that are not logits.
-        watched: the distance with maps that may hold logits taken for logits; 0 if it is said what they are.
-        metric: the user's, higher is better; None without one. It decides first.
-    """
-
-    step: int
-    loss: float
-    agreement: float | None
-    divergence: float | None
-    distance: float
-    watched: float
-    metric: float | None = None
-
-    def better_than(self, best: "EvalResult", start: "EvalResult", *, by_loss: bool) -> bool:
-        """Whether it replaces the best one so far: nearer to the teacher, and in no respect below the start.
-
-        Args:
-            best, start: the best evaluation, and the initial one.
-            by_loss: whether the loss decides alone, as the user's own does.
-        """
-        if self.metric is not None and best.metric is not None and self.metric != best.metric:
-            return self.metric > best.metric
-        if by_loss:
-            return self.loss < best.loss
-        if self.agreement is not None and start.agreement is not None and self.agreement < start.agreement:
-            return False
-        return self.distance < best.distance and self.watched <= start.watched
-
-    def worse_than(self, start: "EvalResult", *, by_loss: bool) -> bool:
-        """Whether the steps were too long, which a few samples of another class do not show."""
-        if self.metric is not None and start.metric is not None:
-            return not self.metric >= start.metric  # nan is worse, too
-        if by_loss:
-            return self.loss > start.loss
-        return self.distance > start.distance or self.watched > start.watched
+WARM_UP = 0.1  # share of the steps, and at most 20, in which the learning rate rises to its highest
+_MOST_WARM_UP = 20
+_FAR = 0.1  # initial distance of the sites from which on the learning rate is not reduced
+_PIECE = 2**20  # values of inputs that run at once: four images of 224 pixels, of which 20 MB at a site
+_KIND = "pn_compiler.distill, version 4"
 
 
 class Trainer:
     """Trains the student with Adam and keeps its best state.
 
     It learns from the outputs of its teacher and, where it was converted from that, from its BatchNorms. If
-    an evaluation is worse than the initial one, the steps are too long: the trainer rolls back to the best
-    state and continues with a new Adam at a quarter of the learning rate.
+    an evaluation is far worse than the initial one, or two in a row are worse, the steps are too long: the
+    trainer rolls back to the best state and continues with a new Adam at a quarter of the learning rate.
 
     Args:
         student: trained in place, in its current mode.
@@ -92,7 +51,9 @@ class Trainer:
         metric: what decides before all of them; or None.
         sites: the sites to match besides; false if there are none.
         output_share: weight of the loss, relative to its initial value, beside the distance of the sites.
-        lr: initial learning rate; it falls to zero along a cosine.
+        lr: the highest learning rate. It is reached in a short warm-up and falls to zero along a cosine. To
+            match sites it is that of a parameter of root mean square 0.1, in a student that is far from
+            them; others have theirs in proportion.
         logits: which outputs `agreement` compares.
         seed: of torch's random numbers, for a student that draws some.
         batches: the samples of each step.
@@ -131,10 +92,14 @@ class Trainer:
         self._metric, self._lr, self._logits, self._seed = metric, lr, logits, seed
         self._batches, self._held_out = batches, held_out
         self._parameters = [p for p in student.parameters() if p.requires_grad]
+        self._targets = SiteTargets(sites, samples, batches)
+        self._lr *= self._caution()
+        self._factors = [self._factor(p) for p in self._parameters]
         self._optimizer = self._adam()
         self._best = self._copies()
+        self._restart = 0  # the step at which the optimizer was new
         self.step, self.rollbacks, self.seconds, self.stopped = 0, 0, 0.0, ""
-        self.start = self.result = self._evaluate()
+        self.start = self.result = self._previous = self._evaluate()
         if not math.isfinite(self.start.loss):
             raise ConfigError("the loss is nan or infinite before the first step: so are the model's outputs")
         if metric is not None and not math.isfinite(self.start.metric or 0.0):
@@ -160,16 +125,14 @@ class Trainer:
         torch.manual_seed(self._seed + number)  # so that a resumed run draws the same numbers
         self._optimizer.zero_grad()
         with torch.enable_grad():
-            loss = self._training_loss(self._batches[self.step])
-            if not loss.requires_grad:
-                raise ConfigError("the loss does not depend on any parameter that requires gradients")
-            torch.autograd.backward(loss)
+            loss = self._add_gradients(self._batches[self.step])
         norm = nn.utils.get_total_norm(p.grad for p in self._parameters if p.grad is not None)
         if not (loss.isfinite() and norm.isfinite()):
             self.stopped = f"loss or gradient of step {number} is nan or infinite"
             return
+        rate = self._rate()
         for group in self._optimizer.param_groups:
-            group["lr"] = self._rate() * group["factor"]
+            group["lr"] = rate * group["factor"]
         self._optimizer.step()
         self.step = number
         if number % EVALUATE_EVERY and number < len(self._batches):
@@ -179,29 +142,73 @@ class Trainer:
             self.stopped = f"the held-out loss is nan or infinite after step {number}"
         elif evaluated.better_than(self.result, self.start, by_loss=self._by_loss):
             self.result, self._best = evaluated, self._copies()
-        elif evaluated.worse_than(self.start, by_loss=self._by_loss):
+        elif evaluated.calls_for_rollback(self._previous, self.start, by_loss=self._by_loss):
             self.rollbacks += 1
+            self._restart = number
             self._assign(self._best)
             self._optimizer = self._adam()
+        self._previous = evaluated
 
     def _adam(self) -> torch.optim.Adam:
-        kernels = [p for p in self._parameters if p.ndim > 1]
-        others = [p for p in self._parameters if p.ndim <= 1]
-        groups = [
-            {"params": kernels, "factor": 1.0},
-            {"params": others, "factor": AFFINE_RATE if self._sites else 1.0},
-        ]
-        return torch.optim.Adam([group for group in groups if group["params"]])
+        return torch.optim.Adam([
+            {"params": [p], "factor": factor}
+            for p, factor in zip(self._parameters, self._factors, strict=True)
+        ])  # fmt: skip
+
+    @torch.no_grad()
+    def _caution(self) -> float:
+        """Share of the learning rate that the sites of the initial student need.
+
+        Steps that bring a LayerNorm nearer throw off a network that is nearly right: docs/distillation.md.
+        """
+        if not self._sites or not self._batches:
+            return 1.0
+        total = 0.0
+        for rows in self._pieces(self._batches[0]):
+            self._targets.load(rows)
+            with self._sites.comparing():
+                run(self._student, self._samples.inputs(rows.tolist()), "a batch for the student")
+            distance = self._sites.distance()
+            total += math.inf if distance is None else float(distance) * len(rows)
+        return min(1.0, total / len(self._batches[0]) / _FAR) if math.isfinite(total) else 1.0
+
+    def _factor(self, parameter: Tensor) -> float:
+        """Of its learning rate: what an optimizer step changes is the same share of every parameter."""
+        if not self._sites:
+            return 1.0
+        least = _LEAST_SIZES[parameter.ndim > 1]
+        return max(least, float(parameter.detach().square().mean().sqrt())) / _SIZE
 
     def _rate(self) -> float:
         """Learning rate of the next step."""
-        share = (1 + math.cos(math.pi * self.step / len(self._batches))) / 2
+        total = len(self._batches)
+        warm_up = max(1.0, min(WARM_UP * total, _MOST_WARM_UP))
+        share = min(1.0, (self.step - self._restart + 1) / warm_up)
+        share *= (1 + math.cos(math.pi * self.step / total)) / 2
         return self._lr * BACKOFF**self.rollbacks * share
+
+    def _add_gradients(self, rows: Tensor) -> Tensor:
+        """Adds the gradients of the loss on the samples `rows`; returns the loss."""
+        losses = []
+        for part in self._pieces(rows):
+            loss = self._training_loss(part) * (len(part) / len(rows))
+            if not loss.requires_grad:
+                raise ConfigError("the loss does not depend on any parameter that requires gradients")
+            torch.autograd.backward(loss)
+            losses.append(loss.detach())
+        return torch.stack(losses).sum()
+
+    def _pieces(self, rows: Tensor) -> tuple[Tensor, ...]:
+        """`rows` in parts that run one after another: of large images few at a time take less time."""
+        if not self._sites or self._by_loss:  # a loss may depend on the whole batch
+            return (rows,)
+        values = sum(x.numel() for x in self._samples.inputs(rows[:1].tolist()).tensors())
+        return torch.chunk(rows, min(len(rows), -(-values * len(rows) // _PIECE)))
 
     def _training_loss(self, rows: Tensor) -> Tensor:
         if not self._sites:
             return self._loss_on(rows)[0]
-        self._sites.observe_teacher(self._samples.inputs(rows.tolist()))
+        self._targets.load(rows)
         with self._sites.comparing():
             loss = self._loss_on(rows)[0]
         distance = self._sites.distance()
@@ -237,7 +244,7 @@ class Trainer:
                 )
             )
         metric = None if self._metric is None else self._metric.value(kept, self._held_out)
-        mean = _mean(results, [len(rows) for rows in self._held_out])
+        mean = mean_result(results, [len(rows) for rows in self._held_out])
         return dataclasses.replace(mean, metric=metric)
 
     def _copies(self) -> list[Tensor]:
@@ -257,6 +264,8 @@ class Trainer:
             "optimizer": self._optimizer.state_dict(),
             "start": dataclasses.astuple(self.start),
             "result": dataclasses.astuple(self.result),
+            "previous": dataclasses.astuple(self._previous),
+            "restart": self._restart,
             "rollbacks": self.rollbacks,
             "seconds": self.seconds,
             "stopped": self.stopped,
@@ -269,18 +278,10 @@ class Trainer:
         self._optimizer.load_state_dict(state["optimizer"])
         own = self.start  # the file may come from another loss, or metric, with equal values
         self.start, self.result = EvalResult(*state["start"]), EvalResult(*state["result"])
+        self._previous, self._restart = EvalResult(*state["previous"]), state["restart"]
         self.start = dataclasses.replace(self.start, watched=own.watched, metric=own.metric)
         self.step, self.rollbacks = state["step"], state["rollbacks"]
         self.seconds, self.stopped = state["seconds"], state["stopped"]
-
-
-def _mean(results: Sequence[EvalResult], sizes: Sequence[int]) -> EvalResult:
-    """The mean over batches of these sizes; what is None in one of them is None."""
-    columns = zip(*map(dataclasses.astuple, results), strict=True)
-    means = [
-        None if None in column else sum(map(operator.mul, column, sizes)) / sum(sizes) for column in columns
-    ]
-    return EvalResult(results[0].step, *means[1:])  # type: ignore[arg-type]  # only two can be None
 
 
 class Checkpoint:

@@ -5,7 +5,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pn_compiler import distill, output_loss
+from pn_compiler import distill, output_loss, transform
+from pn_compiler.running.losses import agreement, divergence
+from pn_compiler.testing import randomize_batch_norms
 
 
 class Fixed(nn.Module):
@@ -68,3 +70,27 @@ def test_a_lower_loss_is_not_kept_at_the_cost_of(what: str) -> None:
     kept = measured(result, teacher)
     assert kept[0] < begin[0]
     assert kept[1] > begin[1] or kept[2] < begin[2]
+
+
+@pytest.mark.parametrize("lr", [5e-4, 0.5])
+@pytest.mark.parametrize("anchor", [0.5, 0.75, 1.0])
+def test_a_network_that_is_nearly_right_does_not_become_worse(anchor: float, lr: float) -> None:
+    """By the returned network itself, on the samples that are held out."""
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3, groups=8), nn.BatchNorm2d(8),
+        nn.ReLU6(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 5),
+    )  # fmt: skip
+    randomize_batch_norms(net).eval()
+    x = torch.randn(60, 3, 9, 9)
+    start = transform(net, norm="rms", anchor=anchor).eval()
+    student, report = distill(start, net, x, steps=30, lr=lr, held_out=0.5, seed=3)
+    held = x[torch.randperm(60, generator=torch.Generator().manual_seed(3))[:30]]
+    with torch.no_grad():
+        expected, before, after = (model(held) for model in (net, start, student.eval()))
+    assert divergence(after, expected) <= divergence(before, expected) + 1e-9
+    assert agreement(after, expected) >= agreement(before, expected)
+    assert report.steps == 30
+    if anchor < 1:
+        assert report.best_step > 0
+        assert report.divergence_after < report.divergence_before
