@@ -181,8 +181,8 @@ def _proxy_norm_act(norm: nn.GroupNorm | AnchoredNorm, act: nn.Module, proxy_eps
         dtype=norm.weight.dtype,
     )
     new.weight, new.bias = norm.weight, norm.bias
-    for name, buffer in norm.named_buffers():
-        setattr(new, name, buffer)
+    if isinstance(norm, AnchoredNorm):
+        new.share_population(norm)
     new.proxy_weight.requires_grad_(norm.weight.requires_grad)
     new.proxy_bias.requires_grad_(norm.bias.requires_grad)
     return new

@@ -146,8 +146,7 @@ def _normalizer(site: ProxyNormAct) -> nn.GroupNorm | AnchoredNorm:
     if site.statistics == "group":
         return nn.GroupNorm(site.num_groups, site.num_channels, site.eps, **options)
     norm = AnchoredNorm(site.num_groups, site.num_channels, site.eps, statistics=site.statistics, **options)
-    for name, buffer in site.named_buffers(recurse=False):
-        setattr(norm, name, buffer)
+    norm.share_population(site)
     return norm
 
 

@@ -105,6 +105,11 @@ class Normalizer(nn.Module):
             values = values.repeat_interleave(self.num_channels // self.num_groups)
         return values.to(x).view(-1, *[1] * (x.dim() - 2))
 
+    def share_population(self, other: "Normalizer") -> None:
+        """Takes M, V and b of `other`, which may be attributes that are no buffers: opacus needs that."""
+        for name in ("population_mean", "population_var", "anchor"):
+            setattr(self, name, getattr(other, name))
+
     def constants(self) -> tuple[Tensor, Tensor, Tensor | None]:
         """(V, b, M) in float64, [G] each; M is None if the instance's mean is subtracted."""
         assert self.population_var is not None

@@ -335,10 +335,11 @@ def test_training_folding_and_export(tmp_path: Path) -> None:
     assert_same_outputs(torch.load(tmp_path / "m.pt", weights_only=False)(x), trained(x))
 
 
-def test_folds_while_opacus_holds_it() -> None:
-    private, *_ = make_private(prepare(small()))
+@pytest.mark.parametrize("norm", ["layer", "rms"])
+def test_folds_while_opacus_holds_it(norm: str) -> None:
+    private, *_ = make_private(prepare(small(norm=norm)))
     x = images(torch.float32)
-    train(*make_private(prepare(small())))
+    train(*make_private(prepare(small(norm=norm))))
     private.eval()
     folded = pn_compiler.fold(private._module)
     assert count_modules(folded, ProxyNormAct, InputAffineConv2d, ChannelAffine) == 0
