@@ -73,8 +73,9 @@ class ConvertedModule(fx.GraphModule):
         assert isinstance(copied, ConvertedModule)
         for hooks in HOOKS_AND_OPTIONS:  # with the memo, so that the copy's hooks point to its own parts
             setattr(copied, hooks, copy.deepcopy(getattr(self, hooks), memo))
-        for name, child in self._modules.items():  # torch.fx copies what the graph calls, under one name
-            copied._modules[name] = copy.deepcopy(child, memo)
+        type(copied).__name__ = type(self).__name__
+        # torch.fx copies what the graph calls, under one name
+        copied._modules = {name: copy.deepcopy(child, memo) for name, child in self._modules.items()}
         for name in vars(self).keys() - vars(copied).keys():
             copied.__dict__[name] = copy.deepcopy(vars(self)[name], memo)
         return _looked_at(copied)
@@ -99,7 +100,7 @@ def _rebuild(
     plain: fx.GraphModule = rebuild(*arguments)
     converted = ConvertedModule(plain, plain.graph, type(plain).__name__)
     converted.training = plain.training
-    converted._modules.update(plain._modules)
+    converted._modules = dict(plain._modules)
     for name in vars(plain).keys() - vars(converted).keys():
         converted.__dict__[name] = vars(plain)[name]
     converted.meta.update(kept)

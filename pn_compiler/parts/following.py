@@ -15,7 +15,7 @@ from pn_compiler.nn import INPUT_AFFINE, ProxyStatistics
 from pn_compiler.parts.followed_sites import follow_sites
 from pn_compiler.parts.structure import Absorbed, Structure, module_at
 from pn_compiler.passes import preparation_pipeline
-from pn_compiler.passes.absorption import pads_with_zeros
+from pn_compiler.passes.absorption import commutes, pads_with_zeros
 from pn_compiler.passes.convert.share_statistics import ShareStatistics
 from pn_compiler.running.inputs import Inputs
 from pn_compiler.tracing.trace_module import trace_module
@@ -137,10 +137,21 @@ def _refuse_border(gm: fx.GraphModule) -> None:
         module = gm.get_submodule(path)
         absorbs = isinstance(module, tuple(INPUT_AFFINE.values()))
         pads = isinstance(module, nn.modules.conv._ConvNd) and pads_with_zeros(module)
-        if absorbs and pads and any(len(call.args) == 1 for call in calls):
+        if absorbs and pads and any(len(call.args) == 1 and _is_given(gm, call) for call in calls):
             raise TraceError(
                 f"{path} pads its input, which in the network comes straight from a site that it must see"
             )
+
+
+def _is_given(gm: fx.GraphModule, call: fx.Node) -> bool:
+    """Whether the input of `call` is an argument of the graph, or one that was only pooled or reshaped."""
+    value = call.all_input_nodes[0]
+    while value.op != "placeholder":
+        source = next(iter(value.all_input_nodes), None)
+        if source is None or not commutes(gm, value, source, through_padding=True):
+            return False
+        value = source
+    return True
 
 
 def why(error: Exception) -> str:
