@@ -5,7 +5,7 @@ from collections.abc import Collection, Iterator
 from typing import Any
 
 import torch
-from torch import nn
+from torch import fx, nn
 
 from pn_compiler.graph.graph_module import ConvertedModule
 from pn_compiler.graph.own_class import PART, PartMethod, own_methods, take_class
@@ -56,11 +56,16 @@ def _dress(
     _fill(gm, source, original, "", {})
     move_to_root(gm, _added(gm, source))
     gm.recompile()
-    kinds.update((path, type(module)) for path, module in _inside_parts(gm))
+    kinds.update((path, _kind(module)) for path, module in _inside_parts(gm))
     _give_attributes(gm, gm, source)
     take_class(gm, ConvertedModule, type(source))
     part = vars(gm)[PART] = Part(original, "", _added(gm, source))
     part.look(gm)
+
+
+def _kind(module: nn.Module) -> type[nn.Module]:
+    """The class of `module`; each graph has one of its own, which copies of it do not have."""
+    return fx.GraphModule if isinstance(module, fx.GraphModule) else type(module)
 
 
 def _inside_parts(gm: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -137,7 +142,7 @@ class Uncalled(nn.Module):
 
 def _part_like(source: nn.Module, holder: nn.Module) -> nn.Module:
     """A module of the class of `source` that holds what `holder` does."""
-    kind = type(source)
+    kind = nn.Module if isinstance(source, fx.GraphModule) else type(source)
     part = kind.__new__(kind)
     part.__dict__.update(vars(nn.Module()))
     part._parameters, part._buffers, part._modules = holder._parameters, holder._buffers, holder._modules
@@ -157,7 +162,8 @@ def _give_attributes(gm: ConvertedModule, converted: nn.Module, source: nn.Modul
                 memo[id(tensor)] = now._parameters.get(name, now._buffers.get(name, tensor))
     for path, module in source.named_modules(remove_duplicate=False):
         now = module_at(converted, path)
-        if now is not None and (now is converted or is_part(now)) and type(module) is not nn.Module:
+        plain = now is None or type(now) is nn.Module  # a graph in the network, or nothing but children
+        if now is not None and not plain and (now is converted or is_part(now)):
             _copy_attributes(now, module, memo)
             if now is not converted:
                 for name in _methods_of_part(type(module)):

@@ -36,8 +36,8 @@ class Absorbed(nn.Identity):
 
 
 def is_part(module: nn.Module | None) -> bool:
-    """Whether `module` became part of the graph around it."""
-    return module is not None and PART in vars(module)
+    """Whether `module` became part of the graph around it, and is no graph itself."""
+    return module is not None and PART in vars(module) and not isinstance(module, fx.GraphModule)
 
 
 def module_at(root: nn.Module, path: str) -> nn.Module | None:
@@ -153,5 +153,5 @@ def parts_of(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Modu
     """`module` and the parts of its graph inside it, with their paths."""
     yield prefix.removesuffix("."), module
     for name, child in module._modules.items():
-        if child is not None and is_part(child) and not isinstance(child, fx.GraphModule):
+        if child is not None and is_part(child):
             yield from parts_of(child, f"{prefix}{name}.")

@@ -4,6 +4,7 @@ import copy
 import functools
 import pickle
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -79,10 +80,32 @@ def sequential() -> nn.Sequential:
     )
 
 
+class Classifier(nn.Module):
+    """Built like torchvision's classifiers, out of containers only."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.features = nn.Sequential(
+            nn.Sequential(nn.Conv2d(3, 8, 3, stride=2, padding=1), nn.BatchNorm2d(8), nn.Hardswish()),
+            nn.Sequential(nn.Conv2d(8, 8, 3, padding=1, groups=8), nn.BatchNorm2d(8), nn.ReLU()),
+            nn.Sequential(nn.Conv2d(8, 16, 1), nn.BatchNorm2d(16), nn.ReLU6()),
+        )
+        self.avgpool = nn.AdaptiveAvgPool2d(1)
+        self.classifier = nn.Sequential(nn.Dropout(0.2), nn.Linear(16, 5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.classifier(torch.flatten(self.avgpool(self.features(x)), 1))
+
+
 def network(name: str) -> nn.Module:
     """One of the above, one of torchvision, or one of timm ("timm/name"); eval mode, float64."""
     torch.manual_seed(0)
-    own: dict[str, Callable[[], nn.Module]] = {"backbone": Backbone, "sequential": sequential}
+    own: dict[str, Callable[[], nn.Module]] = {
+        "backbone": Backbone,
+        "classifier": Classifier,
+        "sequential": sequential,
+        "resnet10": lambda: _resnet10(zoo.torchvision().models.resnet),
+    }
     if name in own:
         found = own[name]()
     elif name.startswith("timm/"):
@@ -90,6 +113,11 @@ def network(name: str) -> nn.Module:
     else:
         found = getattr(zoo.torchvision().models, name)(num_classes=5)
     return randomize_batch_norms(found).eval().double()
+
+
+def _resnet10(resnet: Any) -> nn.Module:
+    found: nn.Module = resnet.ResNet(resnet.BasicBlock, [1, 1, 2, 1], num_classes=5)
+    return found
 
 
 @functools.cache

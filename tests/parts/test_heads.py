@@ -17,10 +17,14 @@ X = IMAGES.double()
 #: name of a network, path of its last linear layer, of what is put in its place: itself, or its container
 HEADS: list[tuple[str, str, str]] = [
     ("mobilenet_v3_small", "classifier.3", "classifier.3"),
-    ("mobilenet_v2", "classifier.1", "classifier"),
-    ("timm/regnety_002", "head.fc", "head.fc"),
+    ("resnet10", "fc", "fc"),
+    ("timm/test_efficientnet", "classifier", "classifier"),
 ]
-SMALL = [("backbone", "heads.main", "heads.main"), ("sequential", "8", "8")]
+SMALL = [
+    ("backbone", "heads.main", "heads.main"),
+    ("classifier", "classifier.1", "classifier"),
+    ("sequential", "8", "8"),
+]
 
 
 def value_before(model: nn.Module, path: str) -> Tensor:
@@ -55,9 +59,9 @@ def test_a_head_gets_the_value_of_the_network(name: str, linear: str, place: str
 
 
 def test_a_head_in_a_container_by_index_and_key() -> None:
-    model = converted("mobilenet_v3_small")
-    x = value_before(model, "classifier.3")
-    model.classifier[-1] = head = nn.Linear(1024, 7).double()
+    model = converted("classifier")
+    x = value_before(model, "classifier.1")
+    model.classifier[-1] = head = nn.Linear(16, 7).double()
     assert_same_outputs(model(X), head(x), tolerance=1e-9)
 
     model = converted("backbone")
@@ -67,8 +71,8 @@ def test_a_head_in_a_container_by_index_and_key() -> None:
 
 
 def test_a_new_head_trains_and_exports(tmp_path: Path) -> None:
-    model = converted("mobilenet_v3_small")
-    model.float().classifier[-1] = nn.Linear(1024, 7)
+    model = converted("classifier")
+    model.float().classifier[-1] = nn.Linear(16, 7)
     model(IMAGES).square().mean().backward()
     assert model.classifier[-1].weight.grad is not None
     report = pn_compiler.export_onnx(model, tmp_path / "model.onnx", IMAGES)
@@ -76,15 +80,15 @@ def test_a_new_head_trains_and_exports(tmp_path: Path) -> None:
 
 
 def test_compiled_before_it_was_called() -> None:
-    model = converted("mobilenet_v3_small")
-    x = value_before(model, "classifier.3")
-    model.classifier[-1] = head = nn.Linear(1024, 7).double()
+    model = converted("classifier")
+    x = value_before(model, "classifier.1")
+    model.classifier[-1] = head = nn.Linear(16, 7).double()
     compiled = torch.compile(model, backend="eager", fullgraph=True)
     assert_same_outputs(compiled(X), head(x), tolerance=1e-9)
 
 
 def test_a_block_in_the_middle() -> None:
-    model = converted("resnet18")
+    model = converted("resnet10")
     before = pn_compiler.features(model, ["layer3"])(X)["layer3"]
     model.layer4 = layer = nn.Conv2d(256, 512, 1).double()
     assert_same_outputs(model(X), model.fc(layer(before).mean((2, 3))), tolerance=1e-9)
@@ -108,7 +112,7 @@ def test_what_was_made_for_another_place_is_refused() -> None:
 
 
 def test_the_activation_of_a_site_cannot_be_replaced_unnoticed() -> None:
-    model = converted("mobilenet_v2")
+    model = converted("classifier")
     model.features[0][2] = nn.GELU()
     with pytest.raises(TraceError, match="PN215"):
         model(X)
