@@ -10,7 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from pn_compiler.base.diagnostics import Diagnostic
 from pn_compiler.base.errors import TraceError
+from pn_compiler.base.user_warnings import ConversionWarning
 from pn_compiler.graph.graph_module import ConvertedModule
 from pn_compiler.graph.own_class import PART, original_class, watched
 from pn_compiler.inspection.hooks import HOOKS, has_hooks
@@ -114,11 +116,9 @@ class Part:
                 follow(vars(module)[PART].structure(module), module, "forward", None)
             except Exception as error:
                 self._deaf |= {path}
-                warnings.warn(
-                    f"PN218 hooks of {path} are not called, as it cannot be called on its own in the "
-                    f"converted network: {why(error)}; pn_compiler.features reads its outputs",
-                    stacklevel=2,
-                )
+                message = f"its hooks are not called, as nothing can call it on its own: {why(error)}"
+                note = Diagnostic("PN218", path, message, "pn_compiler.features reads its outputs")
+                warnings.warn(ConversionWarning(str(note), (note,)), stacklevel=2)
 
     # Methods -------------------------------------------------------------------------------------------
 

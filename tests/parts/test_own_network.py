@@ -197,5 +197,5 @@ def test_hooks_that_cannot_be_called_are_reported() -> None:
     model = converted("classifier")
     expected = model(X)
     model.features[1].register_forward_hook(lambda *_: None)
-    with pytest.warns(UserWarning, match="PN218 hooks of features.1"):
+    with pytest.warns(pn_compiler.ConversionWarning, match=r"PN218 features\.1"):
         assert_same_outputs(model(X), expected, tolerance=1e-9)
