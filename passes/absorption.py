@@ -98,7 +98,7 @@ class Router:
         if isinstance(module, nn.Linear):
             return _refusal_of_linear(module, where, rank(value), num_channels)
         assert isinstance(module, nn.modules.conv._ConvNd)
-        if not self.through_padding and _pads_with_zeros(module):
+        if not self.through_padding and pads_with_zeros(module):
             return f"{where} pads its input with zeros"
         if rank(value) not in (len(module.kernel_size) + 2, None):
             return f"{where} takes an input of {rank(value)} axes for one sample"
@@ -252,7 +252,7 @@ def _averages_space(user: fx.Node, value: fx.Node) -> bool:
     return all(d % before >= 2 for d in dims) and (keepdim or len(dims) == before - 2)
 
 
-def _pads_with_zeros(conv: nn.modules.conv._ConvNd) -> bool:
+def pads_with_zeros(conv: nn.modules.conv._ConvNd) -> bool:
     if conv.padding_mode != "zeros":
         return False  # reflect, replicate and circular padding repeat values, affine included
     padding = conv.padding

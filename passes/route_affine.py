@@ -65,7 +65,7 @@ def _open(
                 module = gm.get_submodule(str(absorber.target))
                 # a subclass that adds no state: names, hooks and options of the module stay
                 module.__class__ = INPUT_AFFINE.get(type(module), type(module))
-            _apply_where_blocked(gm, path, route, z, values, router)
+            apply_where_blocked(gm, path, route, z, values, router)
         for affine in old.get("affine", ()):
             _redirect(affine, values["affine"], keep=set())
 
@@ -77,7 +77,7 @@ def _redirect(old: fx.Node, new: fx.Node, *, keep: set[fx.Node]) -> None:
             user.replace_input_with(old, new)
 
 
-def _apply_where_blocked(
+def apply_where_blocked(
     gm: fx.GraphModule, path: str, route: Route, z: fx.Node, values: dict[Output, fx.Node],
     router: Router,
 ) -> None:  # fmt: skip

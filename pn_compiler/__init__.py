@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from pn_compiler.freezing.static_statistics import freeze_statistics
     from pn_compiler.graph.graph_module import notes, sites
     from pn_compiler.numerics.moments import proxy_moments
+    from pn_compiler.parts.features import features
     from pn_compiler.pipeline.folding import fold
     from pn_compiler.recovery.checkpoints import convert_state_dict
     from pn_compiler.recovery.distillation import DistillReport, distill
@@ -50,6 +51,7 @@ __all__ = [
     "distill",
     "export_model_repository",
     "export_onnx",
+    "features",
     "fold",
     "freeze_statistics",
     "nn",
@@ -64,6 +66,7 @@ __all__ = [
 
 _MODULES = {
     "api": ("transform",),
+    "parts.features": ("features",),
     "pipeline.folding": ("fold",),
     "recovery.checkpoints": ("convert_state_dict",),
     "compilation": ("compile", "export_onnx"),

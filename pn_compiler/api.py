@@ -15,11 +15,12 @@ from pn_compiler.freezing.anchors import choose_anchors, needs_samples
 from pn_compiler.graph.graph_module import is_converted, notes
 from pn_compiler.graph.pass_log import stage
 from pn_compiler.inspection.fake_tensors import fake_mode
+from pn_compiler.parts.dressing import dress
 from pn_compiler.passes import PipelineEdit, conversion_pipeline, edited, preparation_pipeline
 from pn_compiler.pipeline.conversion import convert, first_sample, measure_conversion, prepare
 from pn_compiler.recovery.calibration import calibrate_prepared
 from pn_compiler.regions.regions import Trace, trace
-from pn_compiler.running.copying import unwrap
+from pn_compiler.running.copying import copy_structure, unwrap
 from pn_compiler.running.evaluation import batches_of, check_values
 from pn_compiler.running.inputs import Inputs, in_mode_of
 
@@ -133,6 +134,7 @@ def transform(
     with fake_mode(model):
         traced = trace(model, inputs, leaves)
         convert_trace(traced, model, model, inputs, calibration, config, Stopwatch(), pipeline)
+    dress(traced, copy_structure(model), inputs)
     measure_conversion(model, traced.root, inputs, calibration)
     warn(notes(traced.root))
     return traced.root

@@ -13,7 +13,7 @@ from torch import fx, nn
 
 from pn_compiler.base.diagnostics import CODES, Diagnostic
 from pn_compiler.base.errors import ConfigError, TraceError
-from pn_compiler.graph.graph_module import ConvertedModule, is_converted
+from pn_compiler.graph.graph_module import ConvertedModule, detach, is_converted
 from pn_compiler.graph.graph_utils import called_module, module_calls
 from pn_compiler.graph.pass_base import live_nodes
 from pn_compiler.inspection.batch_norms import closed_kind, holds_batch_norm, is_batch_norm
@@ -44,12 +44,14 @@ class Region:
         owner: for a BatchNorm that untraceable code calls on its own, the module that holds it; the graph
             then only exists during a conversion.
         functional: whether that code calls batch_norm with its tensors instead.
+        source: the module that was traced; None if the model came as a graph.
     """
 
     prefix: str
     gm: ConvertedModule
     owner: nn.Module | None = None
     functional: bool = False
+    source: nn.Module | None = None
 
     def finish(self) -> None:
         """Hands the replacement of a lone BatchNorm, with the parts split off it, to its owner."""
@@ -135,10 +137,10 @@ def trace(
         traced.notes += _other_graph_note(model)
         traced.norm_calls.add("")
         traced.root = whole = ConvertedModule(model, model.graph).adopt_hooks(model)
-        parts = [(name, graph) for name, graph in named_graphs(model) if name]
+        parts = [(name, detach(graph)) for name, graph in named_graphs(model) if name]
         traced.regions = [Region("", whole), *(Region(f"{n}.", graph) for n, graph in parts)]
     elif is_converted(model):  # an earlier result whose own forward could not be traced
-        traced.regions = [Region(f"{name}.", graph) for name, graph in named_graphs(model)]
+        traced.regions = [Region(f"{name}.", detach(graph)) for name, graph in named_graphs(model)]
     else:
         try:
             traced.root = _trace_into(model, "", inputs, traced)
@@ -197,7 +199,7 @@ def _trace_into(module: nn.Module, path: str, inputs: Inputs | None, traced: Tra
         module, inputs, inside, outermost=not path, example=example, reasons=reasons
     )
     traced.reasons.update((prefix + leaf, reason) for leaf, reason in reasons.items())
-    traced.regions.append(Region(prefix, gm))
+    traced.regions.append(Region(prefix, gm, source=module))
     _note_entered(gm, path, traced)
     _take_notes(notes, path, traced)
     outer = {leaf for leaf in leaves if not _is_inside(leaf, leaves)}

@@ -4,7 +4,7 @@ import copy
 from typing import Any
 
 import torch
-from torch import nn
+from torch import fx, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.optim.swa_utils import AveragedModel
 
@@ -62,6 +62,27 @@ def copy_model(model: nn.Module, *, share_parameters: bool = False) -> nn.Module
         return _in_modes_of(model, copy_with_functions(model, memo))
     except Exception as error:
         raise UnsupportedModelError(f"the model cannot be copied: {first_line(error)}") from error
+
+
+def copy_structure(model: nn.Module) -> nn.Module | None:
+    """A copy of `model` whose parameters and buffers are on the meta device; None if there can be none."""
+    if any(isinstance(module, torch.jit.ScriptModule | fx.GraphModule) for module in model.modules()):
+        return None
+    memo: dict[int, Any] = {}
+    for tensor in (*model.parameters(), *model.buffers()):
+        if isinstance(tensor, FakeTensor):
+            return None
+        empty = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
+        learns = isinstance(tensor, nn.Parameter)
+        memo[id(tensor)] = nn.Parameter(empty, tensor.requires_grad) if learns else empty
+    for module in model.modules():
+        for value in vars(module).values():
+            if isinstance(value, torch.Tensor) and not value.is_leaf:
+                memo[id(value)] = value.detach().to("meta")
+    try:
+        return _in_modes_of(model, copy_with_functions(model, memo))
+    except Exception:  # `copy_model` has copied it, but for its tensors: nobody needs to hear
+        return None
 
 
 def _in_modes_of(model: nn.Module, copied: nn.Module) -> nn.Module:

@@ -43,6 +43,7 @@ def trace_module(
     outermost: bool = True,
     example: Callable[[], Inputs | None] = lambda: None,
     reasons: dict[str, str] | None = None,
+    taps: Collection[str] = (),
 ) -> tuple[ConvertedModule, frozenset[str], tuple[Diagnostic, ...]]:
     """Traces `module`; the graph refers to its own submodules.
 
@@ -56,6 +57,8 @@ def trace_module(
         example: without `inputs`, returns arguments of a call if the forward asks how many dimensions a
             value has; they are used for nothing else.
         reasons: filled with why submodules stay whole, by path.
+        taps: paths of submodules; if there are any, the graph returns a pair of their outputs by path, those
+            of several calls as a tuple, and its own.
 
     Returns:
         The graph, the paths of the submodules that stay whole, and notes about fixed branches, values that
@@ -64,7 +67,7 @@ def trace_module(
     Raises:
         TraceError: the forward of `module` itself cannot be traced.
     """
-    tracing = _Tracing(module, inputs, leaves, outermost, example)
+    tracing = _Tracing(module, inputs, leaves, outermost, example, taps)
     graph = tracing.run()
     if reasons is not None:
         reasons.update(tracing.reasons)
@@ -115,8 +118,10 @@ class _Tracing:
         leaves: frozenset[str],
         outermost: bool,
         example: Callable[[], Inputs | None],
+        taps: Collection[str],
     ) -> None:
         self.model, self.inputs, self.outermost, self.example = model, inputs, outermost, example
+        self.taps = taps
         self.notes: set[Diagnostic] = set()
         self.reasons: dict[str, str] = {}  # path of a leaf -> why it is one
         called_around = HookedModules.of(model)
@@ -150,11 +155,15 @@ class _Tracing:
                 module.__class__ = plain_base(module)  # the rest of its forward is in the graph
             self._take_notes(tracer, branches, stored)
             self.functions = {**tracer.functions.layers}
+            if self.taps:
+                _return_taps(graph, tracer)
             graph._tracer_cls = None  # unpickling traces the generated code, with the tracer of torch.fx
             return graph
 
     def _tracer(self) -> Tracer:
-        return Tracer(self.model, self.inputs, self.leaves, self.outermost, self.example)
+        tracer = Tracer(self.model, self.inputs, self.leaves, self.outermost, self.example)
+        tracer.tapped = {path: [] for path in self.taps}
+        return tracer
 
     def _record(self, tracer: Tracer, containers: Containers, branches: set[str]) -> fx.Graph | None:
         """Traces once; None if it failed and must be retried with one more leaf."""
@@ -222,6 +231,18 @@ class _Tracing:
         self.notes |= {_CHECKPOINTED} if tracer.checkpointed else set()
         self.notes |= {_assumed_note(path) for path in tracer.assumed}
         self.notes |= {_rank_note(path) for path in tracer.asked_rank}
+
+
+def _return_taps(graph: fx.Graph, tracer: Tracer) -> None:
+    """Raises TraceError if the forward does not reach a module whose output is asked for."""
+    missed = sorted(path for path, values in tracer.tapped.items() if not values)
+    if missed:
+        raise TraceError(
+            f"the traced forward does not call {', '.join(missed)}, or only inside untraced code"
+        )
+    found = {path: values[0] if len(values) == 1 else (*values,) for path, values in tracer.tapped.items()}
+    output = graph.output_node()
+    output.args = ((tracer.create_arg(found), output.args[0]),)
 
 
 def _assumed_note(path: str) -> Diagnostic:

@@ -61,6 +61,7 @@ class Tracer(RefusingTracer):
             for path, module in model.named_modules()
             if path and path not in leaves and wraps_batch_norm(module)
         }
+        self.tapped: dict[str, list[Any]] = {}  # path of a module whose outputs are asked for -> these
         self.checkpointed = False
         self.assumed: set[str] = set()  # paths of modules that asked for the type of an unknown input
         self.asked_rank: set[str] = set()  # paths of modules that asked for a number of dimensions
@@ -243,6 +244,8 @@ class Tracer(RefusingTracer):
         self._check_quiet()
         if self.modes.now() != self.modes_at_entry[-1]:
             self.refuse("PN116", "the forward leaves a mode of torch changed")
+        if self.stack[-1] in self.tapped:
+            self.tapped[self.stack[-1]].append(result)
         self.stack.pop()  # not in a finally: after a failure the stack says where
         self.modes_at_entry.pop()
         return result
