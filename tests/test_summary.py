@@ -96,14 +96,16 @@ def test_the_summary_says_what_a_person_needs(capsys: pytest.CaptureFixture[str]
     assert labels(text) == [
         "converted", "proxy", "input", "output", "fidelity", "verified", "wrote", "next",
     ]  # fmt: skip
-    assert text.splitlines()[0].split(maxsplit=1)[1] == "1 of 1 BatchNorms: 1 LayerNorm"
+    assert text.splitlines()[0].split(maxsplit=1)[1] == "1 of 1 BatchNorms: 1 RMSNorm with an anchor"
     assert re.search(r"^wrote +m\.onnx \([\d.]+ kB, opset 20", text, re.MULTILINE)
 
 
 def test_each_site_is_counted_with_its_reason(tmp_path: Path) -> None:
     net = randomize_batch_norms(Residual()).eval()
     report = pn_compiler.compile(net, tmp_path / "m.onnx", torch.randn(1, 3, 8, 8))
-    assert report.summary.splitlines()[0].split(maxsplit=1)[1] == "2 of 3 BatchNorms: 2 LayerNorm"
+    assert (
+        report.summary.splitlines()[0].split(maxsplit=1)[1] == "2 of 3 BatchNorms: 2 RMSNorm with an anchor"
+    )
     by_label = {line[:11].strip(): line[12:] for line in report.summary.splitlines()}
     assert by_label["left alone"].startswith("1: PN108 hooks on the BatchNorm")
     assert by_label["left alone"].endswith("bn3")
@@ -138,7 +140,7 @@ def test_the_benchmark(compiled: Compiled) -> None:
     assert re.search(r"^speed +[\d.]+ times the time", text, re.MULTILINE)
     after = report["operators_after"]
     assert re.search(rf"^Conv +2 +{after['Conv']}$", text, re.MULTILINE)
-    assert re.search(rf"^InstanceNormalization +{after['InstanceNormalization']}$", text, re.MULTILINE)
+    assert re.search(rf"^Sqrt +{after['Sqrt']}$", text, re.MULTILINE)
 
 
 def test_a_benchmark_needs_the_network_with_batch_norm(tmp_path: Path) -> None:
@@ -224,7 +226,7 @@ def test_a_failing_export_prints_no_graph(capfd: pytest.CaptureFixture[str], tmp
 
 def test_a_dry_run_writes_the_report(capsys: pytest.CaptureFixture[str], folder: Path) -> None:
     text = said(capsys, "model.pt", "--dry-run", "--report", "r.json", *SHAPE)
-    assert text.splitlines()[1].split()[:5] == ["1", "pn", "layer", "1", "relu6"]
+    assert text.splitlines()[1].split()[:5] == ["1", "pn", "rms,", "anchor", "0.875"]
     report = json.loads(Path("r.json").read_text())
     assert [site["kind"] for site in report["sites"]] == ["pn"]
     assert report["fidelity"]["relative_l2"] > 0

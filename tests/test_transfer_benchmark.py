@@ -276,7 +276,7 @@ def test_a_run_that_diverges_counts_as_chance() -> None:
     assert fine["test"] == pytest.approx(100 * right / 10)
 
 
-@pytest.mark.parametrize("method", ["frozen BatchNorm", "opacus", "rms 0.5 + PN"])
+@pytest.mark.parametrize("method", ["frozen BatchNorm", "opacus", "rms 0.875 + PN"])
 def test_private_runs_train_the_head_and_the_normalizers(
     method: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -32,7 +32,7 @@ def with_normalizers(net: nn.Module, converted: nn.Module) -> nn.Module:
     """`net` with the normalizers that `converted` has, where it has them."""
     net = copy.deepcopy(net)
     for name, module in converted.named_modules():
-        if isinstance(module, nn.GroupNorm):
+        if isinstance(module, nn.GroupNorm | pn_compiler.nn.AnchoredNorm):
             net.set_submodule(name, copy.deepcopy(module))
     return net
 
