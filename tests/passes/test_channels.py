@@ -49,8 +49,9 @@ def _reader_of(value: Tensor) -> nn.Module:
 def whole(net: nn.Module, converted: nn.Module) -> nn.Module:
     """The original, run by Python, with each BatchNorm and activation replaced by the whole site."""
     by_hand = copy.deepcopy(net)
+    read = {site.name for site in pn_compiler.sites(converted) if site.kind == "pn"}
     for branch in ("one", "two"):
-        if not hasattr(converted, branch):  # nothing reads it
+        if f"{branch}.1" not in read:
             continue
         site = copy.deepcopy(converted.get_submodule(f"{branch}.1"))
         assert isinstance(site, ProxyNormAct)
