@@ -142,7 +142,9 @@ class Uncalled(nn.Module):
 
 def _part_like(source: nn.Module, holder: nn.Module) -> nn.Module:
     """A module of the class of `source` that holds what `holder` does."""
-    kind = nn.Module if isinstance(source, fx.GraphModule) else type(source)
+    # what torch.compile wrapped has properties that need what it wrapped
+    plain = isinstance(source, fx.GraphModule) or "_orig_mod" in source._modules
+    kind = nn.Module if plain else type(source)
     part = kind.__new__(kind)
     part.__dict__.update(vars(nn.Module()))
     part._parameters, part._buffers, part._modules = holder._parameters, holder._buffers, holder._modules

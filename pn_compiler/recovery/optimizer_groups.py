@@ -44,9 +44,8 @@ def param_groups(
         proxy_weight_decay: weight decay of the proxy parameters. None means `weight_decay`, as in the
             reference implementation.
         no_weight_decay: names of further parameters without decay, with wildcards as in `fnmatch`. Names
-            returned by a module's ``no_weight_decay()`` method, as in timm, are added. A converted network
-            that is a torch.fx.GraphModule has lost that method: pass
-            ``no_weight_decay=original.no_weight_decay()``.
+            returned by a module's ``no_weight_decay()`` method, as in timm, are added; a converted network
+            has that method, too.
 
     Returns:
         ``[{"params": [...], "weight_decay": x, "name": "no_decay"}, ...]`` for any torch optimizer, without

@@ -1,5 +1,6 @@
 """Every trainable parameter in the group that the method gives it."""
 
+import fnmatch
 import functools
 from collections import Counter
 from typing import Any
@@ -62,12 +63,14 @@ def test_parameters_are_where_their_layers_say(name: str) -> None:
     assert bool(sites) != name.endswith("!")
     assert groups.get("proxy", set()) == {p for s in sites for p in (s.proxy_weight, s.proxy_bias)}
     normalizers = (ProxyNormAct, nn.GroupNorm, nn.LayerNorm, nn.BatchNorm2d)
-    for module in model.modules():
+    listed = getattr(model, "no_weight_decay", set)()  # timm's own
+    for path, module in model.named_modules():
         own = {n: p for n, p in module.named_parameters(recurse=False) if not n.startswith("proxy")}
         if isinstance(module, normalizers):
             assert groups["no_decay"] >= set(own.values())
         elif isinstance(module, nn.Conv2d | nn.Linear):
-            assert own["weight"] in groups["decay"]
+            kept = any(fnmatch.fnmatchcase(f"{path}.weight", pattern) for pattern in listed)
+            assert own["weight"] in groups["no_decay" if kept else "decay"]
             assert "bias" not in own or own["bias"] in groups["no_decay"]
 
 
