@@ -12,7 +12,7 @@ from pn_compiler.graph.own_class import PART, PartMethod, own_methods, take_clas
 from pn_compiler.graph.own_containers import container_of
 from pn_compiler.inspection.hooks import HOOKS_AND_OPTIONS
 from pn_compiler.operators.activations import is_activation
-from pn_compiler.parts.installing import move_to_root
+from pn_compiler.parts.installing import move_to_root, uncover
 from pn_compiler.parts.originals import Original
 from pn_compiler.parts.part import Part
 from pn_compiler.parts.structure import Absorbed, is_part, module_at, parts_of
@@ -55,6 +55,7 @@ def _dress(
     original = Original(structure, inputs, kinds, parts, entered)  # filled below
     _fill(gm, source, original, "", {})
     move_to_root(gm, _added(gm, source))
+    uncover(gm, source, _added(gm, source))
     gm.recompile()
     kinds.update((path, _kind(module)) for path, module in _inside_parts(gm))
     _give_attributes(gm, gm, source)

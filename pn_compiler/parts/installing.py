@@ -61,6 +61,8 @@ def install(gm: ConvertedModule, followed: ConvertedModule, added: Collection[st
     Returns:
         Paths of the modules that are added now.
     """
+    fresh = [path for path in module_calls(followed) if module_at(gm, path) is not module_at(followed, path)]
+    uncover(followed, gm, fresh)
     targets = module_calls(followed)
     new: set[str] = set()
     for path in targets:
@@ -93,3 +95,31 @@ def move_to_root(gm: ConvertedModule, added: Collection[str]) -> None:
             for call in calls:
                 call.target = at
             del holder._modules[name]
+
+
+def uncover(gm: fx.GraphModule, source: nn.Module, added: Collection[str]) -> None:
+    """Renames those at the paths `added` that an attribute or method of the user's would hide.
+
+    The code of a graph reads ``self.relu``, which finds a method of that name before the module.
+
+    Args:
+        source: has the classes and attributes that `gm` gets.
+    """
+    for path, calls in module_calls(gm).items():
+        parent, _, name = path.rpartition(".")
+        holder, module = module_at(source, parent), module_at(gm, path)
+        if path not in added or holder is None or module is None or not _hides(holder, name):
+            continue
+        if [*module.parameters(), *module.buffers()]:
+            continue  # whose names stand in checkpoints
+        free = f"{path.replace('.', '_')}_added"
+        while _hides(source, free):
+            free += "_"
+        at = add_module(gm, free, module)
+        for call in calls:
+            call.target = at
+        gm.delete_submodule(path)
+
+
+def _hides(holder: nn.Module, name: str) -> bool:
+    return hasattr(type(holder), name) or name in vars(holder)

@@ -199,3 +199,32 @@ def test_hooks_that_cannot_be_called_are_reported() -> None:
     model.features[1].register_forward_hook(lambda *_: None)
     with pytest.warns(pn_compiler.ConversionWarning, match=r"PN218 features\.1"):
         assert_same_outputs(model(X), expected, tolerance=1e-9)
+
+
+class Hides(nn.Module):
+    """Has methods and attributes of the names that functional activations get in a graph."""
+
+    silu = 3
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.bn, self.out = nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.Conv2d(4, 2, 1)
+        self.sigmoid = ("not", "a module")
+
+    def relu(self, x: Tensor) -> Tensor:
+        return x * 100
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.sigmoid(F.silu(self.out(F.relu(self.bn(self.conv(x))) + 1)))
+
+
+@torch.no_grad()
+def test_attributes_do_not_hide_what_the_graph_calls() -> None:
+    for net in (Hides(), nn.Sequential(Hides(), nn.Conv2d(2, 2, 1))):
+        randomize_batch_norms(net).eval()
+        x = torch.randn(2, 3, 5, 5, generator=torch.Generator().manual_seed(0))
+        result = pn_compiler.transform(net, x, anchor=1.0)
+        assert_same_outputs(result(x), net(x), tolerance=1e-5)
+        part = result if isinstance(net, Hides) else result.get_submodule("0")
+        assert part.silu == 3
+        assert part.sigmoid == ("not", "a module")
