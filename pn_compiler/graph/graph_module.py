@@ -111,9 +111,15 @@ def _rebuild(
     return _looked_at(converted)
 
 
+def freeze_graph(gm: ConvertedModule) -> None:
+    """Makes the graph of `gm` stay as it is, whatever becomes of its modules, so that it can be edited."""
+    gm._refresh_graph()
+    vars(gm).pop(PART, None)
+
+
 def detach(gm: ConvertedModule) -> ConvertedModule:
     """Makes `gm` forget what it was made from, so that its graph and modules can be edited as they are."""
-    gm._refresh_graph()
+    freeze_graph(gm)
     for module in gm.modules():
         vars(module).pop(PART, None)
     return gm

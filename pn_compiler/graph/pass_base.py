@@ -12,7 +12,7 @@ from torch import fx
 from pn_compiler.base.diagnostics import Diagnostic
 from pn_compiler.base.errors import PassError, PnCompilerError
 from pn_compiler.graph.aliases import find_aliases, has_effect
-from pn_compiler.graph.graph_module import ConvertedModule, detach
+from pn_compiler.graph.graph_module import ConvertedModule, freeze_graph
 from pn_compiler.graph.pass_log import log_pass
 
 logger = logging.getLogger(__name__)
@@ -48,7 +48,7 @@ class GraphPass(abc.ABC):
     @final
     def __call__(self, gm: fx.GraphModule) -> PassResult:
         if isinstance(gm, ConvertedModule):
-            detach(gm)
+            freeze_graph(gm)
         result = self.run(gm)
         if result.rewritten:
             live = live_nodes(gm)
