@@ -40,8 +40,10 @@ def fix(model: nn.Module) -> nn.Module:
 
 WAYS: dict[str, Callable[[nn.Module], nn.Module]] = {
     "ModuleValidator.fix": fix,
-    "transform": lambda model: prepare(pn_compiler.transform(model)),
-    "transform, no proxy norm": lambda model: prepare(pn_compiler.transform(model, proxy=False)),
+    "transform": lambda model: prepare(pn_compiler.transform(model, norm="layer")),
+    "transform, no proxy norm": lambda model: prepare(
+        pn_compiler.transform(model, norm="layer", proxy=False)
+    ),
 }
 
 

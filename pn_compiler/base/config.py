@@ -178,7 +178,7 @@ class RecoveryConfig:
     distill_steps: int = dataclasses.field(
         default=0,
         metadata=about(
-            "train the result for some steps, 200 for example, to match the outputs of the original on the "
+            "train the result for some steps, 150 for example, to match the outputs of the original on the "
             "samples of --calibrate",
             flag="--distill", metavar="STEPS",
         ),

@@ -78,8 +78,8 @@ class Fidelity:
         if not self.representative:
             return (
                 f"this says nothing about accuracy, of which real networks lose {_LOST}: measure and recover "
-                "it on a few hundred unlabelled samples, with --calibrate DATA --distill 200 "
-                "(calibration=, distill_steps=200)"
+                "it on a few hundred unlabelled samples, with --calibrate DATA --distill 150 "
+                "(calibration=, distill_steps=150)"
             )
         return f"{self._cost}--distill STEPS (distill_steps=) brings them closer; more samples, closer still"
 

@@ -113,7 +113,7 @@ def test_the_last_lines_state_both_errors(tmp_path: Path, capsys: pytest.Capture
     assert advice.startswith(
         "next        this says nothing about accuracy, of which real networks lose at most 1 point"
     )
-    assert "--calibrate DATA --distill 200" in advice
+    assert "--calibrate DATA --distill 150" in advice
     content = json.loads(report.read_text())
     assert 0 < content["fidelity"]["relative_l2"] < 10
     assert set(content["fidelity"]["sites"]) == {"1", "4"}
