@@ -15,7 +15,7 @@ from pn_compiler.operators.activations import is_activation
 from pn_compiler.parts.installing import move_to_root, uncover
 from pn_compiler.parts.originals import Original
 from pn_compiler.parts.part import Part
-from pn_compiler.parts.structure import Absorbed, is_part, module_at, parts_of
+from pn_compiler.parts.structure import Absorbed, Uncalled, is_part, module_at, parts_of
 from pn_compiler.regions.regions import Trace
 from pn_compiler.running.inputs import Inputs
 
@@ -119,26 +119,6 @@ def _in_place_of(child: nn.Module, *, keeps_positions: bool) -> nn.Module | None
     if not [*child.parameters(), *child.buffers()]:
         return child
     return Uncalled(type(child).__name__) if keeps_positions else None
-
-
-class Uncalled(nn.Module):
-    """Keeps the place in a container of a module that the traced forward never calls.
-
-    Args:
-        kind: name of its class.
-    """
-
-    def __init__(self, kind: str) -> None:
-        super().__init__()
-        self.kind = kind
-
-    def forward(self, *_: Any, **__: Any) -> Any:
-        raise RuntimeError(
-            f"this {self.kind} is not part of the converted network: the traced forward never calls it"
-        )
-
-    def extra_repr(self) -> str:
-        return self.kind
 
 
 def _part_like(source: nn.Module, holder: nn.Module) -> nn.Module:

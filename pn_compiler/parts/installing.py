@@ -85,16 +85,8 @@ def install(gm: ConvertedModule, followed: ConvertedModule, added: Collection[st
 def move_to_root(gm: ConvertedModule, added: Collection[str]) -> None:
     """Moves those at the paths `added` that are beside the children of a container to the graph itself."""
     for path, calls in module_calls(gm).items():
-        parent, _, name = path.rpartition(".")
-        holder = module_at(gm, parent)
-        assert holder is not None
-        module = holder._modules[name]
-        assert module is not None
-        if parent and path in added and not [*module.parameters(), *module.buffers()]:
-            at = add_module(gm, path.replace(".", "_"), module)
-            for call in calls:
-                call.target = at
-            del holder._modules[name]
+        if "." in path and path in added:
+            _move(gm, path, calls, path.replace(".", "_"))
 
 
 def uncover(gm: fx.GraphModule, source: nn.Module, added: Collection[str]) -> None:
@@ -107,18 +99,27 @@ def uncover(gm: fx.GraphModule, source: nn.Module, added: Collection[str]) -> No
     """
     for path, calls in module_calls(gm).items():
         parent, _, name = path.rpartition(".")
-        holder, module = module_at(source, parent), module_at(gm, path)
-        if path not in added or holder is None or module is None or not _hides(holder, name):
+        holder = module_at(source, parent)
+        if path not in added or holder is None or not _hides(holder, name):
             continue
-        if [*module.parameters(), *module.buffers()]:
-            continue  # whose names stand in checkpoints
         free = f"{path.replace('.', '_')}_added"
         while _hides(source, free):
             free += "_"
-        at = add_module(gm, free, module)
-        for call in calls:
-            call.target = at
-        gm.delete_submodule(path)
+        _move(gm, path, calls, free)
+
+
+def _move(gm: fx.GraphModule, path: str, calls: Collection[fx.Node], name: str) -> None:
+    """Moves the module at `path` to the graph itself, unless it holds what stands in checkpoints by name."""
+    parent, _, own = path.rpartition(".")
+    holder, module = module_at(gm, parent), module_at(gm, path)  # an attribute may hide it
+    assert holder is not None
+    assert module is not None
+    if [*module.parameters(), *module.buffers()]:
+        return
+    at = add_module(gm, name, module)
+    for call in calls:
+        call.target = at
+    del holder._modules[own]
 
 
 def _hides(holder: nn.Module, name: str) -> bool:

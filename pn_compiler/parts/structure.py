@@ -20,11 +20,11 @@ class Foreign(nn.Module):
         raise TraceError("a module that was put in later is called whole")
 
 
-class Absorbed(nn.Identity):
-    """In the place of an activation that is part of the site in front of it.
+class Stand(nn.Module):
+    """In the place of a module that the graph does not call.
 
     Args:
-        kind: name of its class.
+        kind: name of the class of that module.
     """
 
     def __init__(self, kind: str) -> None:
@@ -33,6 +33,19 @@ class Absorbed(nn.Identity):
 
     def extra_repr(self) -> str:
         return self.kind
+
+
+class Absorbed(Stand, nn.Identity):
+    """In the place of an activation that is part of the site in front of it."""
+
+
+class Uncalled(Stand):
+    """Keeps the place in a container of a module that the traced forward never calls."""
+
+    def forward(self, *_: Any, **__: Any) -> Any:
+        raise RuntimeError(
+            f"this {self.kind} is not part of the converted network: the traced forward never calls it"
+        )
 
 
 def is_part(module: nn.Module | None) -> bool:
