@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from pn_compiler.data.samples import Samples
 from pn_compiler.freezing.site_constants import Norms
+from pn_compiler.recovery.schedule import rate_share
 from pn_compiler.recovery.site_matching import SiteMatching
 from pn_compiler.running.evaluation import run
 from pn_compiler.running.inputs import Inputs
@@ -93,10 +94,7 @@ class AffineFit:
         with _trainable(self._norms):
             optimizer, factor, restart = self._adam(), RATE, 0
             for step in range(steps):
-                share = min(
-                    1.0, (step - restart + 1) / (WARM_UP * steps)
-                )  # Adam's first steps are the longest
-                share *= (1 + math.cos(math.pi * step / steps)) / 2
+                share = rate_share(step, steps, warm_up=WARM_UP * steps, restart=restart)
                 for group in optimizer.param_groups:
                     group["lr"] = factor * share * group["scale"]
                 if not self._step(optimizer):

@@ -17,6 +17,7 @@ from pn_compiler.base.progress import bar
 from pn_compiler.data.metric import Metric
 from pn_compiler.data.samples import Outputs, Samples, digest
 from pn_compiler.recovery.eval_result import EvalResult, mean_result
+from pn_compiler.recovery.schedule import rate_share
 from pn_compiler.recovery.site_matching import SiteMatching
 from pn_compiler.recovery.site_targets import SiteTargets
 from pn_compiler.running.evaluation import run
@@ -182,9 +183,8 @@ class Trainer:
     def _rate(self) -> float:
         """Learning rate of the next step."""
         total = len(self._batches)
-        warm_up = max(1.0, min(WARM_UP * total, _MOST_WARM_UP))
-        share = min(1.0, (self.step - self._restart + 1) / warm_up)
-        share *= (1 + math.cos(math.pi * self.step / total)) / 2
+        warm_up = min(WARM_UP * total, _MOST_WARM_UP)
+        share = rate_share(self.step, total, warm_up=warm_up, restart=self._restart)
         return self._lr * BACKOFF**self.rollbacks * share
 
     def _add_gradients(self, rows: Tensor) -> Tensor:
