@@ -69,13 +69,15 @@ class Distilled:
         return distilled
 
 
+ANCHORS = (0.0, 0.25, 0.5, 0.75, 0.8, 0.85, 0.9)
+
 VARIANTS: dict[str, Variant] = {
     "BatchNorm": Swapped(None),
     "plain swap": Swapped(keep=True),
     "opacus": Swapped(keep=False),
     "layer": Converted({"norm": "layer"}),
     "group": Converted({"norm": "group"}),
-    **{f"rms {anchor:g}": Converted({"norm": "rms", "anchor": anchor}) for anchor in (0.0, 0.25, 0.5, 0.75)},
+    **{f"rms {anchor:g}": Converted({"norm": "rms", "anchor": anchor}) for anchor in ANCHORS},
     "default": Converted({}),  # rms, with a higher anchor
     "rms auto": Fitted({"anchor": "auto"}),
     "layer, calibrated": Fitted({"norm": "layer", "warm_start": "calibrate"}),

@@ -179,7 +179,8 @@ class ReplaceBatchNorm(GraphPass):
         """Returns the record of the new normalizer."""
         like = next((t for t in (norm.weight, norm.running_mean) if t is not None), _nearby(gm, path))
         warm = is_warm(norm, self.config.warm_start)
-        new = self._normalizer(path, norm, num_groups, like, warm=warm)
+        anchor = self.config.anchor_for(path, warm=warm)
+        new = self._normalizer(norm, num_groups, like, anchor, warm=warm)
         weight, bias = affine_from_running_stats(norm, num_groups) if warm else plain_affine(norm)
         fitted = self.calibrated.get(path)
         if fitted is not None:
@@ -194,11 +195,10 @@ class ReplaceBatchNorm(GraphPass):
             new.train(gm.training)
         kind = "rms" if self.config.norm == "rms" else norm_name(num_groups, norm.num_features)
         residual = None if fitted is None else fitted.residual
-        anchor = self.config.anchor_for(path, warm=warm)
         return Site(path, "norm_only", kind, num_groups, warm_start=warm, residual=residual, anchor=anchor)
 
     def _normalizer(
-        self, path: str, norm: _BatchNorm, num_groups: int, like: torch.Tensor, *, warm: bool
+        self, norm: _BatchNorm, num_groups: int, like: torch.Tensor, anchor: float, *, warm: bool
     ) -> nn.GroupNorm | AnchoredNorm:
         """The new normalizer with the statistics of the population, if it has any; weight 1 and bias 0."""
         size = num_groups, norm.num_features
@@ -207,7 +207,7 @@ class ReplaceBatchNorm(GraphPass):
             return nn.GroupNorm(*size, norm.eps, **options)
         statistics: Statistics = "rms" if self.config.norm == "rms" else "anchored"
         new = AnchoredNorm(*size, norm.eps, statistics=statistics, **options)
-        values = {"anchor": torch.tensor(self.config.anchor_for(path, warm=warm), dtype=torch.float64)}
+        values = {"anchor": torch.tensor(anchor, dtype=torch.float64)}
         if warm and has_values(like):
             values["population_mean"], values["population_var"] = population(norm, num_groups)
         for name, buffer in new.named_buffers():
