@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import os
 import statistics
 import tempfile
 from collections.abc import Callable
@@ -40,21 +41,24 @@ def benchmark(
         before = Path(folder, "batch_norm.onnx")
         written = write_onnx(original, original, before, inputs, plain)
         files = {"BatchNorm": before, "converted": path}
-        openers = {name: functools.partial(_opened, file, inputs) for name, file in files.items()}
+        openers = {
+            name: functools.partial(_opened, file, inputs, options.threads) for name, file in files.items()
+        }
         seconds = take_turns(openers, lambda: stopwatch.announce("benchmark"), rounds=_ROUNDS, runs=_RUNS)
     pairs = zip(seconds["converted"], seconds["BatchNorm"], strict=True)
     return Benchmark(
         milliseconds={name: 1e3 * statistics.median(times) for name, times in seconds.items()},
         ratio=statistics.median(after / before for after, before in pairs),
         batch=batch_size(inputs),
+        threads=options.threads or os.cpu_count() or 1,
         file_bytes=written.file_bytes + written.data_bytes,
         operators=written.operators_after,
     )
 
 
-def _opened(path: Path, inputs: Inputs) -> Callable[[], object]:
+def _opened(path: Path, inputs: Inputs, threads: int | None) -> Callable[[], object]:
     """A function that runs `path` once."""
-    session = load_session(str(path))
+    session = load_session(str(path), threads=threads or 0)
     names = [value.name for value in session.get_inputs()]
     feed = dict(zip(names, (tensor.numpy() for tensor in inputs.tensors()), strict=True))
     return functools.partial(session.run, None, feed)

@@ -29,6 +29,8 @@ class ExportOptions(ExportConfig):
                 raise ConfigError(f"{key}={value!r:.80}: expected a list of names")
         check_axes(self.dynamic_axes)
         check_kinds(self)
+        if self.threads is not None and self.threads < 1:
+            raise ConfigError(f"threads={self.threads}: expected at least 1")
         if not isinstance(self.target_ort, str | None):
             raise ConfigError(f"target_ort={self.target_ort!r:.80}: expected a version such as '1.18'")
         check_dtype(self.dtype, self.opset)

@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+from collections.abc import Iterator
 from typing import Any
 
 import onnx
@@ -40,6 +41,7 @@ class Benchmark:
         milliseconds: of an inference, by file: "BatchNorm" and "converted"; medians over sessions in turn.
         ratio: of the two, the median over pairs of sessions.
         batch: samples in an inference.
+        threads: of onnxruntime.
         file_bytes: size of the file with BatchNorm.
         operators: how often each stands in that file, as torch.onnx writes it.
     """
@@ -47,6 +49,7 @@ class Benchmark:
     milliseconds: dict[str, float]
     ratio: float
     batch: int
+    threads: int
     file_bytes: int
     operators: dict[str, int]
 
@@ -54,7 +57,8 @@ class Benchmark:
         before, after = self.milliseconds["BatchNorm"], self.milliseconds["converted"]
         return (
             f"{self.ratio:.2f} times the time of the same network with BatchNorm: {after:.2f} ms, not "
-            f"{before:.2f} ms (onnxruntime, batch {self.batch}); its file has {size(self.file_bytes)}"
+            f"{before:.2f} ms (onnxruntime, batch {self.batch}, {self.threads} threads); its file has "
+            f"{size(self.file_bytes)}"
         )
 
 
@@ -147,7 +151,16 @@ class Report:
 
 
 def count_onnx_operators(model: onnx.ModelProto) -> dict[str, int]:
-    return dict(sorted(collections.Counter(node.op_type for node in model.graph.node).items()))
+    """How often each operator stands in `model`, those in the bodies of others included."""
+    return dict(sorted(collections.Counter(_operators(model.graph)).items()))
+
+
+def _operators(graph: onnx.GraphProto) -> Iterator[str]:
+    for node in graph.node:
+        yield node.op_type
+        for attribute in node.attribute:
+            for inner in (attribute.g, *attribute.graphs):
+                yield from _operators(inner)
 
 
 def describe_values(values: Any) -> list[dict[str, Any]]:

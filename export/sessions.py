@@ -23,13 +23,15 @@ def make_session(
     return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
 
 
-def load_session(path: str, *, optimized: bool = True) -> onnxruntime.InferenceSession:
+def load_session(
+    path: str, *, optimized: bool = True, threads: int = 0
+) -> onnxruntime.InferenceSession:
     """A session for a file, loaded as a server does: external data must be next to it.
 
     Raises:
         ExportError: onnxruntime cannot load it.
     """
     try:
-        return make_session(path, optimized=optimized)
+        return make_session(path, optimized=optimized, threads=threads)
     except Exception as error:
         raise ExportError(f"onnxruntime cannot load {path}: {first_line(error)}") from error

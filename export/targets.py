@@ -8,7 +8,7 @@ import onnx_ir
 from pn_compiler.base.config import ExportConfig
 from pn_compiler.base.errors import ConfigError
 from pn_compiler.export.rewrites.depthwise_affine import use_depthwise_affines
-from pn_compiler.export.rewrites.normalizers import expand_group_norms, use_two_stage_sums
+from pn_compiler.export.rewrites.normalizers import expand_group_norms, pool_squares, use_two_stage_sums
 from pn_compiler.export.rewrites.prelu import expand_prelus, use_leaky_relus
 
 GROUP_NORM_OPSET = 21  # the first whose GroupNormalization has a weight for each channel
@@ -45,6 +45,8 @@ class Target:
         if self.affines == "conv":
             use_depthwise_affines(model)
             expand_prelus(model)
+            if not self.blocked:  # which brings all of a normalizer into the layout of convolutions
+                pool_squares(model)
 
 
 PORTABLE = Target("portable")

@@ -232,11 +232,14 @@ def _lower(
     try:
         return _verified(model, target, staged, compare, stopwatch)
     except VerificationError as error:
-        if not use_two_stage_sums(model):
+        if not use_two_stage_sums(model) and not target.blocked:
             raise
         logger.info("%s; trying again with two-stage sums in the normalizers", error)
-        lowered = _verified(model, target, staged, compare, stopwatch)
-        return dataclasses.replace(lowered, norms="two-stage sums, for InstanceNormalization was too far off")
+        exact = dataclasses.replace(target, norms="two-stage")
+        lowered = _verified(model, exact, staged, compare, stopwatch)
+        first = "sums of squares" if target.blocked else "InstanceNormalization"
+        norms = f"two-stage sums, with {first} the error was too large"
+        return dataclasses.replace(lowered, target=target, norms=norms)
 
 
 def _verified(
@@ -253,7 +256,7 @@ def _verified(
         _check(proto, staged)
     if target.blocked:
         with stopwatch("lay out"):
-            proto, blocked = in_blocked_layout(proto)
+            proto, blocked = in_blocked_layout(proto, one_image=target.norms != "two-stage")
             name_nodes(proto, noted_paths(model))
     if compare is not None:
         with stopwatch("verify"):
@@ -278,7 +281,7 @@ def _choose_target(
     candidates = {
         target.name: target for target in CANDIDATES if options.dtype == "float32" or not target.blocked
     }
-    tuning_cache, key = TuningCache(), fingerprint(proto, feed)
+    tuning_cache, key = TuningCache(), fingerprint(proto, feed, options.threads)
     tuning = tuning_cache.get(key) or {}
     if not tuning.keys() & candidates.keys() and options.tune:
         with tempfile.TemporaryDirectory() as folder:
@@ -294,7 +297,7 @@ def _choose_target(
                 files[name] = Path(folder, f"{len(files)}.onnx")
                 files[name].write_bytes(candidate.SerializeToString())
             with stopwatch("tune"):
-                tuning = milliseconds(files, feed, lambda: stopwatch.announce("tune"))
+                tuning = milliseconds(files, feed, options.threads, lambda: stopwatch.announce("tune"))
         tuning_cache.put(key, tuning)
     measured = {name: time for name, time in tuning.items() if name in candidates}
     return candidates[min(measured, key=measured.__getitem__)] if measured else PORTABLE, tuning

@@ -61,18 +61,22 @@ def _median_seconds(run: Callable[[], object], runs: int) -> float:
 
 
 def milliseconds(
-    files: Mapping[str, Path], feed: Mapping[str, np.ndarray[Any, Any]], done: Callable[[], object]
+    files: Mapping[str, Path],
+    feed: Mapping[str, np.ndarray[Any, Any]],
+    threads: int | None,
+    done: Callable[[], object],
 ) -> dict[str, float]:
-    """Median time of an inference in onnxruntime on the CPU, all cores, for each of `files`.
+    """Median time of an inference in onnxruntime on the CPU for each of `files`.
 
     Args:
         files: name -> path of an ONNX file.
         feed: inputs.
+        threads: of a session; None is one for each core.
         done: called after each session; each file gets `ROUNDS` of them.
     """
 
     def opener(path: Path) -> Callable[[], Callable[[], object]]:
-        return lambda: functools.partial(make_session(str(path)).run, None, dict(feed))
+        return lambda: functools.partial(make_session(str(path), threads=threads or 0).run, None, dict(feed))
 
     seconds = take_turns(
         {name: opener(path) for name, path in files.items()}, done, rounds=ROUNDS, runs=_RUNS
@@ -80,11 +84,13 @@ def milliseconds(
     return {name: 1e3 * statistics.median(values) for name, values in seconds.items()}
 
 
-def fingerprint(model: onnx.ModelProto, feed: Mapping[str, np.ndarray[Any, Any]]) -> str:
-    """A hash of a network without its weights, its input shapes, onnxruntime and this machine."""
+def fingerprint(
+    model: onnx.ModelProto, feed: Mapping[str, np.ndarray[Any, Any]], threads: int | None
+) -> str:
+    """A hash of a network without its weights, its input shapes, onnxruntime, this machine and `threads`."""
     digest = hashlib.sha256()
     shapes = {name: (x.shape, str(x.dtype)) for name, x in feed.items()}
-    machine = (onnxruntime.__version__, platform.machine(), _processor(), os.cpu_count())
+    machine = (onnxruntime.__version__, platform.machine(), _processor(), threads or os.cpu_count())
     digest.update(repr((sorted(shapes.items()), machine)).encode())
     for tensor in model.graph.initializer:
         digest.update(repr((tensor.name, tuple(tensor.dims), tensor.data_type)).encode())

@@ -306,6 +306,8 @@ def _check_company(given: Mapping[str, Any]) -> None:
         make_parser().error("--error-budget goes with --static-statistics=auto")
     if "tune" in given and given.get("target") != "auto":
         make_parser().error("--tune goes with --target auto")
+    if "threads" in given and given.get("target") != "auto" and "benchmark" not in given:
+        make_parser().error("--threads goes with --target auto or --benchmark")
 
 
 def _check_diagnosis_usage(given: Mapping[str, Any]) -> None:
@@ -338,7 +340,7 @@ _TITLES: dict[str, tuple[type, str]] = {
     "Static statistics": (FreezeConfig, "`freeze_statistics`"),
     "Export": (
         ExportConfig,
-        "`export_onnx` and `compile`; all but `target` and `tune` in `export_model_repository`",
+        "`export_onnx` and `compile`; all but `target`, `tune` and `threads` in `export_model_repository`",
     ),
     "Model repository": (ModelRepository, "`ModelRepository` and `export_model_repository`"),
 }

@@ -62,6 +62,7 @@ def export_onnx(
     example_kwargs: Mapping[str, Any] | None = None,
     target: TargetName = ExportConfig.target,
     tune: bool = ExportConfig.tune,
+    threads: int | None = ExportConfig.threads,
     opset_version: int | None = ExportConfig.opset_version,
     target_ort: str | None = ExportConfig.target_ort,
     dynamic_batch: bool = ExportConfig.dynamic_batch,
@@ -87,6 +88,7 @@ def export_onnx(
             one), "openvino", "cuda", "tensorrt", or "auto": what was measured to be the fastest in
             onnxruntime on this machine, "portable" if nothing was. See docs/latency.md.
         tune: measure it for target="auto", unless the cache has the same network on the same machine.
+        threads: of onnxruntime, where the file is measured: by default one for each core.
         opset_version: ONNX operator set, 18 to 24. The default, 20 with IR version 9, is loaded by
             onnxruntime 1.17 and later; "openvino" and "tensorrt" have 21.
         target_ort: an onnxruntime such as "1.18" that must load the file.
@@ -158,6 +160,7 @@ def compile(  # noqa: A001  # the name that users of torch.compile look for
     leaves: Sequence[str | type[nn.Module]] = TransformConfig.leaves,
     target: TargetName = ExportConfig.target,
     tune: bool = ExportConfig.tune,
+    threads: int | None = ExportConfig.threads,
     opset_version: int | None = ExportConfig.opset_version,
     target_ort: str | None = ExportConfig.target_ort,
     dynamic_batch: bool = ExportConfig.dynamic_batch,

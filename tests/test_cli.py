@@ -387,6 +387,7 @@ def test_a_target_in_a_read_only_file_system(folder: Path, capsys: pytest.Captur
 @pytest.mark.parametrize(
     "arguments",
     [
+        ("model.pt", "-o", "m.onnx", "--threads", "2"),  # nothing is measured
         ("model.pt",),
         ("-o", "m.onnx"),
         ("model.pt", "-o", "m.onnx", "--input-shape", "1,x"),

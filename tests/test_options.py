@@ -55,6 +55,7 @@ LEFT_OUT = {
     (pn_compiler.compile, "norm_only_bias"): "it is about networks to be trained from scratch, not exported",
     (pn_compiler.export_model_repository, "target"): "servers load a repository on any machine",
     (pn_compiler.export_model_repository, "tune"): "it chooses a target",
+    (pn_compiler.export_model_repository, "threads"): "it is for what is measured",
 }
 #: parameter of `compile` -> why it has no flag of its name and default
 ONLY_IN_PYTHON = {
@@ -190,6 +191,7 @@ TYPED: dict[tuple[str, ...], tuple[str, Any]] = {
     ("--metric", "my.metrics:accuracy"): ("metric", "my.metrics:accuracy"),
     ("--target", "openvino"): ("target", "openvino"),
     ("--tune",): ("tune", True),
+    ("--threads", "3"): ("threads", 3),
     ("--opset", "18"): ("opset_version", 18),
     ("--target-ort", "1.18"): ("target_ort", "1.18"),
     ("--static-batch",): ("dynamic_batch", False),

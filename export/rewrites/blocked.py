@@ -2,17 +2,28 @@
 
 onnxruntime's own optimization moves convolutions, pooling and what lies between them into the domain
 com.microsoft.nchwc: [N, C, H, W] is held as [N, C / B, H, W, B] with blocks of B channels, 16 with AVX-512
-and 8 with AVX2. Each normalizer has it reorder memory to the plain layout and back. But the mean and the
-variance of a group do not depend on the order of its elements, and a group of whole blocks is one run of
-memory in both layouts: there the normalizer works on the blocked memory as it is.
+and 8 with AVX2. Each normalizer has it reorder memory to the plain layout and back.
+
+Here onnxruntime optimizes the graph with each normalizer taken out, so that only its weight and bias are
+left: a depthwise 1x1 convolution, which stays in the blocked layout. The statistics come back afterwards, in
+that layout, in one of two forms:
+
+- For one image, two convolutions do it all, and share the threads. The sum of squares over a channel is a
+  depthwise convolution of x whose kernel is x itself, of the size of the image: onnxruntime lays out both
+  alike, and takes kernels that are computed. And the weight of the depthwise convolution behind is divided by
+  the standard deviation. x is read twice, and written once.
+- For any number of images, a normalizer of groups of whole blocks: a group is one run of memory in both
+  layouts, and its statistics do not depend on the order of its elements.
+
+A file for any batch runs the first form for one image after the other (`per_image`). Measured on mobilenet_v2
+at 224x224 with one thread, relative to BatchNorm: 1.27 for the first form, 1.46 for the second; at batch 8
+one image after the other takes 0.79 of the time of all together.
 """
 
-import dataclasses
-import math
+import functools
 import tempfile
-from collections.abc import Iterator, Set
+from collections.abc import Callable, Set
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnx
@@ -23,12 +34,14 @@ from onnx_ir.convenience import replace_all_uses_with
 from onnx_ir.passes.common import RemoveUnusedNodesPass, RemoveUnusedOpsetsPass
 
 from pn_compiler.base.errors import ExportError, first_line
-from pn_compiler.export.rewrites.rules import contents, is_constant, sizes
+from pn_compiler.export.rewrites.blocked_norms import DOMAIN, TakenOut, can_be_restored, restore
+from pn_compiler.export.rewrites.norms import Norm, find_norms
+from pn_compiler.export.rewrites.per_image import is_per_image, of_one_image, per_image
+from pn_compiler.export.rewrites.rules import constant_input, sizes
 from pn_compiler.export.sessions import make_session, session_options
 
-DOMAIN = "com.microsoft.nchwc"
-_STATISTICS = {"InstanceNormalization", "ReduceMean", "Sub", "Mul", "Add", "Sqrt", "Reciprocal", "Div"}
 _PROBED = 4  # channels, the fewest that ReorderInput takes
+_FIRST_MARK = 2.0**20  # no weight of a network is a constant of such a size
 
 
 def block_size() -> int:
@@ -54,7 +67,7 @@ def block_size() -> int:
     return int(y.shape[1])
 
 
-def in_blocked_layout(model: onnx.ModelProto) -> tuple[onnx.ModelProto, int]:
+def in_blocked_layout(model: onnx.ModelProto, *, one_image: bool = True) -> tuple[onnx.ModelProto, int]:
     """What onnxruntime makes of `model` on this machine, with the normalizers in the blocked layout, too.
 
     The result is for onnxruntime alone, and for machines with blocks of the same size. On another one it
@@ -62,6 +75,8 @@ def in_blocked_layout(model: onnx.ModelProto) -> tuple[onnx.ModelProto, int]:
 
     Args:
         model: standard operators, weights inside; left untouched.
+        one_image: whether the first form may be used, whose variance is E[x^2] - m^2 where a mean is
+            subtracted; the second is more exact then.
 
     Returns:
         The model, and how many normalizers are in the blocked layout.
@@ -69,17 +84,14 @@ def in_blocked_layout(model: onnx.ModelProto) -> tuple[onnx.ModelProto, int]:
     Raises:
         ExportError: onnxruntime has no such layout here, or there is no normalizer that it can hold.
     """
-    block = block_size()
-    result = _optimized(model)
-    entries = []
-    for reorder in [node for node in result.graph if node.op_type == "ReorderOutput"]:
-        normalizer = _normalizer_behind(reorder)
-        if normalizer is None or reorder.attributes["channels"].as_int() // normalizer.groups % block:
-            continue
-        normalizer.entry.replace_input_with(0, reorder.inputs[0])
-        for value in normalizer.blocked:
-            replace_all_uses_with(value, normalizer.exit)
-        entries.append(normalizer.entry)
+    block, split = block_size(), one_image and is_per_image(model)
+    result, places = _optimized_without_norms(
+        of_one_image(model) if split else model, block, one_image=one_image
+    )
+    restored = [
+        restore(result.graph, node, taken, block, one_image=one_image) for node, taken in places.items()
+    ]
+    entries = [entry for entry in restored if entry is not None]
     if not entries:
         raise ExportError("no normalizer can run in the blocked layout: use target portable")
     _guard(result.graph, entries, block)
@@ -88,99 +100,87 @@ def in_blocked_layout(model: onnx.ModelProto) -> tuple[onnx.ModelProto, int]:
     result.producer_name, result.producer_version = model.producer_name, model.producer_version
     proto = onnx_ir.to_proto(result)
     del proto.graph.value_info[:]  # of the plain layout
-    return proto, len(entries)
+    return (per_image(proto, model.graph) if split else proto), len(entries)
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class _Normalizer:
-    """The part of a graph from the Reshape of a normalizer to the one that restores the shape.
+def _optimized_without_norms(
+    model: onnx.ModelProto, block: int, *, one_image: bool
+) -> tuple[onnx_ir.Model, dict[onnx_ir.Node, TakenOut]]:
+    """The graph that onnxruntime runs, normalizers taken out, and the convolutions where they belong."""
+    kept: set[str] = set()
+    while True:
+        given = onnx_ir.from_proto(model)
+        fits = functools.partial(can_be_restored, block=block, one_image=one_image)
+        taken = _take_out(given, fits, kept)
+        result = _optimized(onnx_ir.to_proto(given))
+        places = {node: taken[mark] for node in result.graph if (mark := _mark(node)) in taken}
+        lost = {norm.name for norm in taken.values()} - {norm.name for norm in places.values()}
+        if not lost:
+            return result, places
+        kept |= lost  # onnxruntime fused such a convolution with another operator
 
-    Attributes:
-        entry: the first Reshape.
-        exit: what the last one gives.
-        groups: of the normalizer.
-        blocked: the same as `exit`, reordered to the blocked layout.
-    """
 
-    entry: onnx_ir.Node
-    exit: onnx_ir.Value
-    groups: int
-    blocked: tuple[onnx_ir.Value, ...]
+def _take_out(
+    model: onnx_ir.Model, fits: Callable[[Norm, tuple[int, ...]], bool], kept: Set[str]
+) -> dict[float, TakenOut]:
+    """Takes normalizers of images out, and marks the depthwise convolutions that stay of them."""
+    taken: dict[float, TakenOut] = {}
+    tape = onnx_ir.tape.Tape(model.graph)
+    for norm in list(find_norms(model.graph)):
+        name, shape = norm.y.name or "", tuple(sizes(norm.x))
+        if name in kept or norm.x.dtype != onnx_ir.DataType.FLOAT or not fits(norm, shape):
+            continue
+        mark = _FIRST_MARK + len(taken)
+        conv = _depthwise_behind(norm) or _add_depthwise(tape, norm)
+        kernel = constant_input(conv, 1)
+        assert kernel is not None
+        conv.replace_input_with(0, norm.x)
+        marks = onnx_ir.tensor(np.full_like(kernel, mark))
+        conv.replace_input_with(1, tape.initializer(marks, f"{name}_mark"))
+        taken[mark] = TakenOut(name, norm, shape, kernel.reshape(-1))
+    model.graph.sort()
+    RemoveUnusedNodesPass()(model)
+    return taken
 
 
-def _normalizer_behind(reorder: onnx_ir.Node) -> _Normalizer | None:
-    """That which alone reads what `reorder` gives, and is only read in the blocked layout itself."""
-    entry = _only_reader(reorder.outputs[0])
-    if entry is None or entry.op_type != "Reshape":
+def _mark(conv: onnx_ir.Node) -> float:
+    """What a depthwise 1x1 convolution was marked with; 0 if it was not."""
+    kernel = constant_input(conv, 1) if conv.op_type in ("Conv", "FusedConv") else None
+    if kernel is None or kernel.shape[1:] != (1, 1, 1) or kernel[0] < _FIRST_MARK:
+        return 0.0
+    return float(kernel.flat[0]) if (kernel[kernel != 0] == kernel[0]).all() else 0.0
+
+
+def _depthwise_behind(norm: Norm) -> onnx_ir.Node | None:
+    """The depthwise 1x1 convolution with bias that alone reads what `norm` gives."""
+    readers = [node for node, _ in norm.y.uses()]
+    if len(readers) != 1 or readers[0].op_type != "Conv" or norm.y.is_graph_output():
         return None
-    inner = dict.fromkeys(_until_reshape(entry))
-    exits = [node for node in inner if node.op_type == "Reshape"]
-    shape = _constant_input(entry, 1)
-    if shape is None or len(shape) < 3 or len(exits) != 1 or not _keeps_batch(shape, reorder.outputs[0]):
-        return None
-    (last,) = exits
-    restored = _constant_input(last, 1)
-    if restored is None or list(restored)[1:] != sizes(reorder.outputs[0])[1:]:
-        return None
-    del inner[last]
-    inside = {entry.outputs[0], *(node.outputs[0] for node in inner)}
-    if not all(_ignores_order(node, inside, len(shape)) for node in inner):
-        return None
-    result = last.outputs[0]
-    readers = [node for node, _ in result.uses()]
-    if result.is_graph_output() or any(node.op_type != "ReorderInput" for node in readers):
-        return None
-    return _Normalizer(entry, result, int(shape[1]), tuple(node.outputs[0] for node in readers))
+    (conv,) = readers
+    kernel, bias = constant_input(conv, 1), constant_input(conv, 2)
+    plain = not any(name in conv.attributes for name in ("pads", "strides", "auto_pad"))
+    fits = kernel is not None and kernel.shape == (norm.channels, 1, 1, 1) and bias is not None
+    return conv if fits and plain else None
 
 
-def _keeps_batch(shape: np.ndarray[Any, Any], value: onnx_ir.Value) -> bool:
-    """Whether a Reshape of `value` to `shape` leaves its first axis as it is: 0, or what remains."""
-    rest = math.prod(sizes(value)[1:])
-    return bool(shape[0] == 0 or (shape[0] == -1 and rest > 0 and math.prod(shape[1:].tolist()) == rest))
-
-
-def _only_reader(value: onnx_ir.Value) -> onnx_ir.Node | None:
-    """The node that reads a value, if it is one, and the value is no output of the graph."""
-    readers = [node for node, _ in value.uses()]
-    return readers[0] if len(readers) == 1 and not value.is_graph_output() else None
-
-
-def _constant_input(node: onnx_ir.Node, index: int) -> np.ndarray[Any, Any] | None:
-    value = node.inputs[index] if index < len(node.inputs) else None
-    return None if value is None or not is_constant(value) else contents(value)
-
-
-def _until_reshape(node: onnx_ir.Node) -> Iterator[onnx_ir.Node]:
-    """The nodes that depend on `node`, up to the next Reshape of each path; some may come twice."""
-    for reader, _ in node.outputs[0].uses():
-        yield reader
-        if reader.op_type in _STATISTICS:
-            yield from _until_reshape(reader)
-
-
-def _ignores_order(node: onnx_ir.Node, inside: Set[onnx_ir.Value], dims: int) -> bool:
-    """Whether `node` treats all elements of a group alike, [N, G, L] or [N, G, C / G, S].
-
-    Args:
-        inside: the values that are computed of the group.
-        dims: 3 or 4, of the two.
-    """
-    if node.op_type == "InstanceNormalization":
-        return dims == 3
-    if node.op_type == "ReduceMean":
-        axes, source = _constant_input(node, 1), node.inputs[0]
-        if axes is None or len(axes) != 1 or source is None:
-            return False
-        if dims == 3 or axes[0] == 2:  # the mean of a group, of all its elements or of its channels
-            maker = source.producer()
-            of_channels = maker is not None and maker.op_type == "ReduceMean"
-            return bool(axes[0] == 2) and (dims == 3 or of_channels)
-        reader = _only_reader(node.outputs[0])  # means of channels are for nothing else
-        return bool(axes[0] == 3) and reader is not None and reader.op_type == "ReduceMean"
-    places = [place for place, value in enumerate(node.inputs) if value not in inside]
-    constants = [_constant_input(node, place) for place in places]
-    alike = all(c is not None and (c.size == 1 or (dims == 4 and c.shape[-2:] == (1, 1))) for c in constants)
-    return node.op_type in _STATISTICS and alike  # constants of all elements, or of all of a group
+def _add_depthwise(tape: onnx_ir.tape.Tape, norm: Norm) -> onnx_ir.Node:
+    """One with weight 1 and bias 0, for all that read what `norm` gives."""
+    ones, zeros = np.ones((norm.channels, 1, 1, 1), np.float32), np.zeros(norm.channels, np.float32)
+    inputs = [
+        norm.y,
+        tape.initializer(onnx_ir.tensor(ones), f"{norm.y.name}_ones"),
+        tape.initializer(onnx_ir.tensor(zeros), f"{norm.y.name}_zeros"),
+    ]
+    uses, is_output = list(norm.y.uses()), norm.y.is_graph_output()
+    result = tape.op("Conv", inputs, {"group": norm.channels, "kernel_shape": [1, 1]})
+    result.shape, result.type = norm.y.shape, norm.y.type
+    for node, index in uses:
+        node.replace_input_with(index, result)
+    if is_output:
+        replace_all_uses_with(norm.y, result, replace_graph_outputs=True)
+    conv = result.producer()
+    assert conv is not None
+    return conv
 
 
 def _optimized(model: onnx.ModelProto) -> onnx_ir.Model:

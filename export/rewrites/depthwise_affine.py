@@ -30,8 +30,8 @@ def _is_per_channel(
     context: Any, x: onnx_ir.Value, weight: onnx_ir.Value, bias: onnx_ir.Value, **_: Any
 ) -> bool:
     shape = sizes(x)
-    if len(shape) != 4 or not is_constant(weight) or not is_constant(bias):
-        return False
+    if len(shape) != 4 or shape[2:] == [1, 1] or not is_constant(weight) or not is_constant(bias):
+        return False  # one number for a channel is in no layout, and may be a statistic
     channels = (shape[1], 1, 1)
     return all(contents(value).shape in (channels, (1, *channels)) for value in (weight, bias))
 

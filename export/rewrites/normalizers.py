@@ -9,7 +9,10 @@ from typing import Any
 
 import numpy as np
 import onnx_ir
+from onnx_ir.convenience import replace_all_uses_with
+from onnx_ir.passes.common import RemoveUnusedNodesPass
 
+from pn_compiler.export.rewrites.norms import Norm, find_norms
 from pn_compiler.export.rewrites.rules import apply_rule, contents, is_constant, sizes
 
 
@@ -41,6 +44,48 @@ def use_two_stage_sums(model: onnx_ir.Model) -> int:
         How many were replaced: those with weight 1 and bias 0 between a Reshape of [N, C, ...] and another.
     """
     return apply_rule(model, _reshaped_instance_norm, _is_plain_group_norm, _two_stage_norm)
+
+
+def pool_squares(model: onnx_ir.Model) -> int:
+    """Takes the mean square of images by GlobalAveragePool, for normalizers of one group without a mean.
+
+    onnxruntime computes Mul(x, x) and GlobalAveragePool in the layout of the convolution before them, from
+    where only one number per channel is brought to the plain one. With the two Reshapes gone as well,
+    mobilenet_v2 takes 1.65 times the time of BatchNorm, not 1.71 (1 thread, 224x224).
+
+    Args:
+        model: edited in place; its shapes must be known.
+
+    Returns:
+        How many were rewritten.
+    """
+    norms = [norm for norm in find_norms(model.graph) if _is_of_image_without_mean(norm)]
+    for norm in norms:
+        tape = onnx_ir.tape.Tape(model.graph)
+        dtype = norm.x.dtype.numpy() if norm.x.dtype is not None else np.float32
+        axis, var, share, exponent = (
+            tape.initializer(onnx_ir.tensor(values), f"{norm.y.name}_{name}")
+            for name, values in {
+                "axis": np.array([1]), "var": norm.var.astype(dtype), "share": norm.share.astype(dtype),
+                "exponent": np.array([-0.5], dtype),
+            }.items()
+        )  # fmt: skip
+        pooled = tape.op("GlobalAveragePool", [tape.op("Mul", [norm.x, norm.x])])
+        power = tape.op("ReduceMean", [pooled, axis])
+        if norm.share[0] != 1:
+            power = tape.op("Mul", [power, share])
+        factor = tape.op("Pow", [tape.op("Add", [power, var]), exponent])
+        y = tape.op("Mul", [norm.x, factor])
+        y.shape, y.type = norm.y.shape, norm.y.type
+        replace_all_uses_with(norm.y, y, replace_graph_outputs=True)
+    if norms:
+        model.graph.sort()
+        RemoveUnusedNodesPass()(model)
+    return len(norms)
+
+
+def _is_of_image_without_mean(norm: Norm) -> bool:
+    return len(sizes(norm.x)) == 4 and norm.groups == 1 and not norm.centered
 
 
 def _group_norm(op: Any, x: Any, weight: Any, bias: Any) -> Any:

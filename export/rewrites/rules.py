@@ -49,3 +49,9 @@ def contents(constant: onnx_ir.Value) -> np.ndarray[Any, Any]:
 def sizes(value: onnx_ir.Value) -> list[int]:
     """The shape of a value, -1 where unknown; empty if its rank is unknown."""
     return [size if isinstance(size, int) else -1 for size in value.shape or ()]
+
+
+def constant_input(node: onnx_ir.Node, index: int) -> np.ndarray[Any, Any] | None:
+    """The contents of an input of `node`; None if it is computed, or not there."""
+    value = node.inputs[index] if index < len(node.inputs) else None
+    return None if value is None or not is_constant(value) else contents(value)

@@ -321,6 +321,13 @@ class ExportConfig:
             "with --target auto: measure on this machine, unless it was done before, and keep the fastest"
         ),
     )
+    threads: int | None = dataclasses.field(
+        default=None,
+        metadata=about(
+            "with --tune or --benchmark: how many the file will be run with (default: one for each core)",
+            metavar="N",
+        ),
+    )
     opset_version: int | None = dataclasses.field(
         default=None,
         metadata=about(

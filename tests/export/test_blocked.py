@@ -14,6 +14,7 @@ from torch import nn
 import pn_compiler
 from pn_compiler.base.errors import ExportError
 from pn_compiler.export import make_session
+from pn_compiler.export.report import count_onnx_operators
 from pn_compiler.export.rewrites import blocked
 from pn_compiler.export.rewrites.blocked import DOMAIN, block_size, in_blocked_layout
 from pn_compiler.export.rewrites.normalizers import use_two_stage_sums
@@ -21,6 +22,7 @@ from pn_compiler.testing import randomize_batch_norms
 from tests.export.rewriting import apply
 
 BLOCK = block_size()
+IMAGES = torch.randn(3, 3, 9, 7, generator=torch.Generator().manual_seed(0))
 
 
 def portable(channels: int, groups: int = 1, *, act: type[nn.Module] = nn.ReLU) -> onnx.ModelProto:
@@ -50,7 +52,7 @@ def compiled(channels: int, groups: int, act: type[nn.Module]) -> bytes:
 
 
 def operators(proto: onnx.ModelProto) -> Counter[str]:
-    return Counter(node.op_type for node in proto.graph.node)
+    return Counter(count_onnx_operators(proto))
 
 
 def run(proto: onnx.ModelProto, x: np.ndarray, *, optimized: bool = False) -> np.ndarray:
@@ -78,13 +80,34 @@ def test_normalizers_of_whole_blocks_need_no_reordering(
         np.testing.assert_allclose(run(result, x, optimized=optimized), expected, rtol=1e-5, atol=1e-5)
 
 
-def test_padded_channels_do_not_enter_statistics() -> None:
-    """The last block of 24 channels is half empty with blocks of 16: the plain layout is kept there."""
+@pytest.mark.parametrize("norm", ["layer", "rms"])
+@pytest.mark.parametrize("before", [nn.Identity, nn.Sigmoid])
+def test_channels_that_fill_a_block_do_not_enter_statistics(norm: str, before: type[nn.Module]) -> None:
+    """The last block of 24 channels is half empty with blocks of 16, and sigmoid(0) is 0.5."""
     channels = BLOCK + BLOCK // 2
+    torch.manual_seed(0)
+    layers = (
+        nn.Conv2d(3, channels, 3),
+        before(),
+        nn.BatchNorm2d(channels),
+        nn.ReLU(),
+        nn.Conv2d(channels, 4, 1),
+    )
+    net = pn_compiler.transform(randomize_batch_norms(nn.Sequential(*layers)), IMAGES, norm=norm)
+    with tempfile.TemporaryDirectory() as folder:
+        pn_compiler.export_onnx(net, Path(folder, "m.onnx"), IMAGES)
+        proto = onnx.load(Path(folder, "m.onnx"))
+        report = pn_compiler.export_onnx(net, Path(folder, "b.onnx"), IMAGES, target="ort-cpu")
+        assert report.blocked == 1
+        actual = run(onnx.load(Path(folder, "b.onnx")), IMAGES.numpy())
+    np.testing.assert_allclose(actual, run(proto, IMAGES.numpy()), rtol=1e-5, atol=1e-5)
+
+
+def test_groups_that_share_a_block_stay_in_the_plain_layout() -> None:
     with pytest.raises(ExportError, match="no normalizer can run in the blocked layout"):
-        in_blocked_layout(portable(channels))
-    with pytest.raises(ExportError, match="no normalizer"):  # a group is half a block
         in_blocked_layout(portable(BLOCK, 2))
+    with pytest.raises(ExportError, match="no normalizer"):  # the last block is half empty
+        in_blocked_layout(portable(BLOCK + BLOCK // 2), one_image=False)
 
 
 def by_hand(inner: list[onnx.NodeProto], entry: list[int], leave: list[int]) -> onnx.ModelProto:
@@ -97,11 +120,13 @@ def by_hand(inner: list[onnx.NodeProto], entry: list[int], leave: list[int]) -> 
     constants |= {k: generator.normal(size=size).astype(np.float32) for k, size in weights.items()}
     constants |= {
         "ones": np.ones(1, np.float32), "zeros": np.zeros(1, np.float32), "two": np.array([2]),
-        "three": np.array([3]), "rows": np.arange(8, dtype=np.float32),
+        "three": np.array([3]), "rows": np.arange(8, dtype=np.float32), "one": np.ones(1, np.float32),
+        "two_": np.full(1, 2, np.float32), "half": np.full((1, 1, 1), 0.5, np.float32),
     }  # fmt: skip
     make = onnx.helper.make_node
     nodes = [
-        make("Conv", ["x", "w"], ["y"]), make("Reshape", ["y", "entry"], ["a"]), *inner,
+        make("Conv", ["x", "w"], ["y"]), make("Reshape", ["y", "entry"], ["a"]),
+        make("Mul", ["a", "two_"], ["y'"]), *inner,
         make("Reshape", ["b", "leave"], ["c"]), make("Conv", ["c", "v"], ["z"]),
     ]  # fmt: skip
     graph = onnx.helper.make_graph(
@@ -113,37 +138,46 @@ def by_hand(inner: list[onnx.NodeProto], entry: list[int], leave: list[int]) -> 
     return onnx.shape_inference.infer_shapes(proto)
 
 
-NORM = onnx.helper.make_node("InstanceNormalization", ["a", "ones", "zeros"], ["n"])
-SUB = onnx.helper.make_node("Sub", ["a", "m"], ["b"])
+def node(op_type: str, *inputs: str, to: str) -> onnx.NodeProto:
+    return onnx.helper.make_node(op_type, inputs, [to])
 
 
-def rename(node: onnx.NodeProto, output: str) -> onnx.NodeProto:
-    copy = onnx.NodeProto()
-    copy.CopyFrom(node)
-    copy.output[0] = output
-    return copy
+def mean(source: str, to: str, axes: tuple[str, str] = ("three", "two")) -> list[onnx.NodeProto]:
+    return [node("ReduceMean", source, axes[0], to=f"{to}'"), node("ReduceMean", f"{to}'", axes[1], to=to)]
 
 
-def mean(axis: str, source: str = "a", result: str = "m") -> onnx.NodeProto:
-    return onnx.helper.make_node("ReduceMean", [source, axis], [result])
+def chain(d: str, squares: list[onnx.NodeProto], power: str = "p") -> list[onnx.NodeProto]:
+    """`d` divided by the root of `power` + 1; `squares` computes that of "s", the square of `d`."""
+    ends = [
+        node("Add", power, "one", to="e"), node("Sqrt", "e", to="r"), node("Reciprocal", "r", to="i"),
+        node("Mul", d, "i", to="b"),
+    ]  # fmt: skip
+    return [node("Mul", d, d, to="s"), *squares, *ends]
 
 
+GROUPED, FLAT, IMAGE = [0, 1, 2 * BLOCK, -1], [0, 1, -1], [-1, 2 * BLOCK, 4, 8]
 ORDERED = {
-    "whole": ([rename(NORM, "b")], [0, 1, -1], [-1, 2 * BLOCK, 4, 8], True),
-    "mean": ([mean("two"), SUB], [0, 1, -1], [-1, 2 * BLOCK, 4, 8], True),
-    "mean of means": (
-        [mean("three", "a", "k"), mean("two", "k"), SUB], [0, 1, 2 * BLOCK, -1], [-1, 2 * BLOCK, 4, 8], True,
+    "an instance norm": ([node("InstanceNormalization", "a", "ones", "zeros", to="b")], FLAT, IMAGE, True),
+    "a mean square": (chain("a", mean("s", "p")), GROUPED, IMAGE, True),
+    "a share of it": (
+        chain("a", [*mean("s", "m"), node("Mul", "m", "half", to="p")]), GROUPED, IMAGE, True,
     ),
-    "another shape behind": ([rename(NORM, "b")], [0, 1, -1], [-1, BLOCK, 8, 8], False),
-    "means of channels": ([mean("three"), SUB], [0, 1, 2 * BLOCK, -1], [-1, 2 * BLOCK, 4, 8], False),
-    "means of pixels": ([mean("two"), SUB], [0, 1, 2 * BLOCK, -1], [-1, 2 * BLOCK, 4, 8], False),
-    "a weight for each element": (
-        [NORM, onnx.helper.make_node("Mul", ["n", "rows"], ["b"])],
-        [0, 1, 8 * BLOCK, 8], [-1, 2 * BLOCK, 4, 8], False,
+    "a variance": ([*mean("a", "m"), node("Sub", "a", "m", to="d"), *chain("d", mean("s", "p"))],
+                   GROUPED, IMAGE, True),
+    "another shape behind": (
+        [node("InstanceNormalization", "a", "ones", "zeros", to="b")], FLAT, [-1, BLOCK, 8, 8], False,
     ),
-    "a softmax": (
-        [onnx.helper.make_node("Softmax", ["a"], ["b"])], [0, 1, -1], [-1, 2 * BLOCK, 4, 8], False,
+    "means of channels": (
+        chain("a", [node("ReduceMean", "s", "three", to="p")]), GROUPED, IMAGE, False,
     ),
+    "means of pixels": (chain("a", mean("s", "p", ("two", "two"))), GROUPED, IMAGE, False),
+    "a share for each element": (
+        chain("a", [*mean("s", "m"), node("Mul", "m", "rows", to="p")]), [0, 1, 8 * BLOCK, 8], IMAGE, False,
+    ),
+    "rows of two channels": (chain("a", mean("s", "p")), [0, 1, BLOCK, -1], IMAGE, False),
+    "another mean": ([*mean("y'", "m"), node("Sub", "a", "m", to="d"), *chain("d", mean("s", "p"))],
+                     GROUPED, IMAGE, False),
+    "a softmax": ([node("Softmax", "a", to="b")], FLAT, IMAGE, False),
 }  # fmt: skip
 
 
@@ -183,3 +217,40 @@ def test_a_machine_without_blocks_is_told(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(blocked, "DOMAIN", "com.example.missing")
     with pytest.raises(ExportError, match="no blocked layout on this machine: use target portable"):
         block_size()
+
+
+def two_of_two(mixes: bool = False) -> nn.Module:
+    class Net(nn.Module):
+        """Two inputs and two outputs; the second output may take the mean over the batch."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = nn.Sequential(nn.Conv2d(3, BLOCK, 3), nn.BatchNorm2d(BLOCK), nn.ReLU())
+            self.head = nn.Conv2d(BLOCK, 4, 1)
+
+        def forward(self, x: torch.Tensor, scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            y = self.head(self.body(x)).mean((2, 3)) * scale
+            return y, (y - y.mean(0) if mixes else y + 1)
+
+    torch.manual_seed(0)
+    return pn_compiler.transform(randomize_batch_norms(Net()), (IMAGES, IMAGES[:, :1, 0, 0]))
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_a_batch_is_run_image_by_image(tmp_path: Path, dynamic: bool) -> None:
+    """Names and shapes are those of the file for all runtimes; one image needs no loop."""
+    net, path = two_of_two(), tmp_path / "m.onnx"
+    images = IMAGES if dynamic else IMAGES[:1]
+    inputs = images, images[:, :1, 0, 0].contiguous()
+    report = pn_compiler.export_onnx(net, path, inputs, target="ort-cpu", dynamic_batch=dynamic)
+    assert report.operators_after.get("Scan", 0) == dynamic
+    assert report.operators_after["Conv"] == 4  # two, the squares, and the weight
+    assert [value["name"] for value in report.inputs] == ["x", "scale"]
+    assert [value["shape"][0] for value in report.outputs] == (["batch"] * 2 if dynamic else [1] * 2)
+    session = make_session(path.read_bytes(), threads=1)
+    with torch.no_grad():
+        expected = net.eval()(*inputs)
+    for actual, value in zip(
+        session.run(None, {"x": inputs[0].numpy(), "scale": inputs[1].numpy()}), expected, strict=True
+    ):
+        np.testing.assert_allclose(actual, value, rtol=1e-5, atol=1e-5)

@@ -12,7 +12,8 @@ from torch import nn
 
 import pn_compiler
 from pn_compiler.export import make_session
-from pn_compiler.export.rewrites.normalizers import expand_group_norms, use_two_stage_sums
+from pn_compiler.export.rewrites.normalizers import expand_group_norms, pool_squares, use_two_stage_sums
+from pn_compiler.nn import FoldedNorm
 from tests.export.rewriting import apply
 
 CHANNELS = 8
@@ -134,6 +135,43 @@ def test_two_stages_are_more_exact() -> None:
     one_run = np.abs(onnxruntime(proto, x.numpy()) - expected).max()
     apply(use_two_stage_sums, proto)
     assert np.abs(onnxruntime(proto, x.numpy()) - expected).max() < one_run / 3
+
+
+def mean_square_norm(shape: tuple[int, ...], *, groups: int = 1, share: float | None = None) -> nn.Module:
+    """An anchored site at inference: its mean square needs no mean."""
+    channels, generator = shape[1], torch.Generator().manual_seed(0)
+    return FoldedNorm(
+        groups,
+        centered=False,
+        share=None if share is None else torch.full((groups,), share),
+        var=torch.rand(groups, generator=generator) + 0.1,
+        shift=None,
+        weight=torch.randn(channels, generator=generator),
+        bias=torch.randn(channels, generator=generator),
+    )
+
+
+@pytest.mark.parametrize("share", [None, 0.25])
+@pytest.mark.parametrize(
+    ("shape", "groups", "pools"), [((2, 8, 5, 4), 1, 1), ((2, 8, 5, 4), 2, 0), ((2, 8, 5), 1, 0)]
+)
+def test_mean_squares_of_images_are_pooled(
+    tmp_path: Path, shape: tuple[int, ...], groups: int, pools: int, share: float | None
+) -> None:
+    net, x = mean_square_norm(shape, groups=groups, share=share), torch.randn(shape)
+    report = pn_compiler.export_onnx(net.eval(), tmp_path / "m.onnx", x)
+    assert report.operators_after.get("GlobalAveragePool", 0) == pools
+    if pools:
+        expected = {"Add", "Conv", "GlobalAveragePool", "Mul", "Pow", "ReduceMean"}
+        assert report.operators_after.keys() == expected
+    y = make_session((tmp_path / "m.onnx").read_bytes(), threads=1).run(None, {"input": x.numpy()})[0]
+    np.testing.assert_allclose(y, net.double()(x.double()).detach(), rtol=1e-5, atol=1e-6)
+
+
+def test_pooling_needs_a_mean_square() -> None:
+    proto = group_norm(1)
+    apply(expand_group_norms, proto)
+    assert apply(pool_squares, proto) == 0
 
 
 @pytest.mark.parametrize(("opset", "dtype"), [(20, "float32"), (21, "float32"), (24, "float16")])

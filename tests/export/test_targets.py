@@ -42,7 +42,12 @@ def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPa
     ("target", "opset", "has", "has_not"),
     [
         ("portable", 20, {"InstanceNormalization": 2, "Conv": 4}, {"Add", "GroupNormalization"}),
-        ("ort-cpu", 20, {"InstanceNormalization": 2, "ReorderOutput": 1}, {"GroupNormalization"}),
+        (
+            "ort-cpu",
+            20,
+            {"Scan": 1, "Conv": 6, "ReorderOutput": 1},
+            {"InstanceNormalization", "GroupNormalization"},
+        ),
         ("openvino", 21, {"GroupNormalization": 2, "Conv": 2}, {"InstanceNormalization"}),
         ("cuda", 20, {"InstanceNormalization": 2, "Conv": 2, "Add": 2}, {"GroupNormalization"}),
         ("tensorrt", 21, {"GroupNormalization": 2, "Conv": 2}, {"InstanceNormalization"}),
@@ -76,6 +81,7 @@ def test_what_a_target_gets(
         ({"target": "ort-cpu", "verify": False}, "only written verified"),
         ({"target": "auto", "verify": False}, "only written verified"),
         ({"target": "portable", "tune": True}, "use target auto"),
+        ({"target": "auto", "threads": 0}, "threads=0: expected at least 1"),
         ({"target": "openvino", "dynamic_batch": False}, "needs a dynamic batch"),
         ({"target": "tensorrt", "opset_version": 20}, "target tensorrt needs opset 21 or later"),
         ({"target": "openvino", "target_ort": "1.17"}, "target openvino needs opset 21 or later"),
@@ -105,8 +111,8 @@ def test_a_network_that_cannot_use_the_target_is_told(tmp_path: Path) -> None:
 def test_the_layout_is_verified(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     lay_out = to_onnx.in_blocked_layout
 
-    def wrong(proto: onnx.ModelProto) -> tuple[onnx.ModelProto, int]:
-        result, count = lay_out(proto)
+    def wrong(proto: onnx.ModelProto, **options: Any) -> tuple[onnx.ModelProto, int]:
+        result, count = lay_out(proto, **options)
         (bias,) = [t for t in result.graph.initializer if tuple(t.dims) == (5,)]
         bias.CopyFrom(onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(bias) + 1, bias.name))
         return result, count
@@ -138,7 +144,7 @@ def test_tuning_keeps_the_fastest_and_remembers(
 def test_each_candidate_can_win(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for winner in to_onnx.CANDIDATES:
         times = {target.name: 1.0 + (target is not winner) for target in to_onnx.CANDIDATES}
-        monkeypatch.setattr(to_onnx, "milliseconds", lambda files, feed, done, times=times: times)
+        monkeypatch.setattr(to_onnx, "milliseconds", lambda *given, times=times: times)
         net = network(channels=16 * (1 + to_onnx.CANDIDATES.index(winner)))  # not in the cache
         report = pn_compiler.compile(net, tmp_path / "m.onnx", IMAGES, target="auto", tune=True)
         assert report.target == winner.name
@@ -167,10 +173,10 @@ def test_other_inputs_or_graphs_are_measured_anew(tmp_path: Path) -> None:
         pn_compiler.compile(network(channels), tmp_path / "m.onnx", IMAGES)
         protos.append(onnx.load(tmp_path / "m.onnx"))
     feeds = [{"x": IMAGES.numpy()}, {"x": IMAGES[:1].numpy()}]
-    keys = [tuning.fingerprint(proto, feed) for proto, feed in itertools.product(protos, feeds)]
-    assert len(set(keys)) == 4
+    keys = [tuning.fingerprint(*given) for given in itertools.product(protos, feeds, (1, 3))]
+    assert len(set(keys)) == 8
     protos[0].graph.initializer[0].raw_data = bytes(len(protos[0].graph.initializer[0].raw_data))
-    assert tuning.fingerprint(protos[0], feeds[0]) == keys[0]  # weights do not matter
+    assert tuning.fingerprint(protos[0], feeds[0], 1) == keys[0]  # weights do not matter
 
 
 def test_the_command_takes_targets(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -40,7 +40,7 @@ def outcome() -> Outcome:
         checks=(Check(1, False, "output", 1e-7), Check(3, True, "output", 3e-7)),
         tolerance=1e-4, float32_error=1e-7, reference="float64", fidelity=fidelity,
         file_bytes=5_000_000, seconds={"trace": 1.5},
-        benchmark=Benchmark({"BatchNorm": 2.0, "converted": 3.0}, 1.5, 1, 4_900_000, {"Conv": 3}),
+        benchmark=Benchmark({"BatchNorm": 2.0, "converted": 3.0}, 1.5, 1, 2, 4_900_000, {"Conv": 3}),
         passes=(PassRun("convert", "ReplaceBatchNorm", "Replaces <each>.", 3, 0.01),),
     )  # fmt: skip
     power = [SitePower("stem.bn", "LN", 8, 4, 0.5, 0.001, 1, 0.2), SitePower(EVIL, "LN", 8, 4, 1, 0, 0, 0)]
