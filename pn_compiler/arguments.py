@@ -132,6 +132,10 @@ def make_parser() -> argparse.ArgumentParser:
         "nothing else. May be given several times",
     )  # fmt: skip
     parser.add_argument(
+        "--node-data", type=_file, metavar="DIR",
+        help="write what became of each BatchNorm for the nodes of the file, as Model Explorer shows it",
+    )  # fmt: skip
+    parser.add_argument(
         "--dry-run", action="store_true", help="print the table of sites; write nothing but a report"
     )
     parser.add_argument(
@@ -273,6 +277,8 @@ def check_usage(arguments: argparse.Namespace) -> None:
     if arguments.inputs and arguments.input_shape:
         make_parser().error("--input describes all inputs: leave out --input-shape")
     _check_company(given)
+    if arguments.node_data is not None and (arguments.dry_run or arguments.diagnose is not None):
+        make_parser().error("--node-data is about the nodes of the file: leave out --dry-run and --diagnose")
     if arguments.diagnose is not None:
         _check_diagnosis_usage(given)
     elif arguments.plot is not None:

@@ -9,6 +9,7 @@ import shlex
 import sys
 import warnings
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pn_compiler import terminal
@@ -94,9 +95,10 @@ def _run(arguments: argparse.Namespace, command: str, interruption: Interruption
         return _list_passes()
     check_usage(arguments)
     from pn_compiler.loading import load_model  # torch is only imported for work
+    from pn_compiler.reporting.node_data import NAMES
 
     interruption.starting = False
-    check_files(arguments)
+    check_files(arguments, NAMES)
     with terminal.stages(interruption.enter, quiet=arguments.quiet) as say:
         say("load")
         loaded = load_model(
@@ -175,6 +177,7 @@ def _compile(
     """What to say, and what was found."""
     import pn_compiler
     from pn_compiler.export.summary import details, summary
+    from pn_compiler.reporting.node_data import viewer_command, write_node_data
     from pn_compiler.reporting.outcome import Outcome
 
     repository = _given(arguments, ModelRepository)
@@ -193,6 +196,9 @@ def _compile(
     text = terminal.lines(summary(report))
     if arguments.verbose:
         text = f"{details(report, terminal.table)}\n\n{text}"
+    if arguments.node_data is not None:
+        write_node_data(Path(report.path), report.sites, arguments.node_data)
+        text += f"\nviewer      {terminal.printable_lines(viewer_command(report.path, arguments.node_data))}"
     if loaded.fixed_batch is not None:
         text += f"\nbatch       fixed to {loaded.fixed_batch}, as the program was exported"
     return text, Outcome(report)

@@ -15,11 +15,15 @@ def reports(arguments: argparse.Namespace) -> list[Path]:
     return [path for path in arguments.report if path != STDOUT]
 
 
-def check_files(arguments: argparse.Namespace) -> None:
-    """Raises PnCompilerError if a file cannot be written, or is another one that is named, too."""
+def check_files(arguments: argparse.Namespace, node_data: Sequence[str]) -> None:
+    """Raises PnCompilerError if a file cannot be written, or is another one that is named, too.
+
+    Args:
+        node_data: names of the files in the folder of ``--node-data``.
+    """
     from pn_compiler.base.files import check_writable
 
-    written = [*reports(arguments), arguments.plot]
+    written = [*reports(arguments), arguments.plot, *_in_folder(arguments.node_data, node_data)]
     output = None if arguments.dry_run else arguments.output
     for path in (output, *written):
         if path is not None:
@@ -27,6 +31,15 @@ def check_files(arguments: argparse.Namespace) -> None:
     data = [Path(source) for source in (arguments.diagnose, arguments.calibrate) if source is not None]
     weights = [Path(f"{arguments.output}.data")] if arguments.output and "external_data" in arguments else []
     _refuse_same_file([arguments.model, arguments.output, *written, *data, *weights])
+
+
+def _in_folder(folder: Path | None, names: Sequence[str]) -> list[Path]:
+    """The files `names` in `folder`; it alone if it is still to be made."""
+    if folder is None:
+        return []
+    if os.path.lexists(folder) and not folder.is_dir():
+        raise ConfigError(f"cannot write {folder}: expected a folder, or the name of a new one")
+    return [folder / name for name in names] if folder.is_dir() else [folder]
 
 
 def _refuse_same_file(paths: Sequence[Path | None]) -> None:
