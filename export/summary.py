@@ -12,7 +12,7 @@ from pn_compiler.export.operator_names import onnx_names
 if TYPE_CHECKING:
     from pn_compiler.export.report import Report
 
-_OWN_LINES = frozenset({"PN212"})  # notes that the summary says elsewhere
+OWN_LINES = frozenset({"PN212"})  # notes that the summary says elsewhere
 _INDENT = 12
 
 
@@ -106,7 +106,8 @@ def _reasons(sites: Sequence[Site]) -> str:
     parts = []
     for code, names in sorted(by_code.items(), key=lambda item: -len(item[1])):
         meaning = f"{code} {CODES[code][1].removeprefix(_PREFIX)}" if code else "no remark"
-        parts.append(f"{meaning}: {listed(names, 2)}" if len(names) < _MANY else f"{meaning}: {len(names)}")
+        count = f" ({len(names)})" if len(by_code) > 1 else ""
+        parts.append(f"{meaning}: {listed(names, 2)}" if len(names) < _MANY else f"{meaning}{count}")
     return "; ".join(parts)
 
 
@@ -119,7 +120,7 @@ def _notes(report: "Report") -> Iterator[Line]:
     said = [
         note
         for note in report.notes
-        if note.code not in _OWN_LINES
+        if note.code not in OWN_LINES
         and note.site not in listed_above
         and (note.severity == "warning" or not note.site or note.code in _ALWAYS)
     ]
@@ -133,7 +134,7 @@ _ALWAYS = frozenset({"PN110", "PN112", "PN113", "PN209"})
 def _values(report: "Report") -> Iterator[Line]:
     for label, values in (("input", report.inputs), ("output", report.outputs)):
         for value in values:
-            yield Line(label, f"{value['name']} {value['shape']} {value['dtype']}")
+            yield Line(label, f"{value['name']} [{', '.join(map(str, value['shape']))}] {value['dtype']}")
     if report.input_shape_source != "given":
         yield Line("input shape", report.input_shape_source, "warning")
 

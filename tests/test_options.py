@@ -93,6 +93,7 @@ ONLY_IN_THE_COMMAND = {
     "--resize": "about DATA",
     "--crop": "about DATA",
     "--interpolation": "about DATA",
+    "--node-data": "a file, like the report: reporting.node_data.write_node_data",
     "--allow-data-code": "about DATA",
 }
 COMMAND = (TransformConfig, RecoveryConfig, ExportConfig, ModelRepository)

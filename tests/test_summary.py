@@ -1,8 +1,10 @@
 """What the command says: a summary to act on, tables on demand, and what was meant by a wrong argument."""
 
 import contextlib
+import dataclasses
 import io
 import json
+import math
 import os
 import re
 import subprocess
@@ -15,10 +17,12 @@ import torch
 from torch import Tensor, nn
 
 import pn_compiler
-from pn_compiler import cli, terminal
+from pn_compiler import Site, SiteTable, cli, terminal
+from pn_compiler.base.tables import short_percent
 from pn_compiler.export import Report
 from pn_compiler.export.operator_names import onnx_names
 from pn_compiler.export.summary import Line
+from pn_compiler.pipeline.fidelity import Fidelity
 from pn_compiler.testing import randomize_batch_norms
 from tests.base.test_progress import on_a_terminal
 
@@ -111,6 +115,26 @@ def test_each_site_is_counted_with_its_reason(tmp_path: Path) -> None:
     assert by_label["left alone"].endswith("bn3")
     assert by_label["proxy"].startswith("proxy normalization at 1 of 2; without it 1: PN201")
     assert by_label["proxy"].endswith("bn2")
+
+
+def test_many_sites_are_counted_by_reason() -> None:
+    reasons = [*["PN201"] * 5, *["PN202"] * 4]
+    sites = [Site(f"bn{k}", "norm_only", "rms", 1, code=code) for k, code in enumerate(reasons)]
+    report = Report(sites=SiteTable(sites), inputs=[{"name": "x", "shape": ["batch", 3], "dtype": "float"}])
+    proxy = next(line for line in report.summary.splitlines() if line.startswith("proxy"))
+    assert re.fullmatch(r".*without it 9: PN201 [^():]+ \(5\); PN202 [^():]+ \(4\)", proxy)
+    one = dataclasses.replace(report, sites=SiteTable(sites[:5])).summary
+    assert re.search(r"without it 5: PN201 [^():]+$", one, re.MULTILINE)
+    assert "input       x [batch, 3] float" in one.splitlines()
+
+
+@pytest.mark.parametrize(
+    ("share", "text"),
+    [(44.04, "4,404 %"), (0.996, "100 %"), (0.0123, "1.2 %"), (1e-5, "0.001 %"), (math.inf, "inf %")],
+)
+def test_large_shares_are_no_powers_of_ten(share: float, text: str) -> None:
+    assert short_percent(share) == text
+    assert text in str(Fidelity("8 samples", True, share, None, None))
 
 
 def test_the_long_table_only_on_demand(compiled: Compiled) -> None:

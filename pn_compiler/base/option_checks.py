@@ -23,8 +23,9 @@ def one_of(name: str, value: object, choices: tuple[str, ...]) -> None:
 
 def did_you_mean(value: object, choices: Iterable[str]) -> str:
     """The one of `choices` that is nearest to `value`, as the end of a message; empty if none is near."""
-    near = difflib.get_close_matches(str(value).lower(), [*choices], 1) if isinstance(value, str) else []
-    return f" (did you mean {near[0]}?)" if near else ""
+    by_lower = {choice.lower(): choice for choice in choices}
+    near = difflib.get_close_matches(value.lower(), by_lower, 1) if isinstance(value, str) else []
+    return f" (did you mean {by_lower[near[0]]}?)" if near else ""
 
 
 def check_flags(**flags: object) -> None:

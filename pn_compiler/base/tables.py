@@ -46,6 +46,12 @@ def percent(share: float | None) -> str:
     return "-" if share is None else f"{100 * share:.1f} %"
 
 
+def short_percent(share: float, digits: int = 2) -> str:
+    """With so many `digits`, and more only before the point, so that large ones are no powers of ten."""
+    value = 100 * share
+    return f"{value:,.0f} %" if abs(value) >= 10**digits - 0.5 else f"{value:.{digits}g} %"
+
+
 def size(count: int) -> str:
     """Of a file with so many bytes."""
     return f"{count / 1e6:.2f} MB" if count >= 1e5 else f"{count / 1e3:.1f} kB"

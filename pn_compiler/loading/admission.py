@@ -18,6 +18,7 @@ import torch
 from torch import fx, nn
 
 from pn_compiler.base.errors import ConfigError, LoadError, first_line
+from pn_compiler.base.option_checks import did_you_mean
 from pn_compiler.loading.inert_types import inert_type
 from pn_compiler.operators.activations import activation_functions
 
@@ -170,8 +171,18 @@ def resolve(name: str) -> Any:
         try:
             return functools.reduce(getattr, parts[split:], holder)
         except AttributeError:
-            break
+            raise LoadError(f"{name} cannot be imported: {_absent(holder, parts[split:])}") from None
     raise LoadError(f"{name} cannot be imported: install the package that defines it")
+
+
+def _absent(holder: Any, parts: Sequence[str]) -> str:
+    """What is not there, of `parts`: the first of `holder`, each other one of the one before it."""
+    for part in parts:
+        if not hasattr(holder, part):
+            break
+        holder = getattr(holder, part)
+    name = getattr(holder, "__name__", type(holder).__name__)
+    return f"{name} has no {part}{did_you_mean(part, dir(holder))}"
 
 
 def _import(module: str) -> Any:

@@ -167,7 +167,8 @@ def _kind(tensor: torch.Tensor) -> str:
 def _make(arch: str) -> nn.Module:
     module_name, colon, factory_name = arch.partition(":")
     if not (module_name and colon and factory_name):
-        raise LoadError(f"--arch {arch}: expected package.module:factory")
+        meant = f", such as {':'.join(arch.rsplit('.', 1))}" if "." in arch else ""
+        raise LoadError(f"--arch {arch}: expected package.module:factory{meant}")
     import_from_here()
     factory: Callable[[], Any] = resolve(f"{module_name}.{factory_name}")
     try:

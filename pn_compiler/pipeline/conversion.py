@@ -147,8 +147,8 @@ def convert(
     _refuse_unknown_paths(config, found)
     if not found:
         all_notes.append(Diagnostic("PN100", "", "the model has no BatchNorm"))
-    for note in all_notes:
-        logger.info("%s", note)
+    for note in all_notes:  # the table of sites has those of single BatchNorms, too
+        logger.log(logging.DEBUG if note.site and note.severity == "note" else logging.INFO, "%s", note)
     refused = [str(note) for note in all_notes if note.severity == "warning"]
     if strict and refused:
         raise RefusedError("; ".join(refused))
@@ -207,7 +207,7 @@ def measure_conversion(
         for site in sites(converted)
     )
     note = Diagnostic("PN212", "", str(fidelity), fidelity.advice)
-    logger.info("%s", note)
+    logger.debug("%s", note)  # which the report says
     others = (other for other in notes(converted) if other.code != note.code)
     record(converted, tuple(table), (*others, note))
     return fidelity

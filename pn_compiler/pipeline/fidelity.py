@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils import _pytree as pytree
 
+from pn_compiler.base.tables import short_percent
 from pn_compiler.data.samples import Samples
 from pn_compiler.nn import Normalizer, normalize
 from pn_compiler.running.evaluation import run, seed_everything, untouched
@@ -60,13 +61,13 @@ class Fidelity:
             classes = f", KL divergence {self.kl:.2g} nats, {100 * self.same_class:.1f} % keep their class"
         moved = []
         if self.relative_l2 is not None:
-            moved.append(f"outputs moved by {100 * self.relative_l2:.2g} % (relative L2){classes}")
+            moved.append(f"outputs moved by {short_percent(self.relative_l2)} (relative L2){classes}")
         if self.unchanged is not None:
             moved.append(f"{100 * self.unchanged:.1f} % of the whole numbers stay the same")
         if self.not_compared:
             moved.append(f"other shapes than before have {', '.join(self.not_compared[:3])}")
         worst = sorted(self.sites.items(), key=lambda item: -item[1])[:3]
-        where = ", ".join(f"{name} {100 * error:.2g} %" for name, error in worst)
+        where = ", ".join(f"{name} {short_percent(error)}" for name, error in worst)
         distance = ", ".join(moved) or "outputs hold no values to compare"
         return f"{distance}, on {self.data}" + (f"; most enters at {where}" if where else "")
 

@@ -1,11 +1,15 @@
 """Bar charts by depth as geometry, which the page draws as SVG in the colours of its theme."""
 
 import dataclasses
+import math
 from collections.abc import Sequence
 
 from pn_compiler.analysis.power_plot import visible
+from pn_compiler.base.tables import short_percent
 
-_HEIGHT, _LABELS, _LEFT, _STEP, _LEAST = 200.0, 150.0, 44.0, 14.0, 560.0
+_HEIGHT, _LINES = 200.0, 4
+_WIDTH, _NARROW, _WIDE = 1080.0, 14.0, 40.0  # of all bars on a wide screen; of one, at least and at most
+_TICK, _LETTER, _MARGIN = 6.5, 5.8, 14.0  # widths of a letter, and what is free beside texts
 _NAMED = 150  # bars, of which each has its name below it
 _LETTERS = 22
 
@@ -35,11 +39,13 @@ class Chart:
         title: for those who cannot see it.
         names: x and text of each name.
         lines: y and text of each line.
+        left: where bars and lines begin.
     """
 
     title: str
     width: float
     height: float
+    left: float
     bottom: float
     bars: list[Bar]
     names: list[tuple[float, str]]
@@ -55,19 +61,20 @@ def bar_chart(
         stacks: for each name, from below: kind, value and tip of each part.
         top: the value at the upper edge.
     """
-    width = max(_LEAST, _LEFT + _STEP * len(names))
-    step = (width - _LEFT) / max(1, len(names))
+    lines = [(_HEIGHT * (1 - k / _LINES), _percent(top * k / _LINES)) for k in range(_LINES + 1)]
+    left = _MARGIN + _TICK * max(len(text) for _, text in lines)
+    step = min(_WIDE, max(_NARROW, _WIDTH / max(1, len(names))))
     bars = []
     for index, stack in enumerate(stacks):
         y = _HEIGHT
         for kind, value, tip in stack:
             height = _HEIGHT * min(value, top) / top
             y -= height
-            bars.append(Bar(_LEFT + step * index, y, step * 0.86, height, kind, f"{names[index]}: {tip}"))
+            bars.append(Bar(left + step * index, y, step * 0.86, height, kind, f"{names[index]}: {tip}"))
     every = -(-len(names) // _NAMED)
-    named = [(_LEFT + step * (i + 0.5), _short(name)) for i, name in enumerate(names) if i % every == 0]
-    lines = [(_HEIGHT * (1 - share), _percent(top * share)) for share in (0, 0.25, 0.5, 0.75, 1)]
-    return Chart(title, width, _HEIGHT + _LABELS, _HEIGHT, bars, named, lines)
+    named = [(left + step * (i + 0.5), _short(name)) for i, name in enumerate(names) if i % every == 0]
+    below = _MARGIN + _LETTER * max((len(text) for _, text in named), default=0)
+    return Chart(title, left + step * len(names), _HEIGHT + below, left, _HEIGHT, bars, named, lines)
 
 
 def _short(name: str) -> str:
@@ -75,14 +82,23 @@ def _short(name: str) -> str:
 
 
 def _percent(share: float) -> str:
-    return f"{100 * share:.3g} %"
+    return short_percent(share, 3)
+
+
+def _round(least: float) -> float:
+    """The least number of one digit, or 2.5 or 1.5 times a power of ten, that is not below `least`."""
+    power = 10.0 ** math.floor(math.log10(least))
+    return next(digit * power for digit in _DIGITS if digit * power >= least * (1 - 1e-9))
+
+
+_DIGITS = (1, 1.5, 2, 2.5, 3, 4, 5, 6, 8, 10)
 
 
 def error_chart(errors: Sequence[tuple[str, str, float]]) -> Chart | None:
     """Where fidelity is lost: for each site by depth its name, kind and error; None without a site."""
     if not errors:
         return None
-    top = max(1e-9, *(error for _, _, error in errors))
+    top = _LINES * _round(max(1e-9, *(error for _, _, error in errors)) / _LINES)
     stacks = [[(kind, error, _percent(error))] for _, kind, error in errors]
     return bar_chart("error of each normalizer by depth", [name for name, _, _ in errors], stacks, top)
 

@@ -2,14 +2,16 @@
 
 import datetime
 import math
+import re
 from typing import TYPE_CHECKING, Any
 
 import jinja2
+import markupsafe
 
 from pn_compiler.base.diagnostics import CODES
-from pn_compiler.base.tables import size
+from pn_compiler.base.tables import short_percent, size
 from pn_compiler.base.user_warnings import gathered
-from pn_compiler.export.summary import operator_counts, summary
+from pn_compiler.export.summary import OWN_LINES, operator_counts, summary
 from pn_compiler.reporting.charts import error_chart, power_chart
 
 if TYPE_CHECKING:
@@ -28,7 +30,7 @@ def page(outcome: "Outcome") -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"percent": percent, "size": size}
+    environment.filters |= {"percent": percent, "size": size, "unbroken": unbroken, "steps": steps}
     report = outcome.report
     charts = {
         title: power_chart(
@@ -50,7 +52,7 @@ def _of_report(report: "Report") -> dict[str, Any]:
     errors = [(site.name, _level(site.error), site.error) for site in report.sites if site.error is not None]
     return {
         "lines": summary(report),
-        "notes": gathered(report.notes),
+        "notes": gathered([note for note in report.notes if note.code not in OWN_LINES]),
         "errors": error_chart([(n, level, error) for n, level, error in errors if math.isfinite(error)]),
         "operators": operator_counts(report),
         "kinds": sorted({site.kind for site in report.sites}),
@@ -66,4 +68,19 @@ def percent(share: float | None) -> str:
     """For people; a dash where nothing was measured."""
     if share is None:
         return "-"
-    return f"{100 * share:.3g} %" if math.isfinite(share) else str(share)
+    return short_percent(share, 3) if math.isfinite(share) else str(share)
+
+
+def steps(path: str) -> markupsafe.Markup:
+    """A path of a module, which may go on in the next line behind a dot."""
+    return markupsafe.Markup(str(markupsafe.escape(path)).replace(".", ".<wbr>"))
+
+
+def unbroken(text: str) -> markupsafe.Markup:
+    """`text` whose flags, and figures with their unit, stay on one line."""
+    kept = _FIGURE.sub("\\1\N{NO-BREAK SPACE}\\2", str(markupsafe.escape(text)))
+    return markupsafe.Markup(_FLAG.sub('<span class="flag">\\1</span>', kept))  # escaped above
+
+
+_FIGURE = re.compile(r"(\d) (%|ms|MB|kB|GB|B|nats)(?!\w)")
+_FLAG = re.compile(r"(?<![\w-])(--[a-z][a-z-]*)")

@@ -8,6 +8,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from pn_compiler import Diagnosis, Diagnostic, Site, SitePower, SiteTable
@@ -15,8 +16,9 @@ from pn_compiler.export import Check, Report
 from pn_compiler.export.report import Benchmark
 from pn_compiler.graph.pass_log import PassRun
 from pn_compiler.pipeline.fidelity import Fidelity
+from pn_compiler.reporting.charts import error_chart
 from pn_compiler.reporting.outcome import Outcome
-from pn_compiler.reporting.page import page
+from pn_compiler.reporting.page import page, unbroken
 
 EVIL = '<script>alert("x")</script><img src=x onerror=alert(1)>'
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -61,7 +63,7 @@ class Tags(HTMLParser):
         assert not [name for name, _ in attributes if name.startswith("on")]
         assert not [value for name, value in attributes if name in ("src", "href", "srcset", "data")]
         self.seen.append(tag)
-        if tag not in ("meta", "input", "img", "br", "line", "link"):
+        if tag not in ("meta", "input", "img", "br", "wbr", "line", "link"):
             self.open.append(tag)
 
     def handle_startendtag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
@@ -114,10 +116,47 @@ def test_the_ending_decides(tmp_path: Path) -> None:
     assert begins == ["<", "<", "{", "{"]
 
 
+def test_lines_of_a_chart_are_round_numbers() -> None:
+    """And one above the highest bar, whose height is its share of that."""
+    for error in (3e-7, 0.0146, 0.1, 0.37, 0.999, 12.0):
+        chart = error_chart([("site", "low", error)])
+        assert chart is not None
+        figures = [float(text.removesuffix(" %").replace(",", "")) for _, text in chart.lines]
+        assert figures[0] == 0
+        assert figures[-2] < 100 * error <= figures[-1] < 250 * error
+        assert np.diff(figures) == pytest.approx([figures[1]] * 4)
+        assert all(len(text) <= 9 for _, text in chart.lines)
+        assert chart.bars[0].height / chart.bottom == pytest.approx(100 * error / figures[-1])
+
+
+@pytest.mark.parametrize(("count", "width"), [(1, 40), (52, 1080), (400, 5600)])
+def test_bars_fill_a_wide_page_and_stay_thin(count: int, width: float) -> None:
+    chart = error_chart([(f"layer.{k}", "low", 0.1) for k in range(count)])
+    assert chart is not None
+    assert chart.width - chart.left == pytest.approx(width)
+    assert len(chart.names) <= 150
+
+
+def test_flags_and_figures_are_not_broken() -> None:
+    text = unbroken("1.5 % in 3.2 ms with --norm layer, a--b <b>, 8 samples")
+    assert "1.5\xa0% in 3.2\xa0ms" in text
+    assert text.count('<span class="flag">--norm</span>') == text.count("<span") == 1
+    assert "8 samples" in text
+    assert "&lt;b&gt;" in text
+
+
+def test_notes_do_not_say_again_what_the_summary_says() -> None:
+    found = Fidelity("8 samples", True, 0.25, 0.034, 0.875)
+    report = Report(fidelity=found, notes=(Diagnostic("PN212", "", str(found)),))
+    text = page(Outcome(report))
+    assert "PN212" not in text
+    assert text.count("relative L2") == 2  # in the summary, and on a card
+
+
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
     if not HAS_BROWSER:
-        pytest.skip("needs chromium and playwright")
+        pytest.skip("needs chromium, of the system, and `pip install playwright`, which the extra dev brings")
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as playwright:
@@ -145,6 +184,13 @@ def opened(browser: Any, tmp_path: Path, request: pytest.FixtureRequest) -> Iter
     shown.close()
 
 
+# texts of charts beyond the edges of their picture, which nobody can scroll to
+_CUT_OFF = """[...document.querySelectorAll("svg text")].filter(text => {
+  const [inner, outer] = [text.getBoundingClientRect(), text.closest("svg").getBoundingClientRect()];
+  return inner.left < outer.left || inner.bottom > outer.bottom || inner.top < outer.top - 1;
+}).map(text => text.textContent)"""
+
+
 @pytest.mark.parametrize("opened", [(s, w) for s in ("light", "dark") for w in (375, 1280)], indirect=True)
 def test_it_fits_light_and_dark_narrow_and_wide(opened: Any, tmp_path: Path) -> None:
     wide, shown = opened.evaluate("[document.documentElement.scrollWidth, innerWidth]")
@@ -156,6 +202,8 @@ def test_it_fits_light_and_dark_narrow_and_wide(opened: Any, tmp_path: Path) -> 
     dark = opened.evaluate("matchMedia('(prefers-color-scheme: dark)').matches")
     assert (sum(ink) > sum(paper)) == dark
     assert abs(sum(ink) - sum(paper)) > 400  # enough to read
+    boxes = opened.evaluate(_CUT_OFF)
+    assert boxes == []
     opened.screenshot(path=tmp_path / "page.png", full_page=True)
     assert (tmp_path / "page.png").stat().st_size > 10_000
 
