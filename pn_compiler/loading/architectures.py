@@ -44,7 +44,7 @@ def module_of(
     if arch is None:
         raise LoadError(
             f"{path} {what}, parameters without the network: name the function that makes "
-            "it, for example --arch torchvision.models:resnet18"
+            "it, for example --arch torchvision.models:resnet18 or --arch timm.models:resnet18"
         )
     return _fill(path, found, prefix, _make(arch), arch)
 
