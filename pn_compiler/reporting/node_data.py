@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pn_compiler.base.diagnostics import Site
+from pn_compiler.base.diagnostics import Diagnostic, Site
 from pn_compiler.base.errors import ExportError
 from pn_compiler.base.files import write_atomically
 from pn_compiler.base.strict_json import to_json
@@ -17,11 +17,6 @@ from pn_compiler.base.strict_json import to_json
 if TYPE_CHECKING:
     import onnx
 
-NAMES = (
-    "sites.json",
-    "codes.json",
-    "errors.json",
-)  # a node has one value of each, and shows that of the last
 _COLOURS = {"pn": "#bfe3cb", "norm_only": "#c9d8f0", "skipped": "#f3c98b"}
 _MOST = "#cf4a3c"
 _GRADIENT = [{"stop": 0, "bgColor": "#e3f1e8"}, {"stop": 1, "bgColor": _MOST}]
@@ -33,7 +28,8 @@ def write_node_data(path: Path, sites: Sequence[Site], folder: Path) -> None:
     """Writes the files `NAMES` to `folder`, which is made if there is none.
 
     Args:
-        path: the ONNX file, with the names of nodes that `pn_compiler.compile` gives.
+        path: the ONNX file, with the names of nodes that `pn_compiler.compile` gives; not one in the blocked
+            layout, where onnxruntime names them.
         sites: of the converted network.
 
     Raises:
@@ -45,6 +41,13 @@ def write_node_data(path: Path, sites: Sequence[Site], folder: Path) -> None:
     _make(folder)
     for name, content in contents.items():
         write_atomically(folder / name, to_json(content).encode())
+
+
+def no_node_data() -> Diagnostic:
+    """Why there is none for a file in the blocked layout."""
+    return Diagnostic(
+        "PN314", "", "no node data: the nodes of this file do not tell their module", "use --target portable"
+    )
 
 
 def _make(folder: Path) -> None:
@@ -64,27 +67,54 @@ def viewer_command(path: str, folder: Path) -> str:
 
 def node_data(graph: "onnx.GraphProto", sites: Sequence[Site]) -> dict[str, dict[str, Any]]:
     """For each of `NAMES` its content: the paths of `sites`, their codes, and their errors in percent."""
-    owned = dict(_owned(graph, sites))
-    errors = {name: _error(site.error) for name, site in owned.items() if site.error is not None}
-    codes = {name: {"value": _code(site), "bgColor": _COLOURS[site.kind]} for name, site in owned.items()}
-    paths = {name: {"value": site.name} for name, site in owned.items()}
-    data = (
-        {"name": "BatchNorm", "results": paths, **_SINGLE},
-        {"name": "code", "results": codes, **_SINGLE, "showExpandedSummaryOnGroupNode": True},
-        {"name": "error, %", "results": errors, **_SINGLE, "gradient": _GRADIENT},
-    )
-    return {name: {graph.name: content} for name, content in zip(NAMES, data, strict=True)}
+    owned: dict[str, dict[str, Site]] = {graph.name: {}}
+    for inner, node, site in _owned(graph, sites):
+        owned.setdefault(inner, {})[node] = site
+    return {name: {inner: of(owned[inner]) for inner in owned} for name, of in _CONTENTS.items()}
 
 
-def _owned(graph: "onnx.GraphProto", sites: Sequence[Site]) -> Iterator[tuple[str, Site]]:
-    """Name of each node that a site has become, or that is a part of it, and that site."""
+def _paths(owned: dict[str, Site]) -> dict[str, Any]:
+    return {"name": "BatchNorm", "results": {n: {"value": s.name} for n, s in owned.items()}, **_SINGLE}
+
+
+def _codes(owned: dict[str, Site]) -> dict[str, Any]:
+    results = {name: {"value": _code(site), "bgColor": _COLOURS[site.kind]} for name, site in owned.items()}
+    return {"name": "code", "results": results, **_SINGLE, "showExpandedSummaryOnGroupNode": True}
+
+
+def _errors(owned: dict[str, Site]) -> dict[str, Any]:
+    results = {name: _error(site.error) for name, site in owned.items() if site.error is not None}
+    return {"name": "error, %", "results": results, **_SINGLE, "gradient": _GRADIENT}
+
+
+# a node has one value of each, and shows that of the last
+_CONTENTS = {"sites.json": _paths, "codes.json": _codes, "errors.json": _errors}
+NAMES = tuple(_CONTENTS)
+
+
+def _owned(graph: "onnx.GraphProto", sites: Sequence[Site]) -> Iterator[tuple[str, str, Site]]:
+    """Graph and name of each node that a site has become, or that is a part of it, and that site."""
     by_path = {tuple(site.name.split(".")): site for site in sites}
-    for node in graph.node:
+    for inner, name, node in _nodes(graph, graph.name):
         path = tuple(node.name.split("/")[1:-1])
         within = (path[:length] for length in range(len(path), 0, -1))
         site = next((by_path[part] for part in within if part in by_path), None)
         if site is not None:
-            yield node.name, site
+            yield inner, name, site
+
+
+def _nodes(
+    graph: "onnx.GraphProto", graph_name: str, prefix: str = ""
+) -> Iterator[tuple[str, str, "onnx.NodeProto"]]:
+    """Graph, name and node: to the viewer a body is a graph of its own, a branch part of that around it."""
+    for node in graph.node:
+        yield graph_name, prefix + node.name, node
+        for attribute in node.attribute:
+            body = f"{prefix}{node.name}/{attribute.name}"
+            if node.op_type == "If":
+                yield from _nodes(attribute.g, graph_name, f"{body}/")
+            else:
+                yield from _nodes(attribute.g, body)
 
 
 def _error(error: float) -> dict[str, Any]:

@@ -11,10 +11,11 @@ from typing import Any
 import onnx
 import pytest
 import torch
+from onnx import helper
 from torch import Tensor, nn
 
 import pn_compiler
-from pn_compiler import cli
+from pn_compiler import Site, cli
 from pn_compiler.export import Report
 from pn_compiler.reporting.node_data import NAMES, node_data
 from pn_compiler.testing import randomize_batch_norms
@@ -86,6 +87,19 @@ def test_a_path_that_another_begins_with(compiled: Report) -> None:
     assert found == {"/bn/Add": "bn", "/bn/inner/Add": "bn.inner"}
 
 
+def test_nodes_of_inner_graphs() -> None:
+    """To the viewer, the body of a Scan is a graph of its own, a branch of an If part of that around it."""
+    inner = helper.make_graph([helper.make_node("Add", ["a", "b"], ["c"], name="/bn/Add")], "inner", [], [])
+    scan = helper.make_node("Scan", ["x"], ["y"], name="/Scan", body=inner, num_scan_inputs=1)
+    choice = helper.make_node("If", ["x"], ["z"], name="/bn/If", then_branch=inner)
+    data = node_data(helper.make_graph([scan, choice], "main_graph", [], []), [Site("bn", "pn", error=0.5)])
+    for content in data.values():
+        found = {name: set(graph["results"]) for name, graph in content.items()}
+        assert found == {
+            "main_graph": {"/bn/If", "/bn/If/then_branch//bn/Add"}, "/Scan/body": {"/bn/Add"},
+        }  # fmt: skip
+
+
 @pytest.mark.parametrize("error", [math.nan, math.inf])
 def test_errors_that_are_no_numbers(compiled: Report, error: float) -> None:
     sites = [dataclasses.replace(site, error=error) for site in compiled.sites]
@@ -110,13 +124,12 @@ def test_model_explorer_finds_each_node(compiled: Report, monkeypatch: pytest.Mo
     monkeypatch.setattr(sys, "argv", ["model-explorer"])  # which it reads when it is imported
     pytest.importorskip("model_explorer_onnx", reason="needs model-explorer-onnx")
     adapter = importlib.import_module("model_explorer_onnx.main").ONNXAdapter()
-    (graph,) = adapter.convert(compiled.path, {})["graphs"]
     builder = importlib.import_module("model_explorer.node_data_builder")
+    graphs = {graph.id: graph for graph in adapter.convert(compiled.path, {})["graphs"]}
     for content in node_data(graph_of(compiled), compiled.sites).values():
-        assert set(content) == {graph.id}
-        given = content[graph.id]
-        assert set(given["results"]) <= {node.id for node in graph.nodes}
-        builder.GraphNodeData(**given)
+        for name, given in content.items():
+            assert set(given["results"]) <= {node.id for node in graphs[name].nodes}
+            builder.GraphNodeData(**given)
 
 
 @pytest.fixture
@@ -140,6 +153,14 @@ def test_on_the_command_line(model: Path, capsys: pytest.CaptureFixture[str]) ->
     assert {result["value"] for result in content["main_graph"]["results"].values()} == {"1"}
     repository = ["--model-repository", "models", "--name", "net"]
     assert cli.main(["model.pt", *repository, *SHAPE, "--node-data", "nodes"]) == cli.DONE
+
+
+def test_none_where_onnxruntime_names_the_nodes(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """In the blocked layout those of one BatchNorm would have the data of another."""
+    options = ["model.pt", "-o", "m.onnx", *SHAPE[:2], "--target", "ort-cpu", "--node-data", "nodes"]
+    assert cli.main(options) == cli.DONE
+    assert "PN314" in capsys.readouterr().out
+    assert not (model / "nodes").exists()
 
 
 @pytest.mark.parametrize(
