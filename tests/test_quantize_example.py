@@ -9,6 +9,10 @@ import pytest
 import torch
 
 import pn_compiler
+from benchmarks import int8
+from examples import quantization as recipe
+from pn_compiler.export.report import count_onnx_operators
+from pn_compiler.testing import randomize_batch_norms
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
@@ -51,18 +55,18 @@ def test_int8_keeps_accuracy_and_normalizers(example, folder, capsys) -> None:
         assert int(quantized[2]) < 0.5 * int(exact[2])
         assert float(exact[4]) == 0 < float(quantized[4]) < 10
     runs = example.operators(folder / "model.int8.onnx")
-    expected = {"QLinearConv": 15, "QGemm": 1, "Sqrt": 15, "Conv": 15}
+    expected = {"QLinearConv": 15, "QGemm": 1, "Pow": 15, "Conv": 15}
     assert {name: runs[name] for name in expected} == expected
     onnx.checker.check_model(folder / "model.int8.onnx", full_check=True)
 
 
-def test_a_depthwise_1x1_convolution_is_an_affine(example) -> None:
+def test_a_depthwise_1x1_convolution_is_an_affine() -> None:
     def graph(groups: int, kernel: int) -> onnx.GraphProto:
         weight = onnx.numpy_helper.from_array(torch.ones(4, 4 // groups, kernel, kernel).numpy(), "w")
         node = onnx.helper.make_node("Conv", ["x", "w"], ["y"], group=groups)
         return onnx.helper.make_graph([node], "g", [], [], [weight])
 
-    found = {case: example.is_affine(graph(*case).node[0], graph(*case)) for case in ((4, 1), (4, 3), (1, 1))}
+    found = {case: recipe.is_affine(graph(*case).node[0], graph(*case)) for case in ((4, 1), (4, 3), (1, 1))}
     assert found == {(4, 1): True, (4, 3): False, (1, 1): False}
 
 
@@ -70,3 +74,25 @@ def test_without_the_demo_it_says_what_to_run(example, tmp_path, capsys) -> None
     with pytest.raises(SystemExit):
         example.main(["--folder", str(tmp_path)])
     assert "run make demo first" in capsys.readouterr().err
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_the_benchmark_quantizes_each_kind_of_file(tmp_path) -> None:
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(
+        torch.nn.Conv2d(3, 16, 3, padding=1), torch.nn.BatchNorm2d(16), torch.nn.ReLU(),
+        torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(), torch.nn.Linear(16, 5),
+    )  # fmt: skip
+    images = torch.randn(16, 3, 8, 8)
+    given = int8.Task(randomize_batch_norms(net).eval(), images, images, None)
+    paths = int8.files(tmp_path, given)
+    assert list(paths) == [
+        f"{name}, {dtype}" for name in ("BatchNorm", "default", int8.STATIC) for dtype in ("float32", "int8")
+    ]
+    quantized = {name: count_onnx_operators(onnx.load(path)) for name, path in paths.items()}
+    assert all(("QuantizeLinear" in counts) == name.endswith("int8") for name, counts in quantized.items())
+    assert quantized["BatchNorm, int8"] == quantized[f"{int8.STATIC}, int8"]
+    expected = int8.classes(paths["BatchNorm, float32"], images)
+    with torch.no_grad():
+        assert (expected == given.network(images).argmax(1)).all()
+    assert (int8.classes(paths["BatchNorm, int8"], images) == expected).double().mean() >= 0.9
