@@ -23,9 +23,7 @@ def make_session(
     return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
 
 
-def load_session(
-    path: str, *, optimized: bool = True, threads: int = 0
-) -> onnxruntime.InferenceSession:
+def load_session(path: str, *, optimized: bool = True, threads: int = 0) -> onnxruntime.InferenceSession:
     """A session for a file, loaded as a server does: external data must be next to it.
 
     Raises:

@@ -84,9 +84,7 @@ def milliseconds(
     return {name: 1e3 * statistics.median(values) for name, values in seconds.items()}
 
 
-def fingerprint(
-    model: onnx.ModelProto, feed: Mapping[str, np.ndarray[Any, Any]], threads: int | None
-) -> str:
+def fingerprint(model: onnx.ModelProto, feed: Mapping[str, np.ndarray[Any, Any]], threads: int | None) -> str:
     """A hash of a network without its weights, its input shapes, onnxruntime, this machine and `threads`."""
     digest = hashlib.sha256()
     shapes = {name: (x.shape, str(x.dtype)) for name, x in feed.items()}
