@@ -43,15 +43,16 @@ def noted_paths(model: onnx_ir.Model) -> dict[str, str]:
 def name_nodes(proto: onnx.ModelProto, paths: Mapping[str, str]) -> None:
     """Names each node of `proto` after its module and operator, such as ``/layer1/0/conv2/Conv``.
 
-    What a rewrite has put there belongs to the module whose value it computes, or else reads.
+    A loop over images is of no module. What a rewrite has put there belongs to the module whose value it computes, or else reads; a value that it
+    calls ``value/more`` belongs where ``value`` does.
     """
     _name(proto.graph.node, dict(paths), set())
 
 
 def _name(nodes: Iterable[onnx.NodeProto], paths: dict[str, str], taken: set[str]) -> None:
     for node in nodes:
-        known = (paths[value] for value in (*node.output, *node.input) if value in paths)
-        path = next(known, "")
+        values = [name for value in (*node.output, *node.input) for name in (value, value.partition("/")[0])]
+        path = next((paths[name] for name in values if name in paths and node.op_type != "Scan"), "")
         if path:
             for value in node.output:
                 paths.setdefault(value, path)

@@ -236,7 +236,12 @@ def _lower(
             raise
         logger.info("%s; trying again with two-stage sums in the normalizers", error)
         exact = dataclasses.replace(target, norms="two-stage")
-        lowered = _verified(model, exact, staged, compare, stopwatch)
+        try:
+            lowered = _verified(model, exact, staged, compare, stopwatch)
+        except VerificationError:
+            raise
+        except ExportError as other:  # of the layout: images one after the other were the only way
+            raise ExportError(f"{other} (one image after the other, {error})") from error
         first = "sums of squares" if target.blocked else "InstanceNormalization"
         norms = f"two-stage sums, with {first} the error was too large"
         return dataclasses.replace(lowered, target=target, norms=norms)

@@ -177,7 +177,7 @@ def _compile(
     """What to say, and what was found."""
     import pn_compiler
     from pn_compiler.export.summary import details, summary
-    from pn_compiler.reporting.node_data import no_node_data, viewer_command, write_node_data
+    from pn_compiler.reporting.node_data import viewer_command, write_node_data
     from pn_compiler.reporting.outcome import Outcome
 
     repository = _given(arguments, ModelRepository)
@@ -192,12 +192,11 @@ def _compile(
         progress=say,
         **options,
     )
-    unread = [no_node_data()] if arguments.node_data is not None and report.blocked else []
-    report = dataclasses.replace(report, notes=(*loaded.notes, *report.notes, *unread))
+    report = dataclasses.replace(report, notes=(*loaded.notes, *report.notes))
     text = terminal.lines(summary(report))
     if arguments.verbose:
         text = f"{details(report, terminal.table)}\n\n{text}"
-    if arguments.node_data is not None and not unread:
+    if arguments.node_data is not None:
         write_node_data(Path(report.path), report.sites, arguments.node_data)
         text += f"\nviewer      {terminal.printable_lines(viewer_command(report.path, arguments.node_data))}"
     if loaded.fixed_batch is not None:

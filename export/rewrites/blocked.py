@@ -195,7 +195,21 @@ def _optimized(model: onnx.ModelProto) -> onnx_ir.Model:
             )
         except Exception as error:  # whatever onnxruntime raises
             raise ExportError(f"onnxruntime cannot load the model: {first_line(error)}") from error
-        return onnx_ir.from_proto(onnx.load(path))
+        result = onnx_ir.from_proto(onnx.load(path))
+    _name_as_before(result.graph)
+    return result
+
+
+def _name_as_before(graph: onnx_ir.Graph) -> None:
+    """Gives values in the blocked layout the names that they had, by which their module is known.
+
+    onnxruntime calls a node after what it computes, with an ending.
+    """
+    taken = {value.name for node in graph for value in node.outputs}
+    for node in graph:
+        name = (node.name or "").removesuffix("_nchwc")
+        if node.domain == DOMAIN and name != node.name and name not in taken:
+            node.outputs[0].name = name
 
 
 def _guard(graph: onnx_ir.Graph, entries: list[onnx_ir.Node], block: int) -> None:

@@ -59,6 +59,8 @@ def restore(
     kernel, x = constant_input(conv, 1), conv.inputs[0]
     assert kernel is not None
     assert x is not None
+    if not conv.outputs[0].is_graph_output():
+        conv.outputs[0].name = f"{taken.name}/normalized"
     writer = _Writer(onnx_ir.tape.Tape(graph), taken, x, len(kernel), block)
     if conv.domain == DOMAIN and _is_for_one_image(taken.norm, taken.shape, one_image):
         return writer.divide_weight(conv)
@@ -186,7 +188,10 @@ class _Writer:
     def _op(
         self, name: str, *inputs: onnx_ir.Value | None, domain: str = "", **attributes: Any
     ) -> onnx_ir.Value:
-        return self.tape.op(name, inputs, attributes, domain=domain)
+        graph = self.tape.graph_like
+        assert isinstance(graph, onnx_ir.Graph)
+        result = onnx_ir.Value(name=f"{self.taken.name}/{len(graph)}")  # of the module of the normalizer
+        return self.tape.op(name, inputs, attributes, domain=domain, output=result)
 
     def _constant(self, values: Any, name: str, dtype: type[Any] = np.float32) -> onnx_ir.Value:
         """An initializer, the same one for the same name."""

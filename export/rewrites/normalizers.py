@@ -61,27 +61,31 @@ def pool_squares(model: onnx_ir.Model) -> int:
     """
     norms = [norm for norm in find_norms(model.graph) if _is_of_image_without_mean(norm)]
     for norm in norms:
-        tape = onnx_ir.tape.Tape(model.graph)
-        dtype = norm.x.dtype.numpy() if norm.x.dtype is not None else np.float32
-        axis, var, share, exponent = (
-            tape.initializer(onnx_ir.tensor(values), f"{norm.y.name}_{name}")
-            for name, values in {
-                "axis": np.array([1]), "var": norm.var.astype(dtype), "share": norm.share.astype(dtype),
-                "exponent": np.array([-0.5], dtype),
-            }.items()
-        )  # fmt: skip
-        pooled = tape.op("GlobalAveragePool", [tape.op("Mul", [norm.x, norm.x])])
-        power = tape.op("ReduceMean", [pooled, axis])
-        if norm.share[0] != 1:
-            power = tape.op("Mul", [power, share])
-        factor = tape.op("Pow", [tape.op("Add", [power, var]), exponent])
-        y = tape.op("Mul", [norm.x, factor])
-        y.shape, y.type = norm.y.shape, norm.y.type
-        replace_all_uses_with(norm.y, y, replace_graph_outputs=True)
+        replace_all_uses_with(norm.y, _pooled(model.graph, norm), replace_graph_outputs=True)
     if norms:
         model.graph.sort()
         RemoveUnusedNodesPass()(model)
     return len(norms)
+
+
+def _pooled(graph: onnx_ir.Graph, norm: Norm) -> onnx_ir.Value:
+    tape = onnx_ir.tape.Tape(graph)
+    dtype = norm.x.dtype.numpy() if norm.x.dtype is not None else np.float32
+
+    def stored(values: Any, name: str) -> onnx_ir.Value:
+        return tape.initializer(onnx_ir.tensor(values), f"{norm.y.name}_{name}")
+
+    def op(name: str, *inputs: onnx_ir.Value) -> onnx_ir.Value:
+        return tape.op(name, inputs, output=onnx_ir.Value(name=f"{norm.y.name}/{len(graph)}"))
+
+    pooled = op("GlobalAveragePool", op("Mul", norm.x, norm.x))
+    power = op("ReduceMean", pooled, stored(np.array([1]), "axis"))
+    if norm.share[0] != 1:
+        power = op("Mul", power, stored(norm.share.astype(dtype), "share"))
+    variance = op("Add", power, stored(norm.var.astype(dtype), "var"))
+    y = op("Mul", norm.x, op("Pow", variance, stored(np.array([-0.5], dtype), "exponent")))
+    y.shape, y.type = norm.y.shape, norm.y.type
+    return y
 
 
 def _is_of_image_without_mean(norm: Norm) -> bool:

@@ -60,7 +60,6 @@ CODES: dict[str, tuple[Severity, str]] = {
     "PN303": ("note", "a program that was exported in train mode is read as in eval mode"),
     "PN310": ("warning", "the outputs of a sample depend on the others in its batch"),
     "PN311": ("note", "the network with BatchNorm could not be measured beside the file"),
-    "PN314": ("warning", "no node data: nodes in the blocked layout do not tell their module"),
 }
 
 

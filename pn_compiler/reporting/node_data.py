@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pn_compiler.base.diagnostics import Diagnostic, Site
+from pn_compiler.base.diagnostics import Site
 from pn_compiler.base.errors import ExportError
 from pn_compiler.base.files import write_atomically
 from pn_compiler.base.strict_json import to_json
@@ -28,8 +28,7 @@ def write_node_data(path: Path, sites: Sequence[Site], folder: Path) -> None:
     """Writes the files `NAMES` to `folder`, which is made if there is none.
 
     Args:
-        path: the ONNX file, with the names of nodes that `pn_compiler.compile` gives; not one in the blocked
-            layout, where onnxruntime names them.
+        path: the ONNX file, with the names of nodes that `pn_compiler.compile` gives.
         sites: of the converted network.
 
     Raises:
@@ -41,13 +40,6 @@ def write_node_data(path: Path, sites: Sequence[Site], folder: Path) -> None:
     _make(folder)
     for name, content in contents.items():
         write_atomically(folder / name, to_json(content).encode())
-
-
-def no_node_data() -> Diagnostic:
-    """Why there is none for a file in the blocked layout."""
-    return Diagnostic(
-        "PN314", "", "no node data: the nodes of this file do not tell their module", "use --target portable"
-    )
 
 
 def _make(folder: Path) -> None:

@@ -155,12 +155,24 @@ def test_on_the_command_line(model: Path, capsys: pytest.CaptureFixture[str]) ->
     assert cli.main(["model.pt", *repository, *SHAPE, "--node-data", "nodes"]) == cli.DONE
 
 
-def test_none_where_onnxruntime_names_the_nodes(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """In the blocked layout those of one BatchNorm would have the data of another."""
-    options = ["model.pt", "-o", "m.onnx", *SHAPE[:2], "--target", "ort-cpu", "--node-data", "nodes"]
-    assert cli.main(options) == cli.DONE
-    assert "PN314" in capsys.readouterr().out
-    assert not (model / "nodes").exists()
+def test_in_the_blocked_layout_nodes_know_their_module(tmp_path: Path) -> None:
+    """onnxruntime has made the file; what it calls after a value has the module of that value."""
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(3, 16, 3), nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 16, 3), nn.BatchNorm2d(16)]
+    net = randomize_batch_norms(nn.Sequential(*layers)).eval()
+    path = tmp_path / "m.onnx"
+    report = pn_compiler.compile(net, path, torch.randn(2, 3, 8, 8), target="ort-cpu")
+    (body,) = [a.g for a in onnx.load(path).graph.node[0].attribute if a.name == "body"]
+    found = {
+        name: sorted(node.op_type for node in body.node if node.name.split("/")[1] == name) for name in "0134"
+    }
+    statistics = ["Conv", "Conv", "Mul", "Pow", "ReduceSum", "Reshape"]
+    assert found["0"] == found["3"] == ["Conv"]
+    assert set(statistics) <= set(found["1"])
+    assert set(statistics) <= set(found["4"])
+    values = node_data(onnx.load(path).graph, report.sites)["sites.json"]
+    (owned,) = [graph["results"] for graph in values.values() if graph["results"]]
+    assert {result["value"] for result in owned.values()} == {"1", "4"}
 
 
 @pytest.mark.parametrize(
