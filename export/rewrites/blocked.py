@@ -70,8 +70,8 @@ def block_size() -> int:
 def in_blocked_layout(model: onnx.ModelProto, *, one_image: bool = True) -> tuple[onnx.ModelProto, int]:
     """What onnxruntime makes of `model` on this machine, with the normalizers in the blocked layout, too.
 
-    The result is for onnxruntime alone, and for machines with blocks of the same size. On another one it
-    stops with an error whose text says so when it is run.
+    The result is for onnxruntime alone, and for machines with blocks of the same size. On another one
+    onnxruntime refuses to load it, with an error whose text says so.
 
     Args:
         model: standard operators, weights inside; left untouched.
@@ -199,25 +199,23 @@ def _optimized(model: onnx.ModelProto) -> onnx_ir.Model:
 
 
 def _guard(graph: onnx_ir.Graph, entries: list[onnx_ir.Node], block: int) -> None:
-    """Makes the shape of each of `entries` depend on nodes that fail where blocks have another size.
+    """Makes onnxruntime refuse to load the graph where blocks have another size.
 
-    Four channels are reordered to a block, which is reshaped to `block` values, zeros whose largest is added
-    to each shape. The name of the node that fails is the message.
+    Four channels are reordered to one block, and compared with `block` values. onnxruntime infers shapes when
+    it loads a file, whatever its optimization level, and those of ReorderInput with the block size of the
+    machine: the comparison cannot be broadcast, and its name is the message. The result, a zero, is added to
+    the shape of each of `entries`: nothing runs without the check, and no tool finds it unused.
     """
     message = (
         f"this file is for onnxruntime with blocks of {block} channels: compile it again on this machine"
     )
     tape = onnx_ir.tape.Tape(graph)
-    probe, expected, axis = (
-        tape.initializer(onnx_ir.tensor(values), f"block_size_{name}")
-        for name, values in {
-            "probe": np.zeros((1, _PROBED, 1, 1), np.float32),
-            "expected": np.array([block]),
-            "axis": np.array([0]),
-        }.items()
+    probe, expected = (
+        tape.initializer(onnx_ir.tensor(np.zeros((1, channels, 1, 1), np.float32)), f"block_size_{name}")
+        for name, channels in {"probe": _PROBED, "expected": block}.items()
     )
     reordered = tape.op("ReorderInput", [probe], {"channels_last": 0}, domain=DOMAIN)
-    largest = tape.op("ReduceMax", [tape.op("Reshape", [reordered, expected], name=message), axis])
+    largest = tape.op("ReduceMax", [tape.op("Max", [reordered, expected], name=message)], {"keepdims": 0})
     zero = tape.op("Cast", [largest], {"to": onnx.TensorProto.INT64})
     checked = {shape: tape.op("Add", [shape, zero]) for shape in {entry.inputs[1]: None for entry in entries}}
     for entry in entries:
