@@ -34,6 +34,7 @@ from onnx_ir.convenience import replace_all_uses_with
 from onnx_ir.passes.common import RemoveUnusedNodesPass, RemoveUnusedOpsetsPass
 
 from pn_compiler.base.errors import ExportError, first_line
+from pn_compiler.export.node_names import MESSAGE
 from pn_compiler.export.rewrites.blocked_norms import DOMAIN, TakenOut, can_be_restored, restore
 from pn_compiler.export.rewrites.norms import Norm, find_norms
 from pn_compiler.export.rewrites.per_image import is_per_image, of_one_image, per_image
@@ -206,9 +207,7 @@ def _guard(graph: onnx_ir.Graph, entries: list[onnx_ir.Node], block: int) -> Non
     machine: the comparison cannot be broadcast, and its name is the message. The result, a zero, is added to
     the shape of each of `entries`: nothing runs without the check, and no tool finds it unused.
     """
-    message = (
-        f"this file is for onnxruntime with blocks of {block} channels: compile it again on this machine"
-    )
+    message = f"{MESSAGE}onnxruntime with blocks of {block} channels: compile it again on this machine"
     tape = onnx_ir.tape.Tape(graph)
     probe, expected = (
         tape.initializer(onnx_ir.tensor(np.zeros((1, channels, 1, 1), np.float32)), f"block_size_{name}")
