@@ -8,6 +8,8 @@ import onnx_ir
 
 _SCOPES = "pkg.torch.onnx.name_scopes"  # torch.onnx: the modules around a node, and its own name at the end
 _PATHS = "pn_compiler.module_paths"
+#: begins names that are messages: runtimes show the name of a node that they refuse
+MESSAGE = "this file is for "
 
 
 def module_paths(graph: onnx_ir.Graph) -> dict[str, str]:
@@ -43,8 +45,8 @@ def noted_paths(model: onnx_ir.Model) -> dict[str, str]:
 def name_nodes(proto: onnx.ModelProto, paths: Mapping[str, str]) -> None:
     """Names each node of `proto` after its module and operator, such as ``/layer1/0/conv2/Conv``.
 
-    A loop over images is of no module. What a rewrite has put there belongs to the module whose value it computes, or else reads; a value that it
-    calls ``value/more`` belongs where ``value`` does.
+    What a rewrite has put there belongs to the module whose value it computes, or else reads; a value that it
+    calls ``value/more`` belongs where ``value`` does. A loop over images is of no module. Messages stay.
     """
     _name(proto.graph.node, dict(paths), set())
 
@@ -56,7 +58,8 @@ def _name(nodes: Iterable[onnx.NodeProto], paths: dict[str, str], taken: set[str
         if path:
             for value in node.output:
                 paths.setdefault(value, path)
-        node.name = _unique("/".join(["", *filter(None, path.split(".")), node.op_type]), taken)
+        if not node.name.startswith(MESSAGE):
+            node.name = _unique("/".join(["", *filter(None, path.split(".")), node.op_type]), taken)
         for attribute in node.attribute:
             for graph in (attribute.g, *attribute.graphs):
                 _name(graph.node, paths, taken)

@@ -8,8 +8,8 @@ from pn_compiler.base.options import check_kinds
 from pn_compiler.export.dynamic_axes import check_axes
 from pn_compiler.export.io_names import Names
 from pn_compiler.export.rewrites.half import check_dtype
-from pn_compiler.export.runtimes import DEFAULT_OPSET, choose_opset
-from pn_compiler.export.targets import GROUP_NORM_OPSET, TARGETS, check_target
+from pn_compiler.export.runtimes import choose_opset
+from pn_compiler.export.targets import check_target
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -34,17 +34,15 @@ class ExportOptions(ExportConfig):
         if not isinstance(self.target_ort, str | None):
             raise ConfigError(f"target_ort={self.target_ort!r:.80}: expected a version such as '1.18'")
         check_dtype(self.dtype, self.opset)
-        check_target(self, self.opset)
+        check_target(self)
         if not self.verify and self.target in ("ort-cpu", "auto"):
             raise ConfigError(f"target {self.target} is only written verified: leave verification on")
         _ = self.names  # checked there
 
     @property
     def opset(self) -> int:
-        """The operator set of the file: that of the user, or the best for the target."""
-        group_norm = self.target != "auto" and TARGETS[self.target].norms == "group"
-        default = GROUP_NORM_OPSET if group_norm else DEFAULT_OPSET
-        return choose_opset(self.opset_version, self.target_ort, default)
+        """The operator set of the file: that of the user, or the default, as far as runtimes load it."""
+        return choose_opset(self.opset_version, self.target_ort)
 
     @property
     def names(self) -> Names:

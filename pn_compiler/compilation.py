@@ -90,7 +90,7 @@ def export_onnx(
         tune: measure it for target="auto", unless the cache has the same network on the same machine.
         threads: of onnxruntime, where the file is measured: by default one for each core.
         opset_version: ONNX operator set, 18 to 24. The default, 20 with IR version 9, is loaded by
-            onnxruntime 1.17 and later; "openvino" and "tensorrt" have 21.
+            onnxruntime 1.17 and later.
         target_ort: an onnxruntime such as "1.18" that must load the file.
         dynamic_batch: whether the file takes any batch size, or only that of the example.
         dynamic_axes: sizes that may vary besides it: letters such as ("H", "W") of images [N, C, H, W] ("D"

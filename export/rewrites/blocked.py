@@ -34,6 +34,7 @@ from onnx_ir.convenience import replace_all_uses_with
 from onnx_ir.passes.common import RemoveUnusedNodesPass, RemoveUnusedOpsetsPass
 
 from pn_compiler.base.errors import ExportError, first_line
+from pn_compiler.export.node_names import MESSAGE
 from pn_compiler.export.rewrites.blocked_norms import DOMAIN, TakenOut, can_be_restored, restore
 from pn_compiler.export.rewrites.norms import Norm, find_norms
 from pn_compiler.export.rewrites.per_image import is_per_image, of_one_image, per_image
@@ -70,8 +71,8 @@ def block_size() -> int:
 def in_blocked_layout(model: onnx.ModelProto, *, one_image: bool = True) -> tuple[onnx.ModelProto, int]:
     """What onnxruntime makes of `model` on this machine, with the normalizers in the blocked layout, too.
 
-    The result is for onnxruntime alone, and for machines with blocks of the same size. On another one it
-    stops with an error whose text says so when it is run.
+    The result is for onnxruntime alone, and for machines with blocks of the same size. On another one
+    onnxruntime refuses to load it, with an error whose text says so.
 
     Args:
         model: standard operators, weights inside; left untouched.
@@ -94,7 +95,7 @@ def in_blocked_layout(model: onnx.ModelProto, *, one_image: bool = True) -> tupl
     entries = [entry for entry in restored if entry is not None]
     if not entries:
         raise ExportError("no normalizer can run in the blocked layout: use target portable")
-    _guard(result.graph, entries, block)
+    _guard(result.graph, entries[0], block)
     RemoveUnusedNodesPass()(result)
     RemoveUnusedOpsetsPass()(result)
     result.producer_name, result.producer_version = model.producer_name, model.producer_version
@@ -212,28 +213,22 @@ def _name_as_before(graph: onnx_ir.Graph) -> None:
             node.outputs[0].name = name
 
 
-def _guard(graph: onnx_ir.Graph, entries: list[onnx_ir.Node], block: int) -> None:
-    """Makes the shape of each of `entries` depend on nodes that fail where blocks have another size.
+def _guard(graph: onnx_ir.Graph, entry: onnx_ir.Node, block: int) -> None:
+    """Makes onnxruntime refuse to load the graph where blocks have another size.
 
-    Four channels are reordered to a block, which is reshaped to `block` values, zeros whose largest is added
-    to each shape. The name of the node that fails is the message.
+    Four channels are reordered to one block, and compared with `block` values. onnxruntime infers shapes when
+    it loads a file, whatever its optimization level, and those of ReorderInput with the block size of the
+    machine: the comparison cannot be broadcast, and its name is the message. The result, a zero, is added to
+    the shape of `entry`, a Reshape of the first normalizer, so that no tool finds it unused.
     """
-    message = (
-        f"this file is for onnxruntime with blocks of {block} channels: compile it again on this machine"
-    )
+    message = f"{MESSAGE}onnxruntime with blocks of {block} channels: compile it again on this machine"
     tape = onnx_ir.tape.Tape(graph)
-    probe, expected, axis = (
-        tape.initializer(onnx_ir.tensor(values), f"block_size_{name}")
-        for name, values in {
-            "probe": np.zeros((1, _PROBED, 1, 1), np.float32),
-            "expected": np.array([block]),
-            "axis": np.array([0]),
-        }.items()
+    probe, expected = (
+        tape.initializer(onnx_ir.tensor(np.zeros((1, channels, 1, 1), np.float32)), f"block_size_{name}")
+        for name, channels in {"probe": _PROBED, "expected": block}.items()
     )
     reordered = tape.op("ReorderInput", [probe], {"channels_last": 0}, domain=DOMAIN)
-    largest = tape.op("ReduceMax", [tape.op("Reshape", [reordered, expected], name=message), axis])
+    largest = tape.op("ReduceMax", [tape.op("Max", [reordered, expected], name=message)], {"keepdims": 0})
     zero = tape.op("Cast", [largest], {"to": onnx.TensorProto.INT64})
-    checked = {shape: tape.op("Add", [shape, zero]) for shape in {entry.inputs[1]: None for entry in entries}}
-    for entry in entries:
-        entry.replace_input_with(1, checked[entry.inputs[1]])
+    entry.replace_input_with(1, tape.op("Add", [entry.inputs[1], zero]))
     graph.sort()  # the new nodes are at its end

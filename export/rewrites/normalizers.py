@@ -25,9 +25,9 @@ def expand_group_norms(model: onnx_ir.Model) -> int:
         model: edited in place; its shapes must be known.
 
     Returns:
-        How many were replaced: those with constant weight and bias and one unknown size at most.
+        How many were replaced: all whose rank is known.
     """
-    return apply_rule(model, _group_norm, _is_known, _instance_norm_and_affine)
+    return apply_rule(model, _group_norm, _has_rank, _instance_norm_and_affine)
 
 
 def use_two_stage_sums(model: onnx_ir.Model) -> int:
@@ -96,30 +96,34 @@ def _group_norm(op: Any, x: Any, weight: Any, bias: Any) -> Any:
     return op.GroupNormalization(x, weight, bias, _outputs=["y"])
 
 
-def _is_known(context: Any, x: onnx_ir.Value, weight: onnx_ir.Value, bias: onnx_ir.Value, **_: Any) -> bool:
-    shape = sizes(x)
-    return is_constant(weight) and is_constant(bias) and bool(shape) and shape.count(-1) <= 1
+def _has_rank(context: Any, x: onnx_ir.Value, **_: Any) -> bool:
+    return bool(sizes(x)) and x.dtype is not None
 
 
 def _instance_norm_and_affine(
     op: Any, x: onnx_ir.Value, weight: onnx_ir.Value, bias: onnx_ir.Value, y: onnx_ir.Value
 ) -> Any:
-    scale, shift, shape = contents(weight), contents(bias), sizes(x)
-    attributes = _attributes(y)
-    groups = attributes["num_groups"].as_int()
-    per_channel = (-1, *[1] * (len(shape) - 2))
-
+    assert x.dtype is not None
+    dtype, shape, given = x.dtype.numpy(), sizes(x), _attributes(y)
+    groups = given["num_groups"].as_int()
+    per_channel = np.array([-1, *[1] * (len(shape) - 2)])
     stored = _initializers(op, y)
+
+    def spread(value: onnx_ir.Value, name: str) -> Any:
+        if is_constant(value):
+            return stored(contents(value).reshape(per_channel), name)
+        return op.Reshape(value, stored(per_channel, f"{name}_shape"))
+
     normalized = op.InstanceNormalization(
         op.Reshape(x, stored(np.array([0, groups, -1]), "flat")),
-        stored(np.ones(groups, scale.dtype), "ones"),
-        stored(np.zeros(groups, scale.dtype), "zeros"),
-        epsilon=attributes["epsilon"],
+        stored(np.ones(groups, dtype), "ones"),
+        stored(np.zeros(groups, dtype), "zeros"),
+        epsilon=given["epsilon"],
     )
-    restored = op.Reshape(normalized, stored(np.array(shape), "shape"))
+    one_unknown = shape.count(-1) <= 1
+    restored = op.Reshape(normalized, stored(np.array(shape), "shape") if one_unknown else op.Shape(x))
     restored.type, restored.shape = x.type, x.shape
-    scaled = op.Mul(restored, stored(scale.reshape(per_channel), "scale"))
-    return op.Add(scaled, stored(shift.reshape(per_channel), "shift"))
+    return op.Add(op.Mul(restored, spread(weight, "scale")), spread(bias, "shift"))
 
 
 def _reshaped_instance_norm(op: Any, x: Any, flat: Any, weight: Any, bias: Any, shape: Any) -> Any:

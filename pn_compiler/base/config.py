@@ -331,7 +331,7 @@ class ExportConfig:
     opset_version: int | None = dataclasses.field(
         default=None,
         metadata=about(
-            "18 to 24 (default: 20, which onnxruntime 1.17 loads; for OpenVINO and TensorRT 21)",
+            "18 to 24 (default: 20, which onnxruntime 1.17 loads)",
             flag="--opset", metavar="N",
         ),
     )  # fmt: skip

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 import torch
 from torch import nn
@@ -18,6 +19,7 @@ from pn_compiler.export.report import count_onnx_operators
 from pn_compiler.export.rewrites import blocked
 from pn_compiler.export.rewrites.blocked import DOMAIN, block_size, in_blocked_layout
 from pn_compiler.export.rewrites.normalizers import use_two_stage_sums
+from pn_compiler.export.sessions import session_options
 from pn_compiler.testing import randomize_batch_norms
 from tests.export.rewriting import apply
 
@@ -204,13 +206,26 @@ def test_the_input_is_left_alone_and_only_used_domains_are_declared() -> None:
     assert result.graph.input[0].type.tensor_type.shape.dim[0].dim_param == "batch"
 
 
-@pytest.mark.parametrize("optimized", [False, True])
-def test_a_file_for_another_size_of_blocks_says_so(optimized: bool) -> None:
-    result, _ = in_blocked_layout(portable(BLOCK))
-    (expected,) = [t for t in result.graph.initializer if t.name == "block_size_expected"]
-    expected.CopyFrom(onnx.numpy_helper.from_array(np.array([2 * BLOCK]), expected.name))
-    with pytest.raises(Exception, match=f"with blocks of {BLOCK} channels: compile it again on this machine"):
-        run(result, np.zeros((1, 3, 9, 7), np.float32), optimized=optimized)
+LEVELS = [name for name in dir(onnxruntime.GraphOptimizationLevel) if name.startswith("ORT_")]
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("block", [BLOCK // 2, BLOCK, 2 * BLOCK])
+def test_a_file_for_another_size_of_blocks_is_not_loaded(
+    block: int, level: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(blocked, "block_size", lambda: block)
+    result, _ = in_blocked_layout(portable(2 * BLOCK))
+    options = session_options(threads=1)
+    options.graph_optimization_level = getattr(onnxruntime.GraphOptimizationLevel, level)
+    load = functools.partial(
+        onnxruntime.InferenceSession, result.SerializeToString(), options, providers=["CPUExecutionProvider"]
+    )
+    if block == BLOCK:
+        load()
+        return
+    with pytest.raises(Exception, match=f"with blocks of {block} channels: compile it again on this machine"):
+        load()
 
 
 def test_a_machine_without_blocks_is_told(monkeypatch: pytest.MonkeyPatch) -> None:

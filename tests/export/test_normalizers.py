@@ -78,13 +78,18 @@ def test_zero_variance_gives_the_bias() -> None:
     np.testing.assert_allclose(y[0], np.broadcast_to(bias, y[0].shape), atol=1e-5)
 
 
-@pytest.mark.parametrize(
-    "proto", [group_norm(2, constant=False), group_norm(2, ("batch", CHANNELS, "height", "width"))]
-)
-def test_what_is_not_known_is_left_alone(proto: onnx.ModelProto) -> None:
-    before = proto.SerializeToString(deterministic=True)
-    assert apply(expand_group_norms, proto) == 0
-    assert proto.SerializeToString(deterministic=True) == before
+@pytest.mark.parametrize("constant", [True, False])
+@pytest.mark.parametrize("sizes", [(5, 4), ("height", "width")])
+def test_neither_sizes_nor_weights_need_to_be_known(sizes: tuple[int | str, ...], constant: bool) -> None:
+    proto = group_norm(2, ("batch", CHANNELS, *sizes), constant=constant)
+    generator = np.random.default_rng(2)
+    feed = {"x": generator.normal(size=(3, CHANNELS, 5, 4)).astype(np.float32)}
+    if not constant:
+        feed |= {name: generator.normal(size=CHANNELS).astype(np.float32) for name in ("weight", "bias")}
+    (expected,) = ReferenceEvaluator(proto).run(None, feed)
+    assert apply(expand_group_norms, proto) == 1
+    (actual,) = make_session(proto.SerializeToString(), threads=1).run(None, feed)
+    np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_an_instance_norm_with_a_weight_keeps_it() -> None:
