@@ -30,6 +30,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     for source, page in PAGES.items():
         text = (root / source).read_text()
         if source.endswith(".md"):
+            text = text.replace("[docs/", "[")
             text = LINK.sub(
                 lambda match: match[1] + (match[2] if ":" in match[2] else place_on_site(match[2])), text
             )
