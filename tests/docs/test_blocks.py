@@ -4,6 +4,8 @@ The Python blocks of some pages run in `make test`, the others in `make test-all
 so in the page, right above the block.
 """
 
+import re
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -30,7 +32,16 @@ def test_python_of_the_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 @pytest.mark.parametrize("page", RUNNING)
 def test_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, page: str) -> None:
     enter(tmp_path, page, monkeypatch)
-    assert run_as_a_reader(page) == ""
+    wrong = run_as_a_reader(page)
+    assert not wrong, wrong
+
+
+def test_no_block_can_install_anything(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    enter(tmp_path, "README.md", monkeypatch)
+    planned = subprocess.run(["make", "--dry-run", "demo"], capture_output=True, text=True, check=True)
+    assert planned.stdout == ".venv/bin/python examples/digits.py\n"
+    shown = subprocess.run([".venv/bin/pip", "config", "debug"], capture_output=True, text=True, check=True)
+    assert "PIP_DRY_RUN='1'" in shown.stdout
 
 
 @pytest.mark.parametrize("page", PAGES)
@@ -39,7 +50,8 @@ def test_every_block_says_what_it_is(page: str) -> None:
     blocks = blocks_of(text)
     assert text.count("```") == 2 * len(blocks), "a fence that does not end, or has options"
     assert {block.language for block in blocks} <= LANGUAGES
-    assert text.count("*Not run by the tests: ") == sum(bool(block.reason) for block in blocks)
+    marks = re.findall(r"^ *\*Not run by the tests: ", text, re.MULTILINE)
+    assert len(marks) == sum(bool(block.reason) for block in blocks), "a mark that stands above no block"
     assert set(given_in(text)) <= GIVEN.keys()
 
 
