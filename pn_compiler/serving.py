@@ -48,19 +48,19 @@ def export_model_repository(
 
     ``directory/name/1`` gets the ONNX file, ``golden.npz`` for ``python -m pn_compiler.smoke``, and
     ``report.json``; the configurations lie beside it. A name that is there gets the next version, which
-    appears at once and whole.
+    appears at once and whole. Arguments that are not listed here are those of `export_onnx`.
 
     Args:
         model: as for `export_onnx`; or an ONNX file, taken as it is: options of the export are refused.
         directory: of all models; made if only this last folder of its path is missing.
         name: under which the model is served.
-        example_inputs, example_kwargs: arguments of a call. For an ONNX file with only the batch unknown and
+        example_inputs: arguments of a call by position. For an ONNX file with only the batch unknown and
             floats as inputs they may be left out.
+        example_kwargs: arguments of that call by name.
         force: replace the newest version instead of adding one.
         max_batch_size: samples that a server may put into one batch. It does so only where the first axis of
             all inputs and outputs is the batch, and each sample gets the answer that it gets alone.
         target_ort: the oldest onnxruntime among the servers, such as "1.18".
-        Others: as for `export_onnx`.
 
     Returns:
         The report; ``report.repository`` is the folder of the version.

@@ -3,11 +3,9 @@ statistics that a site holds in evaluation."""
 
 import copy
 import io
-import re
 import threading
 import zipfile
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch
@@ -284,17 +282,3 @@ def test_weight_and_spectral_norm_of_a_consumer() -> None:
     consumer(expected)[1].weight.data /= 3
     assert_same_outputs(model(x), expected(x), tolerance=1e-6)
     step(model, x)
-
-
-def test_examples_of_the_page_run() -> None:
-    """Those that need no other packages."""
-    zoo.torchvision()
-    page = (Path(__file__).parents[1] / "docs" / "training.md").read_text()
-    blocks = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
-    own = [
-        block
-        for block in blocks
-        if not re.search("^import lightning|^from transformers", block, re.MULTILINE)
-    ]
-    assert len(own) == len(blocks) - 2
-    exec("".join(own), {})

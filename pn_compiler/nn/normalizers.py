@@ -40,7 +40,8 @@ class Normalizer(nn.Module):
         num_channels: C.
         eps: added to the variance.
         statistics: one of the three.
-        device, dtype: device and dtype of parameters and buffers.
+        device: of parameters and buffers.
+        dtype: of parameters and buffers.
 
     Parameters: ``weight`` and ``bias``, [C].
     Buffers: ``population_mean`` (M, "rms" only), ``population_var`` (V) and ``anchor`` (b), each [G]; "group"
@@ -171,9 +172,11 @@ class FoldedNorm(nn.Module):
     Args:
         num_groups: G.
         centered: whether c is the mean of the instance's group, and E its variance. Else it is `shift`.
-        share, var: [G]; a `share` of None is 1.
+        share: [G]; None is 1.
+        var: [G].
         shift: [C]; None is 0.
-        weight, bias: [C].
+        weight: [C].
+        bias: [C].
     """
 
     share: Tensor | None

@@ -46,7 +46,8 @@ class ProxyNormAct(Normalizer):
             shift: "activation" is phi(...), already scaled if a positive scale commutes with phi
             (then "scale" is None); "scale" and "shift" have shape [C]; "affine" is weight * y + bias.
         statistics: of the normalizer: see `Normalizer`, also for buffers.
-        device, dtype: device and dtype of the parameters.
+        device: of the parameters.
+        dtype: of the parameters.
 
     Parameters: ``weight``, ``bias``, ``proxy_weight``, ``proxy_bias``, each [C].
 

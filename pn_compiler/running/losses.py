@@ -24,8 +24,8 @@ def output_loss(student: Any, teacher: Any, logits: Logits = "auto") -> Tensor:
     constant added to all K values of a sample or pixel. For every other tensor it is `relative_l2`.
 
     Args:
-        student, teacher: outputs of the same structure: tensors, and any nesting of tuples, lists, dicts and
-            dataclasses.
+        student: outputs: tensors, and any nesting of tuples, lists, dicts and dataclasses.
+        teacher: outputs of the same structure.
         logits: which outputs are treated as logits, as in `pn_compiler.distill`.
 
     Returns:

@@ -789,9 +789,3 @@ def test_the_folded_network_cannot_be_trained(images: Tensor) -> None:
     folded = pn_compiler.fold(pn_compiler.transform(net))
     with pytest.raises(ConfigError, match="distill it before it is folded"):
         distill(folded, net, images[:8])
-
-
-def test_the_example_of_the_page_runs() -> None:
-    page = (Path(__file__).parents[2] / "docs" / "distillation.md").read_text()
-    example, _ = re.findall(r"```python\n(.*?)```", page, re.DOTALL)  # the other one measures
-    exec(example, {})

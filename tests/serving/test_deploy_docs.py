@@ -31,15 +31,6 @@ def test_in_the_process(repository: Path, tmp_path: Path, heading: str) -> None:
     assert 0 <= float(done.stdout) < 1e-5
 
 
-def test_the_export(tmp_path: Path) -> None:
-    subprocess.run(
-        [sys.executable, "-c", block("# From the compiled file to a running server")],
-        cwd=tmp_path,
-        check=True,
-    )
-    assert (tmp_path / "model_repository" / "digits" / "1" / "golden.npz").exists()
-
-
 def test_commands_are_few_and_tests_exist() -> None:
     blocks = re.findall(r"```bash\n(.*?)```", TEXT, re.DOTALL)
     assert len(blocks) >= 2

@@ -1,0 +1,44 @@
+"""A hook of mkdocs: the pages at the root of the repository become pages of the site, README.md the first."""
+
+import posixpath
+import re
+from pathlib import Path
+
+from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.structure.files import File, Files
+
+#: at the root of the repository -> on the site
+PAGES = {
+    "README.md": "index.md",
+    "CONTRIBUTING.md": "CONTRIBUTING.md",
+    "CHANGELOG.md": "CHANGELOG.md",
+    "SECURITY.md": "SECURITY.md",
+    "LICENSE": "LICENSE",
+    "CITATION.cff": "CITATION.cff",
+}
+LINK = re.compile(r"(\]\(|(?:src|srcset|href)=\")([^)\"#\s]+)")
+
+
+def place_on_site(target: str) -> str:
+    """Where a link from the root of the repository leads on the site."""
+    path = posixpath.normpath(target)
+    return PAGES.get(path, path.removeprefix("docs/"))
+
+
+def on_files(files: Files, config: MkDocsConfig) -> Files:
+    root = Path(config.config_file_path).parent
+    for source, page in PAGES.items():
+        text = (root / source).read_text()
+        if source.endswith(".md"):
+            text = text.replace("[docs/", "[")
+            text = LINK.sub(
+                lambda match: match[1] + (match[2] if ":" in match[2] else place_on_site(match[2])), text
+            )
+        files.append(File.generated(config, page, content=text))
+    return files
+
+
+def on_page_markdown(markdown: str, **_: object) -> str:
+    """Pages in docs/ may link to those at the root."""
+    names = "|".join(map(re.escape, PAGES))
+    return re.sub(rf"\]\(\.\./({names})", lambda match: f"]({PAGES[match[1]]}", markdown)
