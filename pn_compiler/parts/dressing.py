@@ -33,7 +33,7 @@ def dress(traced: Trace, structure: nn.Module | None, inputs: Inputs | None) -> 
         structure: that of the original network, on the meta device; None if there is none.
         inputs: the arguments that it was traced with.
     """
-    on_meta = None if inputs is None else inputs.map(lambda x: x.detach().to("meta"))
+    on_meta = None if inputs is None else inputs.on_meta()
     for region in traced.regions:
         if region.source is None or region.owner is not None:
             continue

@@ -1,12 +1,11 @@
 """What a converted network remembers of the network that it was made from."""
 
 import dataclasses
-import io
-import pickle
 from typing import Any
 
 from torch import nn
 
+from pn_compiler.graph.provenance import picklable_or_none
 from pn_compiler.running.inputs import Inputs
 
 
@@ -32,10 +31,6 @@ class Original:
         return self  # nothing changes it
 
     def __reduce__(self) -> tuple[Any, ...]:
-        module = self.module
-        try:
-            pickle.Pickler(io.BytesIO()).dump(module)
-        except Exception:  # of a class that was defined in a function, say: such a network is pickled without
-            module = None
+        module = picklable_or_none(self.module)
         kinds = {path: kind for path, kind in self.kinds.items() if module is not None}
         return Original, (module, self.inputs, kinds, self.parts, self.entered)

@@ -180,7 +180,7 @@ class Part:
         state = tuple(map(id, (*owner.modules(), *owner.parameters(), *owner.buffers())))
         key = name, None if inputs is None else _signature(inputs), tuple(taps), state
         if key not in self._graphs:
-            on_meta = None if inputs is None else inputs.map(lambda x: x.detach().to("meta"))
+            on_meta = None if inputs is None else inputs.on_meta()
             gm = follow(self.structure(owner), owner, name, on_meta, taps=taps, fixed=not taps)
             shared = {id(module) for module in owner.modules()}
             stale = [other for other in self._graphs if other[-1] != state]
