@@ -88,6 +88,7 @@ class Contents:
             plain[MARK] == _FORMAT, f"a network in a later format, {str(plain[MARK])[:20]}, of pn_compiler"
         )
         require(plain.keys() == _KEYS | {MARK}, "other entries than pn_compiler.save writes")
+        require(type(plain["version"]) is str, "a strange version")
         structure = plain["structure"]
         require(isinstance(structure, nn.Module), "no architecture")
         modules = by_name(plain["modules"], "changes")
@@ -240,4 +241,4 @@ def _replace_tensors(model: nn.Module, new: Any) -> None:
                 setattr(module, name, made[id(tensor)])  # which keeps a list of them
             else:
                 registry = module._parameters if name in module._parameters else module._buffers
-                registry[name] = made[id(tensor)]  # type: ignore[assignment]  # a parameter, if it was one
+                registry[name] = made[id(tensor)]

@@ -188,7 +188,7 @@ def _tensors(model: nn.Module) -> dict[str, Any]:
 
 def _graphs(model: nn.Module) -> dict[str, Any]:
     graphs = (pair for pair in model.named_modules() if isinstance(pair[1], ConvertedModule))
-    return {path: _lines(gm) for path, gm in graphs}  # type: ignore[arg-type]  # only these
+    return {path: _lines(gm) for path, gm in graphs}
 
 
 def _lines(gm: ConvertedModule) -> list[tuple[Any, ...]]:

@@ -1,6 +1,8 @@
 """The public functions save and load, and what the command loads converted networks by."""
 
+import io
 import os
+import pickle
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,6 @@ from pn_compiler.base.errors import (
     PnCompilerError,
     UnsupportedModelError,
     first_line,
-    root_cause,
 )
 from pn_compiler.base.files import check_writable, staged_file
 from pn_compiler.base.input_specs import InputSpec
@@ -154,11 +155,22 @@ def _origin(model: nn.Module) -> Provenance:
 def _write(plain: dict[str, Any], staged: Path, target: Path) -> None:
     """Raises ExportError if there is no space, UnsupportedModelError if something cannot be pickled."""
     try:
-        torch.save(plain, staged)
-    except (OSError, RuntimeError) as error:  # torch raises RuntimeError for a full disk
-        raise ExportError(f"cannot write {target}: {root_cause(error)[:200]}") from error
+        _Probe(io.BytesIO(), 2).dump(plain)
     except Exception as error:  # of pickle, or of a class
         raise _refusal(error) from error
+    try:
+        torch.save(plain, staged)
+    except Exception as error:  # torch does not raise an OSError
+        raise ExportError(
+            f"cannot write {target}: torch.save fails, as on a full disk ({first_line(error)[:200]})"
+        ) from error
+
+
+class _Probe(pickle.Pickler):
+    """Pickles all but the values of tensors, as torch.save does."""
+
+    def persistent_id(self, value: Any) -> Any:
+        return "tensor" if isinstance(value, Tensor) else None
 
 
 def _refusal(error: object, staged: Path | None = None) -> UnsupportedModelError:

@@ -51,7 +51,7 @@ class ConvertedNetworks(SavedNetworks):
             raise LoadError("holds weights of a converted network with strange options")
         for name, value in self.given.items():
             used = recorded.get(name)
-            if name != "warm_start" and value != used and [*_items(value)] != [*_items(used)]:
+            if name != "warm_start" and _frozen(value) != _frozen(used):
                 raise LoadError(
                     f"holds weights of a network that was converted with {name}={used!r:.80}, and "
                     f"{value!r:.80} is asked for: leave that out"
@@ -59,8 +59,8 @@ class ConvertedNetworks(SavedNetworks):
         return dict(recorded)
 
 
-def _items(value: Any) -> Any:
-    return value if isinstance(value, list | tuple) else ()
+def _frozen(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
 
 
 def _implied(state: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
