@@ -74,9 +74,10 @@ def _implied(state: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, An
         return any(str(key).endswith(f".{name}") for key in state)
 
     options: dict[str, Any] = {}
-    if "norm" not in given and "num_groups" not in given and not holds("population_mean"):
+    cold = given.get("warm_start") == "none"  # which has a norm of its own
+    if not (cold or "norm" in given or "num_groups" in given or holds("population_mean")):
         raise LoadError(
-            "PN306 holds weights of a converted network that do not say how its normalizers group channels: "
+            "holds weights of a converted network that do not say (PN306) how its normalizers group channels: "
             "give the options of the conversion, such as --norm layer, or save with pn_compiler.save"
         )
     if "proxy" not in given and not holds("proxy_weight"):
