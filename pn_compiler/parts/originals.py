@@ -19,6 +19,7 @@ class Original:
         kinds: class of each module of the graph by path, when it was made.
         parts: paths of the modules that became part of the graph, and of the containers around them.
         entered: paths of the modules whose forward became part of the graph.
+        feeds: path of a convolution that pads the output of a site -> path of the site.
     """
 
     module: nn.Module | None
@@ -26,6 +27,7 @@ class Original:
     kinds: dict[str, type[nn.Module]]
     parts: set[str]
     entered: frozenset[str]
+    feeds: dict[str, str] = dataclasses.field(default_factory=dict)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Original":
         return self  # nothing changes it
@@ -33,4 +35,4 @@ class Original:
     def __reduce__(self) -> tuple[Any, ...]:
         module = picklable_or_none(self.module)
         kinds = {path: kind for path, kind in self.kinds.items() if module is not None}
-        return Original, (module, self.inputs, kinds, self.parts, self.entered)
+        return Original, (module, self.inputs, kinds, self.parts, self.entered, self.feeds)

@@ -77,7 +77,7 @@ def _implied(state: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, An
     cold = given.get("warm_start") == "none"  # which has a norm of its own
     if not (cold or "norm" in given or "num_groups" in given or holds("population_mean")):
         raise LoadError(
-            "holds weights of a converted network that do not say (PN306) how its normalizers group channels: "
+            "holds converted weights that do not say how the normalizers group channels (PN306): "
             "give the options of the conversion, such as --norm layer, or save with pn_compiler.save"
         )
     if "proxy" not in given and not holds("proxy_weight"):

@@ -1,5 +1,6 @@
 """Classes, containers, attributes and methods of the network are those of the original."""
 
+import copy
 import pickle
 
 import pytest
@@ -193,11 +194,44 @@ def test_hooks_on_parts_are_called() -> None:
     assert len(seen) == 2
 
 
+def test_parts_that_begin_with_a_padded_convolution() -> None:
+    """What the convolution pads is the shift of the site before it: the part gets what the site gives."""
+    original = converted("classifier")
+    with torch.no_grad():
+        for name, parameter in original.named_parameters():
+            if "proxy" in name:
+                parameter.normal_(0, 0.3, generator=torch.Generator().manual_seed(0))
+    for model in (original, copy.deepcopy(original), pickle.loads(pickle.dumps(original))):
+        expected, seen = model(X), []
+        found = pn_compiler.features(model, ["features.0", "features.1"])(X)
+        assert_same_outputs(model.features[1](found["features.0"]), found["features.1"], tolerance=1e-9)
+        handle = model.features[1].register_forward_hook(lambda module, args, output: seen.append(output))  # noqa: B023
+        assert_same_outputs(model(X), expected, tolerance=1e-9)
+        assert_same_outputs(seen, [found["features.1"]], tolerance=1e-9)
+        handle.remove()
+    alone = copy.deepcopy(original.features[1])  # the site is not with it
+    with pytest.raises(TraceError, match="PN216"):
+        alone(found["features.0"])
+
+
+class Twice(nn.Module):
+    """A padded convolution that reads two sites."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.SiLU())
+        self.two = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.SiLU())
+        self.tail = nn.Sequential(nn.Conv2d(4, 4, 3, padding=1), nn.ReLU())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.tail(self.one(x)) + self.tail(self.two(x))
+
+
 def test_hooks_that_cannot_be_called_are_reported() -> None:
-    model = converted("classifier")
+    model = pn_compiler.transform(randomize_batch_norms(Twice()).eval(), warm_start="none").double()
     expected = model(X)
-    model.features[1].register_forward_hook(lambda *_: None)
-    with pytest.warns(pn_compiler.ConversionWarning, match=r"PN218 features\.1"):
+    model.tail.register_forward_hook(lambda *_: None)
+    with pytest.warns(pn_compiler.ConversionWarning, match="PN218 tail"):
         assert_same_outputs(model(X), expected, tolerance=1e-9)
 
 
