@@ -1,7 +1,7 @@
-"""Parts that begin with a convolution that pads the output of a site, where the network pads with its shift.
+"""Parts that begin with a convolution which pads the output of a site: the network pads with the shift.
 
-In the network zeros are padded before scale and shift of the site are applied: z = a r + v is padded with v. A
-part that is called alone gets z. So z - v is padded with zeros, and the convolution applies v behind that, as
+In the network zeros are padded before scale and shift of the site are applied: z = a r + v is padded with v.
+A part that is called alone gets z. So z - v is padded with zeros, and the convolution applies v behind that, as
 it does with any shift: exactly what it computes in the network.
 """
 
