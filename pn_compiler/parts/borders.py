@@ -1,8 +1,8 @@
 """Parts that begin with a convolution which pads the output of a site: the network pads with the shift.
 
 In the network zeros are padded before scale and shift of the site are applied: z = a r + v is padded with v.
-A part that is called alone gets z. So z - v is padded with zeros, and the convolution applies v behind that, as
-it does with any shift: exactly what it computes in the network.
+A part that is called alone gets z. So z - v is padded with zeros, and the convolution applies v behind that,
+as it does with any shift: exactly what it computes in the network.
 """
 
 import operator
