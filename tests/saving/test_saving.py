@@ -44,10 +44,8 @@ def from_timm(name: str) -> nn.Module:
 
 NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "plain": plain_network,
-    "shufflenet": lambda: from_torchvision("shufflenet_v2_x0_5"),
     "mobilenet": lambda: from_torchvision("mobilenet_v3_small"),
     "squeezenet": lambda: from_torchvision("squeezenet1_1"),  # without a BatchNorm
-    "timm_mobilenet": lambda: from_timm("mobilenetv3_small_050"),
 }
 
 
@@ -403,7 +401,7 @@ def test_written_whole_or_not_at_all(tmp_path: Path) -> None:
 
 
 def test_the_file_names_no_code(tmp_path: Path) -> None:
-    model = converted(from_torchvision("resnet18"))
+    model = converted(Blocks())
     pn_compiler.save(model, tmp_path / "model.pt")
     with zipfile.ZipFile(tmp_path / "model.pt") as archive:
         parsed = parse_pickle(archive.read("content/data.pkl"))
