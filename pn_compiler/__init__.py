@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from pn_compiler.recovery.optimizer_groups import param_groups
     from pn_compiler.repository.options import ModelRepository
     from pn_compiler.running.losses import output_loss, relative_l2
+    from pn_compiler.saving.network_file import load, save
     from pn_compiler.serving import export_model_repository
 
 __all__ = [
@@ -54,12 +55,14 @@ __all__ = [
     "features",
     "fold",
     "freeze_statistics",
+    "load",
     "nn",
     "notes",
     "output_loss",
     "param_groups",
     "proxy_moments",
     "relative_l2",
+    "save",
     "sites",
     "transform",
 ]
@@ -79,6 +82,7 @@ _MODULES = {
     "base.user_warnings": ("ConversionWarning",),
     "freezing.freeze_report": ("FreezeReport", "FrozenSite"),
     "graph.graph_module": ("notes", "sites"),
+    "saving.network_file": ("load", "save"),
     "running.losses": ("output_loss", "relative_l2"),
     "numerics.moments": ("proxy_moments",),
     "recovery.optimizer_groups": ("param_groups",),

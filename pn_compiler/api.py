@@ -12,8 +12,9 @@ from pn_compiler.base.options import pick
 from pn_compiler.base.stopwatch import Stopwatch
 from pn_compiler.base.user_warnings import warn
 from pn_compiler.freezing.anchors import choose_anchors, needs_samples
-from pn_compiler.graph.graph_module import is_converted, notes
+from pn_compiler.graph.graph_module import is_converted, notes, remember, sites
 from pn_compiler.graph.pass_log import stage
+from pn_compiler.graph.provenance import Provenance
 from pn_compiler.inspection.fake_tensors import fake_mode
 from pn_compiler.parts.dressing import dress
 from pn_compiler.passes import PipelineEdit, conversion_pipeline, edited, preparation_pipeline
@@ -134,10 +135,32 @@ def transform(
     with fake_mode(model):
         traced = trace(model, inputs, leaves)
         convert_trace(traced, model, model, inputs, calibration, config, Stopwatch(), pipeline)
-    dress(traced, copy_structure(model), inputs)
+    structure = copy_structure(model)
+    dress(traced, structure, inputs)
     measure_conversion(model, traced.root, inputs, calibration)
+    remember(traced.root, _provenance(config, traced, structure, inputs))
     warn(notes(traced.root))
     return traced.root
+
+
+def _provenance(
+    config: TransformConfig, traced: Trace, structure: nn.Module | None, inputs: Inputs | None
+) -> Provenance:
+    anchor = config.anchor
+    if anchor == "auto":
+        anchor = {site.name: site.anchor for site in sites(traced.root) if site.kind != "skipped"}
+    options = {
+        "norm": config.norm,
+        "num_groups": config.num_groups,
+        "anchor": dict(anchor) if isinstance(anchor, Mapping) else anchor,
+        "proxy": config.proxy,
+        "proxy_padding": config.proxy_padding,
+        # where weights come from does not matter to who loads them
+        "warm_start": "none" if config.warm_start == "none" else "auto",
+        "norm_only_bias": config.norm_only_bias,
+        "leaves": sorted(traced.asked),
+    }
+    return Provenance(options, structure, None if inputs is None else inputs.on_meta())
 
 
 def convert_trace(

@@ -94,8 +94,9 @@ def _run(arguments: argparse.Namespace, command: str, interruption: Interruption
     if arguments.list_passes:
         return _list_passes()
     check_usage(arguments)
-    from pn_compiler.loading import load_model  # torch is only imported for work
+    from pn_compiler.loading import LoadedModel, load_model  # torch is only imported for work
     from pn_compiler.reporting.node_data import NAMES
+    from pn_compiler.saving.state_dicts import ConvertedNetworks
 
     interruption.starting = False
     check_files(arguments, NAMES)
@@ -107,6 +108,9 @@ def _run(arguments: argparse.Namespace, command: str, interruption: Interruption
             allow=arguments.allow,
             checkpoint_key=arguments.checkpoint_key,
             unsafe_pickle=arguments.unsafe_pickle,
+            rebuild=ConvertedNetworks(
+                _given(arguments, TransformConfig), lambda model: _example(LoadedModel(model), arguments)
+            ),
         )
         if arguments.part is not None:
             loaded = _part(loaded, arguments.part)
@@ -140,6 +144,8 @@ def _transform_options(loaded: "LoadedModel", arguments: argparse.Namespace) -> 
     from pn_compiler.graph.graph_module import is_converted
 
     options = _given(arguments, TransformConfig)
+    if arguments.arch is not None and is_converted(loaded.model):  # they were used to convert it
+        options = {name: value for name, value in options.items() if name in ("strict", "metric")}
     auto = options.get("anchor") == "auto"
     source = arguments.calibrate or (arguments.diagnose if auto else None)
     if not auto:
@@ -161,7 +167,9 @@ def _example(loaded: "LoadedModel", arguments: argparse.Namespace) -> dict[str, 
     """What the model is compiled with: the inputs that the user described, else what the file brings."""
     specs = arguments.inputs or [InputSpec(shape) for shape in arguments.input_shape or ()]
     if not specs:
-        return {} if loaded.inputs is None else {"example_inputs": loaded.inputs.args}
+        if loaded.inputs is None:
+            return {}
+        return {"example_inputs": loaded.inputs.args, "example_kwargs": loaded.inputs.kwargs or None}
     from pn_compiler.data.input_shape import described_inputs
 
     batch = specs[0].shape[0]

@@ -58,6 +58,9 @@ CODES: dict[str, tuple[Severity, str]] = {
     "PN301": ("note", "which weights of a checkpoint were taken"),
     "PN302": ("note", "entries of a checkpoint that do not belong to the network were left out"),
     "PN303": ("note", "a program that was exported in train mode is read as in eval mode"),
+    "PN304": ("warning", "a converted network that no file can hold"),
+    "PN305": ("note", "weights of a converted network: its architecture was converted first"),
+    "PN306": ("warning", "weights of a converted network that do not say how it was converted"),
     "PN310": ("warning", "the outputs of a sample depend on the others in its batch"),
     "PN311": ("note", "the network with BatchNorm could not be measured beside the file"),
 }

@@ -64,11 +64,17 @@ def write_atomically(path: Path, content: bytes) -> None:
     Raises:
         ExportError: the file cannot be written, for example because the disk is full.
     """
+    with staged_file(path) as staged:
+        staged.write_bytes(content)
+
+
+@contextlib.contextmanager
+def staged_file(path: Path) -> Iterator[Path]:
+    """Where to write what is renamed to `path` at the end; as `write_atomically`."""
     with staging_folder(path) as stage:
         staged = stage / "content"
-        with staged.open("wb") as file:
-            file.write(content)
-            file.flush()
+        yield staged
+        with staged.open("r+b") as file:  # Windows flushes none that is only read
             os.fsync(file.fileno())
         staged.chmod(0o666 & ~_umask())
         staged.replace(output_target(path))

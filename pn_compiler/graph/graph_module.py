@@ -9,11 +9,13 @@ from pn_compiler.base.diagnostics import Diagnostic, Site
 from pn_compiler.base.errors import ConfigError
 from pn_compiler.base.tables import SiteTable
 from pn_compiler.graph.own_class import PART, is_importable, original_class, picklable, take_class, watched
+from pn_compiler.graph.provenance import OPTIONS, Provenance
 from pn_compiler.inspection.hooks import HOOKS_AND_OPTIONS
 from pn_compiler.inspection.model_checks import check_module
 
 _SITES = "pn_compiler.sites"
 _NOTES = "pn_compiler.notes"
+_PROVENANCE = "pn_compiler.provenance"
 _ATTRIBUTE = "_pn_compiler"
 
 
@@ -67,6 +69,13 @@ class ConvertedModule(fx.GraphModule):
         finally:
             watched.pop()
 
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        """As of any module; the metadata also say how the network was converted."""
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        found = provenance(self)
+        if found is not None and hasattr(destination, "_metadata"):
+            destination._metadata.setdefault(prefix[:-1], {})[OPTIONS] = dict(found.options)
+
     def __deepcopy__(self, memo: dict[int, Any]) -> "ConvertedModule":
         self._refresh_graph()
         copied = super().__deepcopy__(memo)
@@ -83,7 +92,7 @@ class ConvertedModule(fx.GraphModule):
     def __reduce__(self) -> tuple[Any, ...]:
         self._refresh_graph()
         rebuild, (body, imports) = super().__reduce__()
-        kept = {key: self.meta[key] for key in (_SITES, _NOTES) if key in self.meta}
+        kept = {key: self.meta[key] for key in (_SITES, _NOTES, _PROVENANCE) if key in self.meta}
         hooks = {name: hooks for name in HOOKS_AND_OPTIONS if (hooks := getattr(self, name))}
         original = original_class(type(self))
         kind = original if original is not None and is_importable(original) else None
@@ -134,11 +143,24 @@ def _looked_at(converted: ConvertedModule) -> ConvertedModule:
 
 def record(model: nn.Module, sites: tuple[Site, ...], notes: tuple[Diagnostic, ...]) -> None:
     """Marks `model` as the result of a conversion, with these `sites` and `notes`."""
-    kept = {_SITES: sites, _NOTES: notes}
+    _keep(model, {_SITES: sites, _NOTES: notes})
+
+
+def remember(model: nn.Module, found: Provenance | None) -> None:
+    """Keeps in `model` how it was converted; None makes it forget that."""
+    _keep(model, {_PROVENANCE: found})
+
+
+def provenance(model: nn.Module) -> Provenance | None:
+    """How `model` was converted, if that can be repeated: a folded network is made of another graph."""
+    return _meta(model).get(_PROVENANCE)
+
+
+def _keep(model: nn.Module, kept: dict[str, Any]) -> None:
     if isinstance(model, fx.GraphModule):
         model.meta.update(kept)
     else:  # a model whose own forward cannot be traced keeps its class
-        model.__dict__[_ATTRIBUTE] = kept
+        model.__dict__[_ATTRIBUTE] = model.__dict__.get(_ATTRIBUTE, {}) | kept
 
 
 def _meta(model: nn.Module) -> dict[str, Any]:

@@ -123,6 +123,12 @@ def _runs_code(cls: type) -> bool:
 def refusal(names: Sequence[str]) -> str:
     """The message about a pickle that uses `names`; it never suggests admitting what can run code."""
     listed = ", ".join(name[:80] for name in names[:5]) + (", ..." if len(names) > 5 else "")
+    if any(_within(name, ("pn_compiler",)) for name in names):
+        return (
+            f"uses {listed}: it is a converted network pickled with the source text of its graph, which "
+            "loading would run: write it with pn_compiler.save(model, path), which this command reads, or if "
+            "you trust the file, --unsafe-pickle"
+        )
     if any(_within(name, ("torch.fx", "torch.jit")) for name in names):
         return (
             f"uses {listed}: a pickled torch.fx or TorchScript module holds source text that loading runs: "

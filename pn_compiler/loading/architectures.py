@@ -1,5 +1,6 @@
 """From what a file holds to a module: as it is, or weights in a network that the user names."""
 
+import dataclasses
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,13 +13,20 @@ from pn_compiler.base.errors import LoadError, first_line
 from pn_compiler.loading.admission import import_from_here, resolve
 from pn_compiler.loading.checkpoints import Weights, find_weights, weights_at, without_weights
 from pn_compiler.loading.loaded import LoadedModel
+from pn_compiler.loading.rebuilding import Rebuild, is_converted_state
 from pn_compiler.loading.weight_names import Renamed, is_averaged, rename_weights
 
 _LISTED = 5
 
 
 def module_of(
-    path: Path, loaded: Any, arch: str | None, key: str | None, what: str = "holds a state_dict"
+    path: Path,
+    loaded: Any,
+    arch: str | None,
+    key: str | None,
+    what: str = "holds a state_dict",
+    *,
+    rebuild: Rebuild | None = None,
 ) -> LoadedModel:
     """The module that a file holds, or that `arch` makes for its weights.
 
@@ -28,6 +36,7 @@ def module_of(
         arch: ``package.module:factory``.
         key: the entry that holds the weights; the best one if None.
         what: is to be said of a file without a module.
+        rebuild: converts the module where the weights are those of a converted one.
 
     Raises:
         LoadError: there are no weights, or they do not fit.
@@ -46,7 +55,18 @@ def module_of(
             f"{path} {what}, parameters without the network: name the function that makes "
             "it, for example --arch torchvision.models:resnet18 or --arch timm.models:resnet18"
         )
-    return _fill(path, found, prefix, _make(arch), arch)
+    model = _make(arch)
+    converted = rebuild is not None and is_converted_state(_state(found[0]), model.state_dict())
+    if rebuild is not None and converted:
+        try:
+            model = rebuild.architecture(model, _state(found[0]))
+        except LoadError as error:
+            raise LoadError(f"{path} {error}") from error
+    filled = _fill(path, found, prefix, model, arch)
+    if not converted:
+        return filled
+    message = f"they are the weights of a converted network: {arch} was converted before they were loaded"
+    return dataclasses.replace(filled, notes=(*filled.notes, Diagnostic("PN305", "", message)))
 
 
 def state_for(loaded: Any, expected: Iterable[str], key: str | None = None) -> dict[str, Any] | None:

@@ -80,7 +80,7 @@ def weights_at(loaded: Any, key: str) -> tuple[Weights, str]:
         return dataclasses.replace(found[0], place=(*place, *found[0].place)), ""
     if prefix and not any(str(name).startswith(prefix) for name in value):
         raise LoadError(f"has no {key!r}: {_keys(value)}")
-    return Weights(dict(value), tuple(place)), prefix
+    return Weights(_as_dict(value), tuple(place)), prefix
 
 
 def without_weights(loaded: Any) -> str:
@@ -108,11 +108,15 @@ def _walk(value: Any, place: tuple[str, ...]) -> Iterator[Weights]:
     if isinstance(value, nn.Module):
         yield Weights(value, place)
     elif isinstance(value, Mapping) and _is_state(value):
-        yield Weights(dict(value), place)
+        yield Weights(_as_dict(value), place)
     elif isinstance(value, Mapping) and len(place) < _DEEPEST and "param_groups" not in value:
         for key, item in value.items():
             if isinstance(key, str) and not _NO_WEIGHTS.search(key):
                 yield from _walk(item, (*place, key))
+
+
+def _as_dict(value: Mapping[Any, Any]) -> dict[Any, Any]:
+    return value if isinstance(value, dict) else dict(value)  # that of a module has metadata
 
 
 def _is_state(value: Any) -> bool:

@@ -278,18 +278,18 @@ class _Audit:
     def check_name(self, name: Any, cls: type) -> None:
         fine = isinstance(name, str) and SAFE_NAME.fullmatch(name) and not name.startswith("__")
         self.require(bool(fine), f"the name {str(name)[:60]!r} in a {cls.__name__}")
-        self.require(not _is_behaviour(cls, name), f"{name!r} in place of a method of {cls.__name__}")
+        self.require(not is_behaviour(cls, name), f"{name!r} in place of a method of {cls.__name__}")
 
     def check_attribute(self, key: Any, item: Any, cls: type) -> None:
         fine = isinstance(key, str) and key.isidentifier() and not key.startswith("__")
         self.require(bool(fine), f"the attribute {str(key)[:60]!r} of a {cls.__name__}")
-        self.require(not _is_behaviour(cls, key), f"{key!r} in place of a method of {cls.__name__}")
+        self.require(not is_behaviour(cls, key), f"{key!r} in place of a method of {cls.__name__}")
         if "_hooks" in key:
             self.require(self.is_empty(item), f"{key} of a {cls.__name__}, which would be called")
         self.require(key != "_compiled_call_impl" or item is None, "a compiled call")
 
 
-def _is_behaviour(cls: type, name: str) -> bool:
+def is_behaviour(cls: type, name: str) -> bool:
     """Whether `name` is a method or property of `cls`, with which the state would conflict."""
     attribute = inspect.getattr_static(cls, name, None)
     return callable(attribute) or hasattr(type(attribute), "__get__")

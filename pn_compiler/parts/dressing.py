@@ -12,6 +12,7 @@ from pn_compiler.graph.own_class import PART, PartMethod, own_methods, take_clas
 from pn_compiler.graph.own_containers import container_of
 from pn_compiler.inspection.hooks import HOOKS_AND_OPTIONS
 from pn_compiler.operators.activations import is_activation
+from pn_compiler.parts.borders import border_sites
 from pn_compiler.parts.installing import move_to_root, uncover
 from pn_compiler.parts.originals import Original
 from pn_compiler.parts.part import Part
@@ -33,7 +34,7 @@ def dress(traced: Trace, structure: nn.Module | None, inputs: Inputs | None) -> 
         structure: that of the original network, on the meta device; None if there is none.
         inputs: the arguments that it was traced with.
     """
-    on_meta = None if inputs is None else inputs.map(lambda x: x.detach().to("meta"))
+    on_meta = None if inputs is None else inputs.on_meta()
     for region in traced.regions:
         if region.source is None or region.owner is not None:
             continue
@@ -57,6 +58,7 @@ def _dress(
     move_to_root(gm, _added(gm, source))
     uncover(gm, source, _added(gm, source))
     gm.recompile()
+    original.feeds.update(border_sites(gm))
     kinds.update((path, _kind(module)) for path, module in _inside_parts(gm))
     _give_attributes(gm, gm, source)
     take_class(gm, ConvertedModule, type(source))

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Collection
 from typing import Any
 
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from pn_compiler.base.errors import PnCompilerError, TraceError, first_line
@@ -11,11 +11,11 @@ from pn_compiler.graph.graph_module import ConvertedModule
 from pn_compiler.graph.graph_utils import module_calls
 from pn_compiler.graph.pass_base import run_pipeline
 from pn_compiler.graph.ranks import infer_ranks
-from pn_compiler.nn import INPUT_AFFINE, ProxyStatistics
+from pn_compiler.nn import ProxyNormAct, ProxyStatistics
+from pn_compiler.parts.borders import open_border
 from pn_compiler.parts.followed_sites import follow_sites
 from pn_compiler.parts.structure import Absorbed, Structure, module_at
 from pn_compiler.passes import preparation_pipeline
-from pn_compiler.passes.absorption import commutes, pads_with_zeros
 from pn_compiler.passes.convert.share_statistics import ShareStatistics
 from pn_compiler.running.inputs import Inputs
 from pn_compiler.tracing.trace_module import trace_module
@@ -32,6 +32,7 @@ def follow(
     taps: Collection[str] = (),
     whole: bool = False,
     fixed: bool = False,
+    feeding: Callable[[str], ProxyNormAct | None] = lambda path: None,
 ) -> ConvertedModule:
     """The graph of `method`, with the modules of `converted`.
 
@@ -43,6 +44,7 @@ def follow(
         taps: paths of modules whose outputs the graph returns instead, by path.
         whole: whether this is the graph of the network itself, so that no other activation may follow a
             site than its own, and zero padding stands where it stands.
+        feeding: from the path of a convolution that begins the method to the site whose output it pads.
         fixed: whether all but the tensors in `inputs` is fixed; the graph then takes these, one by one.
 
     Raises:
@@ -58,7 +60,7 @@ def follow(
     _adopt(gm, converted, root)
     follow_sites(gm, converted, strictly=whole)
     if not whole and not taps:
-        _refuse_border(gm)
+        open_border(gm, feeding)
     _refuse_structure(gm, root)
     run_pipeline((ShareStatistics(),), gm)  # of all sites, as in the network: the last digit depends on it
     if taps:
@@ -129,29 +131,6 @@ def _refuse_structure(gm: ConvertedModule, root: nn.Module) -> None:
 
 def _tensors(module: nn.Module) -> list[Any]:
     return [*module.parameters(), *module.buffers()]
-
-
-def _refuse_border(gm: fx.GraphModule) -> None:
-    """Raises TraceError if a convolution pads its input with zeros where the network pads with the shift."""
-    for path, calls in module_calls(gm).items():
-        module = gm.get_submodule(path)
-        absorbs = isinstance(module, tuple(INPUT_AFFINE.values()))
-        pads = isinstance(module, nn.modules.conv._ConvNd) and pads_with_zeros(module)
-        if absorbs and pads and any(len(call.args) == 1 and _is_given(gm, call) for call in calls):
-            raise TraceError(
-                f"{path} pads its input, which in the network comes straight from a site that it must see"
-            )
-
-
-def _is_given(gm: fx.GraphModule, call: fx.Node) -> bool:
-    """Whether the input of `call` is an argument of the graph, or one that was only pooled or reshaped."""
-    value = call.all_input_nodes[0]
-    while value.op != "placeholder":
-        source = next(iter(value.all_input_nodes), None)
-        if source is None or not commutes(gm, value, source, through_padding=True):
-            return False
-        value = source
-    return True
 
 
 def why(error: Exception) -> str:

@@ -3,6 +3,7 @@
 import contextlib
 import inspect
 import warnings
+import weakref
 from collections.abc import Collection, Iterator
 from typing import Any
 
@@ -21,7 +22,7 @@ from pn_compiler.parts.followed_sites import NormalizedOnly
 from pn_compiler.parts.following import follow, why
 from pn_compiler.parts.installing import install, reopen
 from pn_compiler.parts.originals import Original
-from pn_compiler.parts.structure import Structure, changes, parts_of
+from pn_compiler.parts.structure import Structure, changes, module_at, parts_of
 from pn_compiler.running.inputs import Inputs
 
 
@@ -38,6 +39,7 @@ class Part:
         self.original, self.path, self.added = original, path, added
         self._graphs: dict[Any, tuple[ConvertedModule, list[nn.Module]]] = {}
         self._seen: list[tuple[nn.Module, tuple[Any, ...], tuple[dict[Any, Any], ...]]] | None = None
+        self.network: weakref.ref[nn.Module] | None = None  # the graph
         self._deaf: frozenset[str] = frozenset()  # paths of parts whose hooks are not called
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Part":
@@ -68,6 +70,9 @@ class Part:
 
     def look(self, gm: nn.Module) -> None:
         """Notes which modules the graph of `gm` fits: those that there are now."""
+        for _, module in parts_of(gm):
+            if PART in vars(module):
+                vars(module)[PART].network = weakref.ref(gm)
         self._seen = [
             (
                 module,
@@ -113,12 +118,24 @@ class Part:
             if not path or not has_hooks(module):
                 continue
             try:
-                follow(vars(module)[PART].structure(module), module, "forward", None)
+                own: Part = vars(module)[PART]
+                follow(own.structure(module), module, "forward", None, feeding=own.feeding)
             except Exception as error:
                 self._deaf |= {path}
                 message = f"its hooks are not called, as nothing can call it on its own: {why(error)}"
                 note = Diagnostic("PN218", path, message, "pn_compiler.features reads its outputs")
                 warnings.warn(ConversionWarning(str(note), (note,)), stacklevel=2)
+
+    @property
+    def _base(self) -> str:
+        return f"{self.path}." if self.path else ""
+
+    def feeding(self, path: str) -> ProxyNormAct | None:
+        """The site whose output the convolution at `path` in this module pads, in the network as it is."""
+        network = None if self.network is None else self.network()
+        at = self.original.feeds.get(self._base + path)
+        site = None if network is None or at is None else module_at(network, at)
+        return site if isinstance(site, ProxyNormAct) else None
 
     # Methods -------------------------------------------------------------------------------------------
 
@@ -129,7 +146,7 @@ class Part:
             raise TraceError(
                 "the structure of the original network is not known: it could not be copied or pickled"
             )
-        base = f"{self.path}." if self.path else ""
+        base = self._base
 
         def inside(paths: Collection[str]) -> frozenset[str]:
             return frozenset(path.removeprefix(base) for path in paths if path.startswith(base))
@@ -177,11 +194,14 @@ class Part:
         """
         if isinstance(owner, ConvertedModule):
             self.refresh(owner)
-        state = tuple(map(id, (*owner.modules(), *owner.parameters(), *owner.buffers())))
+        fed = (self.feeding(path.removeprefix(self._base)) for path in self.original.feeds)
+        state = tuple(map(id, (*fed, *owner.modules(), *owner.parameters(), *owner.buffers())))
         key = name, None if inputs is None else _signature(inputs), tuple(taps), state
         if key not in self._graphs:
-            on_meta = None if inputs is None else inputs.map(lambda x: x.detach().to("meta"))
-            gm = follow(self.structure(owner), owner, name, on_meta, taps=taps, fixed=not taps)
+            on_meta = None if inputs is None else inputs.on_meta()
+            gm = follow(
+                self.structure(owner), owner, name, on_meta, taps=taps, fixed=not taps, feeding=self.feeding
+            )
             shared = {id(module) for module in owner.modules()}
             stale = [other for other in self._graphs if other[-1] != state]
             for other in stale:

@@ -5,7 +5,7 @@ import dataclasses
 from torch import nn
 
 from pn_compiler.base.option_checks import check_function
-from pn_compiler.graph.graph_module import is_converted, notes, record, sites
+from pn_compiler.graph.graph_module import is_converted, notes, record, remember, sites
 from pn_compiler.graph.pass_base import Progress, run_pipeline
 from pn_compiler.graph.ranks import infer_ranks
 from pn_compiler.inspection.fake_tensors import fake_mode
@@ -48,4 +48,5 @@ def fold_in_place(model: nn.Module, *, progress: Progress | None = None) -> nn.M
     if is_converted(model):
         found = (dataclasses.replace(s, affine=", ".join(went.get(s.name, ()))) for s in sites(model))
         record(traced.root, tuple(found), notes(model))
+        remember(traced.root, None)
     return traced.root.requires_grad_(False)

@@ -64,6 +64,10 @@ class Inputs:
         args, kwargs = pytree.tree_map_only(Tensor, function, (self.args, dict(self.kwargs)))
         return Inputs(args, kwargs)
 
+    def on_meta(self) -> "Inputs":
+        """The same without values."""
+        return self.map(lambda x: x.detach().to("meta"))
+
 
 def in_mode_of(model: nn.Module, inputs: Inputs | None) -> Inputs | None:
     """`inputs` as fake tensors of `model`'s FakeTensorMode, if it has one: others would not mix with it."""

@@ -1,5 +1,6 @@
 """Classes, containers, attributes and methods of the network are those of the original."""
 
+import copy
 import pickle
 
 import pytest
@@ -193,11 +194,52 @@ def test_hooks_on_parts_are_called() -> None:
     assert len(seen) == 2
 
 
+def test_parts_that_begin_with_a_padded_convolution() -> None:
+    """What the convolution pads is the shift of the site before it: the part gets what the site gives."""
+    original = converted("classifier")
+    with torch.no_grad():
+        for name, parameter in original.named_parameters():
+            if "proxy" in name:
+                parameter.normal_(0, 0.3, generator=torch.Generator().manual_seed(0))
+    for model in (original, copy.deepcopy(original), pickle.loads(pickle.dumps(original))):
+        expected, seen = model(X), []
+        found = pn_compiler.features(model, ["features.0", "features.1"])(X)
+        assert_same_outputs(model.features[1](found["features.0"]), found["features.1"], tolerance=1e-9)
+        handle = model.features[1].register_forward_hook(lambda module, args, output: seen.append(output))  # noqa: B023
+        assert_same_outputs(model(X), expected, tolerance=1e-9)
+        assert_same_outputs(seen, [found["features.1"]], tolerance=1e-9)
+        handle.remove()
+    alone = copy.deepcopy(original.features[1])  # the site is not with it
+    with pytest.raises(TraceError, match="PN216"):
+        alone(found["features.0"])
+
+
+class Flagged(nn.Module):
+    """Cannot be traced without its second argument."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.bn = nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4)
+
+    def forward(self, x: Tensor, active: bool) -> Tensor:
+        x = self.bn(self.conv(x))
+        return x.relu() if active else x
+
+
+class Flags(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.part, self.head = Flagged(), nn.Conv2d(4, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.part(x, True))
+
+
 def test_hooks_that_cannot_be_called_are_reported() -> None:
-    model = converted("classifier")
+    model = pn_compiler.transform(randomize_batch_norms(Flags()).eval().double())
     expected = model(X)
-    model.features[1].register_forward_hook(lambda *_: None)
-    with pytest.warns(pn_compiler.ConversionWarning, match=r"PN218 features\.1"):
+    model.part.register_forward_hook(lambda *_: None)
+    with pytest.warns(pn_compiler.ConversionWarning, match="PN218 part"):
         assert_same_outputs(model(X), expected, tolerance=1e-9)
 
 

@@ -13,10 +13,11 @@ from tests.security.inert_cases import inert_cases
 from tests.security.pickle_cases import pickle_cases
 from tests.security.program_cases import program_cases
 from tests.security.sandbox import ROOT, outcomes
+from tests.security.saved_cases import saved_cases
 
 
 def corpus() -> list[Case]:
-    return [*archive_cases(), *pickle_cases(), *inert_cases(), *program_cases()]
+    return [*archive_cases(), *pickle_cases(), *inert_cases(), *program_cases(), *saved_cases()]
 
 
 def write(case: Case, folder: Path) -> None:
