@@ -54,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _main(argv: Sequence[str] | None, interruption: Interruption) -> int:
-    arguments = make_parser().parse_args(argv)
+    arguments = _arguments(argv)
     logging.basicConfig(level=logging.WARNING, format="%(name)s: %(message)s")
     level = (logging.WARNING, logging.INFO, logging.DEBUG)[min(arguments.verbose, 2)]
     logging.getLogger("pn_compiler").setLevel(level)  # not the libraries, which log each of their steps
@@ -75,6 +75,16 @@ def _main(argv: Sequence[str] | None, interruption: Interruption) -> int:
         if interruption.requested:  # a library turned it into an error of its own
             return _fail(interruption.message, INTERRUPTED)
         return _fail(_unexpected(error), FAILED, error if arguments.verbose else None)
+
+
+def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    """What is asked for; ends the command with status 2 if that is wrong."""
+    arguments: argparse.Namespace = make_parser().parse_args(argv)
+    if arguments.config is None:
+        return arguments
+    from pn_compiler.recipes import complete
+
+    return complete(arguments)
 
 
 def _unexpected(error: Exception) -> str:
@@ -121,6 +131,10 @@ def _run(arguments: argparse.Namespace, command: str, interruption: Interruption
         outcome.write(reports(arguments))
         if arguments.plot is not None:
             outcome.plot(arguments.plot)
+        if arguments.save_config is not None:
+            from pn_compiler.recipes import save
+
+            save(arguments, arguments.save_config)
         interruption.check()
     if STDOUT in arguments.report:
         terminal.write(outcome.to_json())
