@@ -73,12 +73,18 @@ LISTS = (_shape, _size, _numbers, _names)  # of what is typed with commas betwee
 
 
 class _Version(argparse.Action):
-    """Reads the version only when it is asked for: that takes as long as everything else in ``--help``."""
+    """Reads versions only when they are asked for: that takes as long as everything else in ``--help``."""
 
     def __call__(self, parser: argparse.ArgumentParser, *_: object) -> NoReturn:
-        import importlib.metadata
+        import platform
 
-        sys.stdout.write(f"{parser.prog} {importlib.metadata.version('pn-compiler')}\n")
+        from pn_compiler.base.versions import versions
+
+        others = versions()
+        own = others.pop("pn-compiler")
+        others["Python"] = platform.python_version()
+        listed = ", ".join(f"{name} {version}" for name, version in others.items())
+        sys.stdout.write(f"{parser.prog} {own}\nwith {listed}\n")
         parser.exit()
 
 
@@ -166,7 +172,7 @@ def make_parser() -> Parser:
     parser.add_argument(
         "--plot", type=_file, metavar="FILE", help="draw what --diagnose found, as .png, .svg or .pdf"
     )
-    parser.add_argument("--version", action=_Version, nargs=0, help="print the version and exit")
+    parser.add_argument("--version", action=_Version, nargs=0, help="print the versions and exit")
     parser.add_argument(
         "-v", "--verbose", action="count", default=0,
         help="print the tables of sites and operators, and log; twice: log more",

@@ -27,7 +27,6 @@ from pn_compiler.base.interruption import STATUS as INTERRUPTED
 from pn_compiler.base.interruption import Interruption, interruptible
 from pn_compiler.base.options import options_of
 from pn_compiler.base.user_warnings import ConversionWarning
-from pn_compiler.destinations import STDOUT, check_files, reports
 from pn_compiler.repository.options import ModelRepository
 
 if TYPE_CHECKING:
@@ -104,6 +103,7 @@ def _run(arguments: argparse.Namespace, command: str, interruption: Interruption
     if arguments.list_passes:
         return _list_passes()
     check_usage(arguments)
+    from pn_compiler.destinations import STDOUT, check_files, reports
     from pn_compiler.loading import load_model  # torch is only imported for work
     from pn_compiler.reporting.node_data import NAMES
 

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import onnx
 import onnxruntime
 import pytest
 import torch
@@ -217,7 +218,13 @@ def test_list_passes_and_version(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         cli.main(["--version"])
     assert caught.value.code == 0
-    assert capsys.readouterr().out.startswith("pn-compile 0.")
+    out = capsys.readouterr().out
+    assert out.startswith("pn-compile 0.")
+    assert f"torch {torch.__version__}, onnx {onnx.__version__}, onnxruntime {onnxruntime.__version__}" in out
+    done = subprocess.run(
+        [sys.executable, "-m", "pn_compiler", "--version"], capture_output=True, text=True, check=True
+    )
+    assert done.stdout == out
 
 
 def test_strict_is_status_3(capsys: pytest.CaptureFixture[str]) -> None:
