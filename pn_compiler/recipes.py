@@ -22,7 +22,8 @@ _INSTEAD_OF: dict[str, tuple[str, ...]] = {
     "verbose": ("quiet",),
     "inputs": ("input_shape",),
     "input_shape": ("inputs",),
-    "diagnose": ("dry_run", "input_shape", "inputs", "calibrate", *_OUTPUTS),
+    "diagnose": ("dry_run", "input_shape", "inputs", "calibrate", "node_data", *_OUTPUTS),
+    "dry_run": ("node_data",),
     "output": ("diagnose", "plot"),
 }
 

@@ -25,7 +25,7 @@ EVERYTHING = (
     "--allow", "a.B", "--allow", "c.D", "--checkpoint-key", "k", "--part", "p.q", "--unsafe-pickle",
     "--input-shape", "1,3,8,8", "--input-shape", "1x5", "--input", "tokens:int64:1,128", "--input", "1,2",
     "--calibrate", "data.npy", "--mean", "0.5,0.25", "--std", "0.5,1e-3", "--resize", "8,9", "--crop", "4",
-    "--interpolation", "bicubic", "--allow-data-code", "--dry-run",
+    "--interpolation", "bicubic", "--allow-data-code", "--dry-run", "--node-data", "nodes",
 )  # fmt: skip
 
 
