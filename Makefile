@@ -11,11 +11,12 @@ TRITON := .venv-triton
 MLSERVER := .venv-mlserver
 KSERVE := .venv-kserve
 RAY := .venv-ray
+OLDEST := .venv-oldest
 
 # Two processes, which hand each other the tests that are left at the end.
 PYTEST := $(BIN)/python -m pytest --numprocesses 2 --dist worksteal
 
-.PHONY: demo test test-all test-serving test-ray lint docs docs-check pictures triton mlserver kserve clean
+.PHONY: demo test test-all test-oldest test-serving test-ray lint docs docs-check pictures triton mlserver kserve clean
 
 demo: $(INSTALLED)
 	$(BIN)/python examples/digits.py
@@ -46,6 +47,11 @@ docs-check: $(INSTALLED)
 pictures: $(INSTALLED)
 	for script in docs/pictures/draw_*.py; do $(BIN)/python $$script || exit 1; done
 
+# The lower bounds of pyproject.toml, with the oldest Python: PYTHON=python3.10 make test-oldest. 7 GB of disk, as there
+# is no CPU build of this torch on the package index. Old packages warn: -W default.
+test-oldest: $(OLDEST)/.installed
+	$(OLDEST)/bin/python -m pytest -W default tests/test_transform.py tests/test_cli.py tests/loading/test_loading.py
+
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -68,6 +74,13 @@ $(RAY)/.installed: pyproject.toml constraints.txt
 	$(RAY)/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[images,ray]' pytest pytest-timeout
 	touch $@
 
+$(OLDEST)/.installed: pyproject.toml constraints-oldest.txt
+	test -x $(OLDEST)/bin/python || $(PYTHON) -m venv $(OLDEST)
+	$(OLDEST)/bin/python -m pip install --quiet --constraint constraints-oldest.txt --editable '.[images,plot,private,safetensors]' \
+	    huggingface_hub hypothesis pytest pytest-timeout safetensors scikit-learn scipy tqdm
+	$(OLDEST)/bin/python -m pip install --quiet --no-deps torchvision==0.24.0 timm==1.0.31
+	touch $@
+
 triton: $(TRITON)/.installed
 mlserver: $(MLSERVER)/.installed
 kserve: $(KSERVE)/.installed
@@ -79,4 +92,4 @@ kserve: $(KSERVE)/.installed
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(TRITON) $(MLSERVER) $(KSERVE) $(RAY) build dist demo_output model_repository .pytest_cache .mypy_cache .ruff_cache *.egg-info
+	rm -rf $(VENV) $(TRITON) $(MLSERVER) $(KSERVE) $(RAY) $(OLDEST) build dist demo_output model_repository .pytest_cache .mypy_cache .ruff_cache *.egg-info

@@ -2,14 +2,13 @@
 
 import dataclasses
 import hashlib
-import importlib.metadata
 import json
 from collections.abc import Mapping
 from pathlib import Path
 
 import onnx
 
-PACKAGES = ("pn-compiler", "torch", "onnx", "onnxruntime", "onnxscript")  # that reports and files name
+from pn_compiler.base.versions import versions
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -33,12 +32,12 @@ def describe(proto: onnx.ModelProto, description: Description, staged: Path | No
     Args:
         staged: where the file will first lie, with its weights beside it; None if they are in `proto`.
     """
-    versions = {name: importlib.metadata.version(name) for name in PACKAGES}
-    proto.producer_name, proto.producer_version = "pn_compiler", versions["pn-compiler"]
+    installed = versions()
+    proto.producer_name, proto.producer_version = "pn_compiler", installed["pn-compiler"]
     proto.doc_string = description.doc
     about = {
         **description.about,
-        "versions": json.dumps(versions),
+        "versions": json.dumps(installed),
         "weights_sha256": weights_digest(proto, staged),
     }
     onnx.helper.set_model_props(proto, {f"pn_compiler.{key}": text for key, text in about.items() if text})

@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import functools
 import gc
-import importlib.metadata
 import logging
 import tempfile
 from collections.abc import Callable, Mapping
@@ -25,11 +24,12 @@ from pn_compiler.base.files import (
     write_atomically,
 )
 from pn_compiler.base.stopwatch import Stopwatch
+from pn_compiler.base.versions import versions
 from pn_compiler.data.parts import part_hint
 from pn_compiler.export.dynamic_axes import DynamicAxes
 from pn_compiler.export.exporter import export_graph
 from pn_compiler.export.external_data import data_file, needs_external_data
-from pn_compiler.export.metadata import PACKAGES, Description, describe
+from pn_compiler.export.metadata import Description, describe
 from pn_compiler.export.node_names import name_nodes, note_paths, noted_paths
 from pn_compiler.export.options import ExportOptions
 from pn_compiler.export.report import Report, count_onnx_operators, describe_values
@@ -161,7 +161,7 @@ def _report(
         file_bytes=sizes[0],
         data_bytes=sizes[1],
         seconds=stopwatch.seconds,
-        versions={name: importlib.metadata.version(name) for name in PACKAGES},
+        versions=versions(),
     )
     if lowered.verification is None:
         return report

@@ -69,18 +69,37 @@ def _names(text: str) -> tuple[str, ...]:
     return tuple(name.strip() for name in text.split(","))
 
 
+LISTS = (_shape, _size, _numbers, _names)  # of what is typed with commas between its parts
+
+
 class _Version(argparse.Action):
-    """Reads the version only when it is asked for: that takes as long as everything else in ``--help``."""
+    """Reads versions only when they are asked for: that takes as long as everything else in ``--help``."""
 
     def __call__(self, parser: argparse.ArgumentParser, *_: object) -> NoReturn:
-        import importlib.metadata
+        import platform
 
-        sys.stdout.write(f"{parser.prog} {importlib.metadata.version('pn-compiler')}\n")
+        from pn_compiler.base.versions import versions
+
+        others = versions()
+        own = others.pop("pn-compiler")
+        others["Python"] = platform.python_version()
+        listed = ", ".join(f"{name} {version}" for name, version in others.items())
+        sys.stdout.write(f"{parser.prog} {own}\nwith {listed}\n")
         parser.exit()
 
 
-class _Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line, as every other error, without the two screens of usage."""
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line, as every other error, without the two screens of usage.
+
+    Attributes:
+        origin: what errors begin with: where the arguments are from, if not from the command line.
+    """
+
+    origin = ""
+
+    def actions(self) -> list[argparse.Action]:
+        """All arguments, in the order of the help."""
+        return [*self._actions]
 
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
         """As usual, with the nearest flag to one that is unknown."""
@@ -100,7 +119,7 @@ class _Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         usage = f"usage: {self.prog} MODEL -o FILE, and {self.prog} --help for all options"
-        self.exit(2, f"{self.prog}: error: {printable(message)}; {usage}\n")
+        self.exit(2, f"{self.prog}: error: {printable(self.origin + message)}; {usage}\n")
 
 
 def _path(text: str) -> Path:
@@ -115,8 +134,8 @@ def _file(text: str) -> Path:
     return _path(text)
 
 
-def make_parser() -> argparse.ArgumentParser:
-    parser = _Parser(
+def make_parser() -> Parser:
+    parser = Parser(
         prog="pn-compile",
         description="Compiles a PyTorch model with BatchNorm into a verified, batch-independent ONNX file.",
         epilog="A model file runs no code when it is loaded, unless you pass --unsafe-pickle; --arch, "
@@ -126,6 +145,13 @@ def make_parser() -> argparse.ArgumentParser:
         "model", nargs="?", type=_path, help="model.pt, checkpoint or exported program (.pt2)"
     )
     parser.add_argument("-o", "--output", type=_file, metavar="FILE", help="the ONNX file to write")
+    parser.add_argument(
+        "--config", type=_path, metavar="RECIPE",
+        help="read what is not typed from a YAML file, under the names of the flags, as norm: group",
+    )  # fmt: skip
+    parser.add_argument(
+        "--save-config", type=_file, metavar="RECIPE", help="write such a file, with all that was given"
+    )
     parser.add_argument(
         "--report", type=_path, action="append", default=[], metavar="FILE",
         help="write the report, too: a page if the name ends in .html, else JSON; - prints the JSON, and "
@@ -146,7 +172,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--plot", type=_file, metavar="FILE", help="draw what --diagnose found, as .png, .svg or .pdf"
     )
-    parser.add_argument("--version", action=_Version, nargs=0, help="print the version and exit")
+    parser.add_argument("--version", action=_Version, nargs=0, help="print the versions and exit")
     parser.add_argument(
         "-v", "--verbose", action="count", default=0,
         help="print the tables of sites and operators, and log; twice: log more",

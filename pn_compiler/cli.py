@@ -27,7 +27,6 @@ from pn_compiler.base.interruption import STATUS as INTERRUPTED
 from pn_compiler.base.interruption import Interruption, interruptible
 from pn_compiler.base.options import options_of
 from pn_compiler.base.user_warnings import ConversionWarning
-from pn_compiler.destinations import STDOUT, check_files, reports
 from pn_compiler.repository.options import ModelRepository
 
 if TYPE_CHECKING:
@@ -54,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _main(argv: Sequence[str] | None, interruption: Interruption) -> int:
-    arguments = make_parser().parse_args(argv)
+    arguments = _arguments(argv)
     logging.basicConfig(level=logging.WARNING, format="%(name)s: %(message)s")
     level = (logging.WARNING, logging.INFO, logging.DEBUG)[min(arguments.verbose, 2)]
     logging.getLogger("pn_compiler").setLevel(level)  # not the libraries, which log each of their steps
@@ -77,6 +76,16 @@ def _main(argv: Sequence[str] | None, interruption: Interruption) -> int:
         return _fail(_unexpected(error), FAILED, error if arguments.verbose else None)
 
 
+def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    """What is asked for; ends the command with status 2 if that is wrong."""
+    arguments: argparse.Namespace = make_parser().parse_args(argv)
+    if arguments.config is None:
+        return arguments
+    from pn_compiler.recipes import complete
+
+    return complete(arguments)
+
+
 def _unexpected(error: Exception) -> str:
     if isinstance(error, MemoryError) or "can't allocate memory" in str(error):
         return "there is not enough memory for this model and input shape"
@@ -94,6 +103,7 @@ def _run(arguments: argparse.Namespace, command: str, interruption: Interruption
     if arguments.list_passes:
         return _list_passes()
     check_usage(arguments)
+    from pn_compiler.destinations import STDOUT, check_files, reports
     from pn_compiler.loading import LoadedModel, load_model  # torch is only imported for work
     from pn_compiler.reporting.node_data import NAMES
     from pn_compiler.saving.state_dicts import ConvertedNetworks
@@ -125,6 +135,10 @@ def _run(arguments: argparse.Namespace, command: str, interruption: Interruption
         outcome.write(reports(arguments))
         if arguments.plot is not None:
             outcome.plot(arguments.plot)
+        if arguments.save_config is not None:
+            from pn_compiler.recipes import save
+
+            save(arguments, arguments.save_config)
         interruption.check()
     if STDOUT in arguments.report:
         terminal.write(outcome.to_json())

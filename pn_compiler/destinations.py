@@ -23,14 +23,16 @@ def check_files(arguments: argparse.Namespace, node_data: Sequence[str]) -> None
     """
     from pn_compiler.base.files import check_writable
 
-    written = [*reports(arguments), arguments.plot, *_in_folder(arguments.node_data, node_data)]
+    folder = _in_folder(arguments.node_data, node_data)
+    written = [*reports(arguments), arguments.plot, arguments.save_config, *folder]
     output = None if arguments.dry_run else arguments.output
     for path in (output, *written):
         if path is not None:
             check_writable(path)
     data = [Path(source) for source in (arguments.diagnose, arguments.calibrate) if source is not None]
     weights = [Path(f"{arguments.output}.data")] if arguments.output and "external_data" in arguments else []
-    _refuse_same_file([arguments.model, arguments.output, *written, *data, *weights])
+    read = [arguments.model, arguments.config, *data]
+    _refuse_same_file([*read, arguments.output, *written, *weights])
 
 
 def _in_folder(folder: Path | None, names: Sequence[str]) -> list[Path]:
@@ -43,14 +45,14 @@ def _in_folder(folder: Path | None, names: Sequence[str]) -> list[Path]:
 
 
 def _refuse_same_file(paths: Sequence[Path | None]) -> None:
-    """The model, the data, the ONNX file with its weights and the reports must be different files."""
+    """Files that are read and files that are written must be different ones."""
     seen: set[object] = set()
     for path in paths:
         if path is not None:
             identity = _identity(path)
             if identity in seen:
                 raise ConfigError(
-                    f"{path} is named twice among the model, the data, the output and the report"
+                    f"{path} is named twice among the model, the data, the output, the report and the recipes"
                 )
             seen.add(identity)
 

@@ -1,5 +1,6 @@
 """The command as a user types it."""
 
+import importlib.metadata
 import json
 import math
 import subprocess
@@ -217,7 +218,14 @@ def test_list_passes_and_version(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         cli.main(["--version"])
     assert caught.value.code == 0
-    assert capsys.readouterr().out.startswith("pn-compile 0.")
+    out = capsys.readouterr().out
+    assert out.startswith("pn-compile 0.")
+    for name in ("torch", "onnx", "onnxruntime"):
+        assert f" {name} {importlib.metadata.version(name)}," in out
+    done = subprocess.run(
+        [sys.executable, "-m", "pn_compiler", "--version"], capture_output=True, text=True, check=True
+    )
+    assert done.stdout == out
 
 
 def test_strict_is_status_3(capsys: pytest.CaptureFixture[str]) -> None:

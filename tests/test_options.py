@@ -75,6 +75,8 @@ ONLY_IN_THE_COMMAND = {
     "--verbose": "about the command",
     "--list-passes": "about the command",
     "--output": "the parameter path",
+    "--config": "about the command: what is typed, in a file",
+    "--save-config": "about the command: what is typed, in a file",
     "--report": "the report is returned",
     "--plot": "Diagnosis.plot",
     "--quiet": "about the command",

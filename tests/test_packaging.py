@@ -1,5 +1,6 @@
 """The package as it is shipped: what the wheel holds, and that it works outside the repository."""
 
+import importlib.metadata
 import re
 import subprocess
 import sys
@@ -107,7 +108,9 @@ def test_wheel_works_in_a_clean_environment(wheel: Path, tmp_path: Path) -> None
     torch.save(randomize_batch_norms(net), tmp_path / "model.pt")
     command = tmp_path / "venv" / "bin" / "pn-compile"
     version = subprocess.run([command, "--version"], cwd=tmp_path, capture_output=True, text=True, check=True)
-    assert version.stdout == f"pn-compile {PROJECT['project']['version']}\n"
+    first, second = version.stdout.splitlines()
+    assert first == f"pn-compile {PROJECT['project']['version']}"
+    assert f"torch {importlib.metadata.version('torch')}, onnx " in second
     subprocess.run(
         [command, "model.pt", "-o", "model.onnx", "--input-shape", "1,3,8,8"],
         cwd=tmp_path, check=True, capture_output=True,

@@ -7,19 +7,21 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from pn_compiler.loading.admission import declare_torchvision_operators
+from pn_compiler.loading.admission import prepare_torchvision
 
 
 @functools.cache
 def torchvision() -> ModuleType:
-    """torchvision, whose compiled operators have no CPU build here.
+    """torchvision, whose compiled operators may not match torch.
 
     Their schemas are enough to import it; those that detectors call are given in PyTorch.
     """
-    declare_torchvision_operators()
-    torch.library.impl("torchvision::nms", "CPU", _nms)
+    prepare_torchvision()
     import torchvision
 
+    if torchvision.extension._has_ops():
+        return torchvision
+    torch.library.impl("torchvision::nms", "CPU", _nms)
     box_operators = importlib.import_module("torchvision.ops.boxes")
     box_operators._assert_has_ops = lambda: None  # type: ignore[attr-defined]
     pooling = importlib.import_module("torchvision.ops.roi_align")

@@ -40,3 +40,7 @@ class InputSpec:
                 f"{text!r}: {name!r} is neither a name nor one of the dtypes {', '.join(DTYPES)}"
             )
         return cls(tuple(map(int, sizes)), name, dtype)
+
+    def __str__(self) -> str:
+        """As `parse` reads it."""
+        return ":".join(part for part in (self.name, self.dtype, ",".join(map(str, self.shape))) if part)

@@ -206,6 +206,9 @@ _ASKS_FOR_CALLERS = frozenset(
     ["functools", "torch", "torch.functional", "torch.jit", "torch._jit_internal", "torch.nn.functional"]
 )
 
+# typing_extensions puts functions of its own into Python 3.10's typing
+_LIBRARIES = frozenset(["torch", "pn_compiler", "numpy", "typing_extensions"])
+
 
 def is_internal(names: dict[str, Any]) -> bool:
     """Whether these globals belong to a module of torch or Python, which recognises proxies."""
@@ -216,7 +219,7 @@ def is_internal(names: dict[str, Any]) -> bool:
 def is_library_module(names: dict[str, Any]) -> bool:
     """Whether these globals belong to a module of torch, NumPy, Python or this package."""
     top = str(names.get("__name__")).partition(".")[0]
-    return top in ("torch", "pn_compiler", "numpy") or (top in sys.stdlib_module_names and top != "__main__")
+    return top in _LIBRARIES or (top in sys.stdlib_module_names and top != "__main__")
 
 
 def module_proxy(tracer: fx.Tracer, name: str, value: torch.Tensor) -> fx.Proxy:

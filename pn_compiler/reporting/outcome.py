@@ -1,7 +1,6 @@
 """What a run of the command found, and the files it is written to."""
 
 import dataclasses
-import importlib.metadata
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,7 +10,7 @@ from pn_compiler.analysis.diagnosis import Diagnosis
 from pn_compiler.analysis.power_plot import power_plot
 from pn_compiler.base.files import write_atomically
 from pn_compiler.base.strict_json import to_json
-from pn_compiler.export.metadata import PACKAGES
+from pn_compiler.base.versions import versions
 
 if TYPE_CHECKING:
     from pn_compiler.export import Report
@@ -38,7 +37,7 @@ class Outcome:
     @property
     def versions(self) -> dict[str, str]:
         """Of the packages involved."""
-        return {name: importlib.metadata.version(name) for name in PACKAGES}
+        return versions()
 
     def to_json(self) -> str:
         """The report, or the diagnoses by name."""

@@ -68,7 +68,9 @@ class TracedArguments:
                 kwargs[name] = self._placeholder(name, value, parameter.default)
             if parameter.kind in (parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD):
                 args.append(kwargs.pop(name))
-        return functools.partial(forward, *args, **kwargs)
+        bound = functools.partial(forward, *args, **kwargs)
+        bound.__annotations__ = {}  # which Tracer.trace of torch 2.9 reads
+        return bound
 
     def _placeholder(self, name: str, value: Any, default: Any = _EMPTY) -> Any:
         """A proxy for an argument that varies, else `value` itself, which every call must then give."""
