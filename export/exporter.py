@@ -24,6 +24,7 @@ from pn_compiler.export.external_data import move_weights_out
 from pn_compiler.export.io_names import rename
 from pn_compiler.export.node_names import module_paths, note_paths
 from pn_compiler.export.options import ExportOptions
+from pn_compiler.export.programs import PlainProgram
 from pn_compiler.export.rewrites.simplify import freeze_reshapes
 from pn_compiler.export.verify import imitate
 from pn_compiler.running.evaluation import untouched
@@ -47,20 +48,7 @@ def export_graph(
     uses_data = _uses_data(model.eval(), inputs)
     try:
         with _quiet(), torch.no_grad():  # with gradients, pieces of a split may not be written to
-            given: Any = model
-            if uses_data:  # torch.onnx would try again with strict=True, where it ends the process
-                given = torch.export.export(
-                    model, inputs.args, dict(inputs.kwargs), dynamic_shapes=dynamic_shapes, strict=False
-                )
-            program = torch.onnx.export(
-                given,
-                () if uses_data else inputs.args,
-                kwargs=None if uses_data else dict(inputs.kwargs),
-                dynamo=True,
-                opset_version=options.opset,
-                dynamic_shapes=None if uses_data else dynamic_shapes,
-                verbose=False,
-            )
+            program = _translated(model, inputs, options.opset, dynamic_shapes, uses_data=uses_data)
     except Exception as error:
         hint = "; if the batch axis is the cause, try a static batch" if options.dynamic_batch else ""
         hint += "; if the other dynamic axes are, leave out --dynamic (dynamic_axes)" if axes else ""
@@ -91,6 +79,39 @@ def export_graph(
         result.ir_version, max(8, onnx.helper.OP_SET_ID_VERSION_MAP[("ai.onnx", options.opset)])
     )
     return result
+
+
+def _translated(
+    model: nn.Module, inputs: Inputs, opset: int, dynamic_shapes: Any, *, uses_data: bool
+) -> torch.onnx.ONNXProgram | None:
+    """What torch.onnx makes of `model`: of its program, or else of the module, which it traces by itself."""
+    if uses_data:  # torch.onnx would try again with strict=True, where it ends the process
+        return _of_program(model, inputs, opset, dynamic_shapes)
+    if not any(isinstance(module, nn.RNNBase) for module in model.modules()):  # it has rules for those
+        try:
+            return _of_program(model, inputs, opset, dynamic_shapes)
+        except Exception as error:
+            logger.debug("the program was not translated: %s", error)
+    return torch.onnx.export(
+        model,
+        inputs.args,
+        kwargs=dict(inputs.kwargs),
+        dynamo=True,
+        opset_version=opset,
+        dynamic_shapes=dynamic_shapes,
+        verbose=False,
+    )
+
+
+def _of_program(
+    model: nn.Module, inputs: Inputs, opset: int, dynamic_shapes: Any
+) -> torch.onnx.ONNXProgram | None:
+    # as torch.onnx traces: sizes of 0 and 1 are like others
+    with torch.fx.experimental._config.patch(backed_size_oblivious=True):  # type: ignore[attr-defined]
+        program = torch.export.export(
+            model, inputs.args, dict(inputs.kwargs), dynamic_shapes=dynamic_shapes, strict=False
+        )
+    return torch.onnx.export(PlainProgram.of(program), dynamo=True, opset_version=opset, verbose=False)
 
 
 def _dynamic_shapes(given: dict[str, Any], axes: DynamicAxes | None, *, dynamic_batch: bool) -> Any:

@@ -19,6 +19,7 @@ from pn_compiler.inspection.fake_tensors import fake_mode
 from pn_compiler.parts.dressing import dress
 from pn_compiler.passes import PipelineEdit, conversion_pipeline, edited, preparation_pipeline
 from pn_compiler.pipeline.conversion import convert, first_sample, measure_conversion, prepare
+from pn_compiler.pipeline.fidelity import Fidelity
 from pn_compiler.recovery.calibration import calibrate_prepared
 from pn_compiler.regions.regions import Trace, trace
 from pn_compiler.running.copying import copy_structure, unwrap
@@ -117,30 +118,41 @@ def transform(
     Source: Labatie et al., NeurIPS 2021 (arXiv 2106.03743).
     """
     config = pick(TransformConfig, locals())
-    check_function("pipeline", pipeline)
+    inputs = Inputs.of(example_inputs, example_kwargs)
+    return transform_and_measure(model, inputs, config, calibration, pipeline)[0]
+
+
+def transform_and_measure(
+    model: nn.Module,
+    inputs: Inputs | None,
+    config: TransformConfig,
+    calibration: Iterable[Any] | None = None,
+    edit: PipelineEdit | None = None,
+) -> tuple[nn.Module, Fidelity | None]:
+    """The result of `transform`, and how far its outputs are from those of `model`, if both could be run."""
+    check_function("pipeline", edit)
     if config.anchor == "auto" and calibration is None:
         raise ConfigError(needs_samples())
-    if config.anchor != "auto" and metric is not None:
+    if config.anchor != "auto" and config.metric is not None:
         raise ConfigError("metric has no effect without anchor='auto'")
-    edited(pipeline, preparation_pipeline(), conversion_pipeline(config))  # raises before the work
+    edited(edit, preparation_pipeline(), conversion_pipeline(config))  # raises before the work
     model = unwrap(model)
     if is_converted(model):
         raise ConfigError("the model is already converted")
-    inputs = Inputs.of(example_inputs, example_kwargs)
     if calibration is not None:
         check_values(model)
         calibration = batches_of(calibration, again=True)
         inputs = inputs or first_sample(calibration, model)
     inputs = in_mode_of(model, inputs)
     with fake_mode(model):
-        traced = trace(model, inputs, leaves)
-        convert_trace(traced, model, model, inputs, calibration, config, Stopwatch(), pipeline)
+        traced = trace(model, inputs, config.leaves)
+        convert_trace(traced, model, model, inputs, calibration, config, Stopwatch(), edit)
     structure = copy_structure(model)
     dress(traced, structure, inputs)
-    measure_conversion(model, traced.root, inputs, calibration)
+    fidelity = measure_conversion(model, traced.root, inputs, calibration)
     remember(traced.root, _provenance(config, traced, structure, inputs))
     warn(notes(traced.root))
-    return traced.root
+    return traced.root, fidelity
 
 
 def _provenance(

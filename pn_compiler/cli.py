@@ -25,7 +25,7 @@ from pn_compiler.base.errors import (
 from pn_compiler.base.input_specs import InputSpec
 from pn_compiler.base.interruption import STATUS as INTERRUPTED
 from pn_compiler.base.interruption import Interruption, interruptible
-from pn_compiler.base.options import options_of
+from pn_compiler.base.options import options_of, pick
 from pn_compiler.base.user_warnings import ConversionWarning
 from pn_compiler.repository.options import ModelRepository
 
@@ -228,18 +228,19 @@ def _compile(
 
 def _dry_run(loaded: "LoadedModel", arguments: argparse.Namespace) -> tuple[str, "Outcome"]:
     import pn_compiler
+    from pn_compiler.api import transform_and_measure
     from pn_compiler.export import Report
     from pn_compiler.export.summary import details, summary
     from pn_compiler.graph.pass_log import pass_log, summed
-    from pn_compiler.pipeline.conversion import measure_conversion
     from pn_compiler.reporting.outcome import Outcome
     from pn_compiler.running.inputs import Inputs
 
     options, example = _transform_options(loaded, arguments), _example(loaded, arguments)
-    with pass_log() as runs:
-        converted = pn_compiler.transform(loaded.model, **example, **options)
     inputs = Inputs.of(example.get("example_inputs"), example.get("example_kwargs"))
-    fidelity = measure_conversion(loaded.model, converted, inputs, options.get("calibration"))
+    with pass_log() as runs:
+        converted, fidelity = transform_and_measure(
+            loaded.model, inputs, pick(TransformConfig, options), options.get("calibration")
+        )
     report = Report(
         sites=pn_compiler.sites(converted), notes=(*loaded.notes, *pn_compiler.notes(converted)),
         fidelity=fidelity, passes=tuple(summed(runs)),

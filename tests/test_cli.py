@@ -6,6 +6,7 @@ import math
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnxruntime
@@ -18,7 +19,8 @@ from torch import Tensor, nn
 import pn_compiler
 from pn_compiler import Diagnosis, FreezeReport, FrozenSite, SitePower, cli
 from pn_compiler.export import Report
-from pn_compiler.pipeline.fidelity import Fidelity
+from pn_compiler.pipeline import conversion
+from pn_compiler.pipeline.fidelity import Fidelity, measure
 from pn_compiler.testing import assert_same_outputs, randomize_batch_norms
 from tests import zoo
 from tests.test_anchors import by_hand
@@ -143,6 +145,23 @@ def test_dry_run_writes_nothing(folder: Path, capsys: pytest.CaptureFixture[str]
     assert status == cli.DONE
     assert out.splitlines()[1].split()[:5] == ["1", "pn", "rms,", "anchor", "0.875"]
     assert [p.name for p in folder.iterdir()] == ["model.pt"]
+
+
+def test_dry_run_measures_once(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = []
+
+    def counted(*args: Any, **options: Any) -> Fidelity:
+        found.append(measure(*args, **options))
+        return found[-1]
+
+    monkeypatch.setattr(conversion, "measure", counted)
+    status, _, _ = run(capsys, "model.pt", *SHAPE, "--dry-run", "--report", "r.json")
+    assert status == cli.DONE
+    assert [f.relative_l2 for f in found] == [
+        json.loads(Path("r.json").read_text())["fidelity"]["relative_l2"]
+    ]
 
 
 def test_diagnose_before_and_after_conversion(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
