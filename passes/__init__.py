@@ -102,9 +102,11 @@ def fold_pipeline() -> tuple[GraphPass, ...]:
 
 
 def narrow_pipeline(
-    shapes: Mapping[str, tuple[int, ...]], why_not: Callable[[Expansion], str | None], multiple: int
+    shapes: Mapping[str, tuple[int, ...]],
+    why_not: Callable[[Expansion], str | None] = lambda _: None,
+    multiple: int = 16,
 ) -> tuple[GraphPass, ...]:
-    """The passes that a folded graph goes through before it is written for a target; see the only one."""
+    """The passes of an export, on a copy of a folded graph; options as of `NormalizeBeforeExpansion`."""
     return (NormalizeBeforeExpansion(shapes, why_not, multiple),)
 
 

@@ -117,7 +117,7 @@ def test_passes_that_claim_to_preserve_outputs_change_a_graph_and_do() -> None:
     constants = {path: (scale.double(), shift.double()) for path, (scale, shift) in CONSTANTS.items()}
     passes = transform_pipeline(TransformConfig(warm_start="none", proxy_padding="output"))
     claims = set()
-    narrow = narrow_pipeline({"bn3": (2, 8, 5, 5)}, lambda _: None, 1)
+    narrow = narrow_pipeline({"bn3": (2, 8, 5, 5)}, multiple=1)
     for graph_pass in (*passes, *fold_pipeline(), *freeze_pipeline(constants), *narrow):
         before = gm(x)
         assert graph_pass(gm).rewritten > 0, type(graph_pass).__name__
@@ -163,10 +163,8 @@ def test_a_failure_names_the_pass_its_place_and_the_cause() -> None:
 
 
 def test_every_pass_explains_itself() -> None:
-    narrow = narrow_pipeline({}, lambda _: None, 1)
-    for graph_pass in (
-        *transform_pipeline(TransformConfig()), *fold_pipeline(), *freeze_pipeline({}), *narrow
-    ):  # fmt: skip
+    passes = (*fold_pipeline(), *freeze_pipeline({}), *narrow_pipeline({}))
+    for graph_pass in (*transform_pipeline(TransformConfig()), *passes):
         text = type(graph_pass).__doc__ or ""
         assert "Outputs:" in text, type(graph_pass).__name__
         assert len(text.splitlines()[0]) < 110
