@@ -3,6 +3,7 @@
 from pn_compiler.base.config import DType, TargetName
 from pn_compiler.export.batch_dependence import batch_dependence
 from pn_compiler.export.metadata import Description
+from pn_compiler.export.narrowing import narrow
 from pn_compiler.export.onnx_file import OnnxFile
 from pn_compiler.export.options import ExportOptions
 from pn_compiler.export.report import Check, Report, count_onnx_operators
@@ -41,6 +42,7 @@ __all__ = [
     "imitate",
     "load_session",
     "make_session",
+    "narrow",
     "oldest_onnxruntime",
     "reference_of",
     "relative_error",

@@ -159,6 +159,9 @@ def _target(report: "Report") -> Iterator[Line]:
             f"{report.blocked} normalizers in the blocked layout: for onnxruntime "
             f"{report.versions.get('onnxruntime', '')} on CPUs of this kind only; others refuse the file",
         )
+    few = sum(note.code == "PN219" for note in report.notes)
+    if few:
+        yield Line("normalized", f"{few} normalizers work on fewer channels, before an expansion")
     if report.tuning:
         times = sorted(report.tuning.items(), key=lambda item: item[1])
         yield Line("measured", ", ".join(f"{name} {time:.2f} ms" for name, time in times))

@@ -11,6 +11,7 @@ from pn_compiler.export.rewrites.depthwise_affine import use_depthwise_affines
 from pn_compiler.export.rewrites.normalizers import expand_group_norms, pool_squares, use_two_stage_sums
 from pn_compiler.export.rewrites.prelu import expand_prelus, use_leaky_relus
 from pn_compiler.export.rewrites.reductions import use_reductions
+from pn_compiler.export.rewrites.simplify import drop_plain_affines
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -34,6 +35,7 @@ class Target:
         """Rewrites the normalizers and PRelu in torch.onnx's output for this target, not yet the layout."""
         use_leaky_relus(model)
         expand_group_norms(model)
+        drop_plain_affines(model)
         if self.norms == "two-stage":
             use_two_stage_sums(model)
         if self.norms == "reductions":

@@ -12,6 +12,7 @@ from pn_compiler.passes.convert.insert_proxy_norm import InsertProxyNorm
 from pn_compiler.passes.convert.replace_batch_norm import ReplaceBatchNorm
 from pn_compiler.passes.convert.share_statistics import ShareStatistics
 from pn_compiler.passes.fold.fold_proxy_norm import FoldProxyNorm
+from pn_compiler.passes.fold.normalize_before_expansion import Expansion, NormalizeBeforeExpansion
 from pn_compiler.passes.fold.sink_affine import SinkAffine
 from pn_compiler.passes.fold.unshare_statistics import UnshareStatistics
 from pn_compiler.passes.freeze.absorb_constants import AbsorbConstants
@@ -98,6 +99,15 @@ def fold_pipeline() -> tuple[GraphPass, ...]:
         FoldProxyNorm(),  # constants, anchors included, go into weights, biases and bounds
         RemoveDeadModules(),  # last: drops what the rewrites orphaned
     )
+
+
+def narrow_pipeline(
+    shapes: Mapping[str, tuple[int, ...]],
+    why_not: Callable[[Expansion], str | None] = lambda _: None,
+    multiple: int = 16,
+) -> tuple[GraphPass, ...]:
+    """The passes of an export, on a copy of a folded graph; options as of `NormalizeBeforeExpansion`."""
+    return (NormalizeBeforeExpansion(shapes, why_not, multiple),)
 
 
 def freeze_pipeline(constants: Mapping[str, tuple[Tensor, Tensor]]) -> tuple[GraphPass, ...]:

@@ -294,12 +294,13 @@ def _diagnose(
 
 def _list_passes() -> int:
     from pn_compiler.graph.pass_base import about
-    from pn_compiler.passes import fold_pipeline, freeze_pipeline, transform_pipeline
+    from pn_compiler.passes import fold_pipeline, freeze_pipeline, narrow_pipeline, transform_pipeline
 
     pipelines = {
         "transform": transform_pipeline(TransformConfig()),
         "fold": fold_pipeline(),
         "freeze": freeze_pipeline({}),
+        "narrow": narrow_pipeline({}),
     }
     for name, passes in pipelines.items():
         terminal.write(f"{name}\n")

@@ -251,7 +251,7 @@ def export_network(
     Returns:
         The report, from the results of all stages.
     """
-    from pn_compiler.export import reference_of, write_onnx
+    from pn_compiler.export import narrow, reference_of, write_onnx
 
     model = network.model
     if options.verify:
@@ -265,6 +265,8 @@ def export_network(
     if has_sites(model):
         with stopwatch("fold"), stage("fold"):
             model = fold_in_place(model)
+    with stopwatch("narrow"), stage("narrow"):
+        narrowed = narrow(model, network.inputs, options.target)
     with contextlib.ExitStack() as stack:
         folder = stack.enter_context(tempfile.TemporaryDirectory()) if path is None else ""
         file = Path(path or Path(folder, "model.onnx"))
@@ -272,7 +274,7 @@ def export_network(
             model, reference if options.verify else model, file, network.inputs, options,
             stopwatch=stopwatch, description=_description(network, options),
         )  # fmt: skip
-        report = _assembled(written, network, model, remarks)
+        report = _assembled(written, network, model, (*remarks, *narrowed))
         if repository is None:
             return report
         stored = add_to_repository(repository, file, reference, report, options.dtype, stopwatch)

@@ -84,6 +84,7 @@ def _folded(norm: AnchoredNorm, shift: Tensor | None, *, centered: bool) -> Fold
     dtype = norm.weight.dtype
     return FoldedNorm(
         norm.num_groups,
+        norm.num_channels,
         centered=centered,
         share=None if share is None else share.to(dtype),
         var=eps.to(dtype),

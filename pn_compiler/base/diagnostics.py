@@ -37,6 +37,7 @@ CODES: dict[str, tuple[Severity, str]] = {
         "the forward asks how many dimensions or pieces a value has: fixed to those of the example",
     ),
     "PN125": ("warning", "outputs vary from call to call for the same inputs and random numbers"),
+    "PN126": ("note", "normalized on all channels of an expansion, in the file"),
     "PN128": ("note", "kept whole: torch.fx cannot trace the forward, or it was asked for"),
     "PN201": ("note", "no activation follows the BatchNorm"),
     "PN202": ("note", "left without proxy normalization: a consumer cannot absorb its shift"),
@@ -55,6 +56,7 @@ CODES: dict[str, tuple[Severity, str]] = {
     "PN216": ("warning", "a method of the original class computes the right thing only in the graph"),
     "PN217": ("warning", "a module of a converted network was moved to another place"),
     "PN218": ("warning", "hooks on a part of a converted network that cannot be called on its own"),
+    "PN219": ("note", "normalized before an expansion, on few channels, in the file"),
     "PN301": ("note", "which weights of a checkpoint were taken"),
     "PN302": ("note", "entries of a checkpoint that do not belong to the network were left out"),
     "PN303": ("note", "a program that was exported in train mode is read as in eval mode"),
@@ -111,6 +113,8 @@ class Site:
             input; None if it was not measured.
         affine: where scale and shift of proxy normalization went, once folded; empty before.
         static: whether the normalizer became a constant scale and shift, by `pn_compiler.freeze_statistics`.
+        narrow: "32 of 192 channels" if the file normalizes those before the layer that makes them many (see
+            docs/method.md); else empty.
     """
 
     name: str
@@ -126,6 +130,7 @@ class Site:
     static: bool = False
     affine: str = ""
     anchor: float = 0.0
+    narrow: str = ""
 
 
 def skipped(diagnostic: Diagnostic) -> Site:

@@ -33,6 +33,8 @@ def site_rows(sites: Sequence[Site]) -> tuple[tuple[str, ...], list[tuple[str, .
         columns["error"] = [percent(s.error) for s in sites]
     if any(s.affine for s in sites):
         columns["scale and shift"] = [s.affine or "-" for s in sites]
+    if any(s.narrow for s in sites):
+        columns["normalizes"] = [s.narrow or "all" for s in sites]
     columns["remark"] = [f"{s.code} {s.reason}" if s.code else "" for s in sites]
     return tuple(columns), list(zip(*columns.values(), strict=True))
 

@@ -11,7 +11,7 @@ class PassRun:
     """What a pass did to one graph.
 
     Attributes:
-        stage: what it was part of: "prepare", "convert", "fold" or "freeze".
+        stage: what it was part of: "prepare", "convert", "fold", "freeze" or "narrow".
         name: of its class.
         about: the first line of what its class says of itself.
         rewritten: how many places changed.

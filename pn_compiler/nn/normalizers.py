@@ -171,14 +171,17 @@ class FoldedNorm(nn.Module):
 
     Args:
         num_groups: G.
+        num_channels: C.
         centered: whether c is the mean of the instance's group, and E its variance. Else it is `shift`.
         share: [G]; None is 1.
         var: [G].
         shift: [C]; None is 0.
-        weight: [C].
-        bias: [C].
+        weight: [C]; None is 1, and costs nothing.
+        bias: [C]; None is 0, likewise.
     """
 
+    weight: Tensor  # None without, as those of nn.GroupNorm
+    bias: Tensor
     share: Tensor | None
     var: Tensor
     shift: Tensor | None
@@ -186,17 +189,19 @@ class FoldedNorm(nn.Module):
     def __init__(
         self,
         num_groups: int,
+        num_channels: int,
         *,
         centered: bool,
         share: Tensor | None,
         var: Tensor,
         shift: Tensor | None,
-        weight: Tensor,
-        bias: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
     ) -> None:
         super().__init__()
-        self.num_groups, self.num_channels, self.centered = num_groups, len(weight), centered
-        self.weight, self.bias = nn.Parameter(weight), nn.Parameter(bias)
+        self.num_groups, self.num_channels, self.centered = num_groups, num_channels, centered
+        for name, values in (("weight", weight), ("bias", bias)):
+            self.register_parameter(name, None if values is None else nn.Parameter(values))
         self.register_buffer("share", share)
         self.register_buffer("var", var)
         self.register_buffer("shift", shift)
@@ -217,7 +222,7 @@ class FoldedNorm(nn.Module):
         if self.share is not None:
             squares = squares * self.share.view(-1, 1, 1)
         y = (grouped * torch.rsqrt(squares + self.var.view(-1, 1, 1))).reshape(x.shape)
-        return y if weight is None else channel_affine(y, weight, bias)
+        return channel_affine(y, weight, bias)
 
     def constant_scale(self, mean: Tensor, var: Tensor) -> Tensor:
         """weight / sqrt(share V + var), [C] float64, V of inputs with these moments per channel, [C]."""
@@ -229,7 +234,8 @@ class FoldedNorm(nn.Module):
             center = torch.zeros(1) if self.shift is None else self.shift.double().cpu().view_as(grouped)
         spread = (var.view_as(grouped) + (grouped - center) ** 2).mean(1)
         deviation = (share * spread + self.var.double().cpu()).sqrt()
-        return self.weight.double().cpu() / deviation.repeat_interleave(self.num_channels // self.num_groups)
+        weight = torch.ones(1) if self.weight is None else self.weight.double().cpu()
+        return weight / deviation.repeat_interleave(self.num_channels // self.num_groups)
 
     def extra_repr(self) -> str:
         return f"{self.num_groups}, {self.num_channels}, centered={self.centered}"

@@ -147,6 +147,7 @@ def mean_square_norm(shape: tuple[int, ...], *, groups: int = 1, share: float | 
     channels, generator = shape[1], torch.Generator().manual_seed(0)
     return FoldedNorm(
         groups,
+        channels,
         centered=False,
         share=None if share is None else torch.full((groups,), share),
         var=torch.rand(groups, generator=generator) + 0.1,

@@ -1,8 +1,9 @@
+import numpy as np
 import onnx
 import pytest
 from onnx import TensorProto, helper
 
-from pn_compiler.export.rewrites.simplify import freeze_reshapes
+from pn_compiler.export.rewrites.simplify import drop_plain_affines, freeze_reshapes
 from tests.export.rewriting import apply
 
 
@@ -40,4 +41,55 @@ def test_the_rest_is_left_alone(shape: list[int | str], gathered: bool) -> None:
     proto = model(shape, gathered=gathered)
     before = proto.SerializeToString()
     assert apply(freeze_reshapes, proto) == 0
+    assert proto.SerializeToString() == before
+
+
+def affine(
+    scale: list[float], shift: list[float], shape: list[int], *, last: bool = False
+) -> onnx.ModelProto:
+    """Relu(Relu(x) * scale + shift), or without the second Relu, of [batch, 3, length]."""
+    x = helper.make_tensor_value_info("x", TensorProto.FLOAT, ["batch", 3, "length"])
+    y = helper.make_tensor_value_info("y", TensorProto.FLOAT, [None] * 4 if len(shape) > 3 else [None] * 3)
+    relu = helper.make_tensor_value_info("r", TensorProto.FLOAT, ["batch", 3, "length"])
+    nodes = [
+        helper.make_node("Relu", ["x"], ["r"]),
+        helper.make_node("Mul", ["r", "scale"], ["m"]),
+        helper.make_node("Add", ["shift", "m"], ["y" if last else "a"]),
+        *([] if last else [helper.make_node("Relu", ["a"], ["y"])]),
+    ]
+    constants = [
+        helper.make_tensor(name, TensorProto.FLOAT, shape, values)
+        for name, values in {"scale": scale, "shift": shift}.items()
+    ]
+    graph = helper.make_graph(nodes, "g", [x], [y], constants, value_info=[relu])
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)])
+
+
+def test_a_product_with_one_and_a_sum_with_zero_go() -> None:
+    proto = affine([1.0] * 3, [0.0] * 3, [3, 1])
+    assert apply(drop_plain_affines, proto) == 1
+    assert [node.op_type for node in proto.graph.node] == ["Relu", "Relu"]
+    assert not proto.graph.initializer
+    x = np.random.default_rng(0).normal(size=(2, 3, 4)).astype(np.float32)
+    onnx.checker.check_model(proto, full_check=True)
+    (y,) = onnx.reference.ReferenceEvaluator(proto).run(None, {"x": x})
+    assert (y == np.maximum(x, 0)).all()
+
+
+@pytest.mark.parametrize(
+    ("scale", "shift", "shape", "last"),
+    [
+        ([1.0, 1.0, 1.1], [0.0] * 3, [3, 1], False),
+        ([1.0] * 3, [0.0, 0.1, 0.0], [3, 1], False),
+        ([1.0] * 3, [0.0] * 3, [1, 3, 1, 1], False),  # an axis more
+        ([1.0] * 3, [0.0] * 3, [3], False),  # as many as the length, which is unknown
+        ([1.0] * 3, [0.0] * 3, [3, 1], True),  # the result is an output
+    ],
+)
+def test_other_products_and_sums_stay(
+    scale: list[float], shift: list[float], shape: list[int], last: bool
+) -> None:
+    proto = affine(scale, shift, shape, last=last)
+    before = proto.SerializeToString()
+    assert apply(drop_plain_affines, proto) == 0
     assert proto.SerializeToString() == before

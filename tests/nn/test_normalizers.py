@@ -186,7 +186,7 @@ def test_it_compiles_as_one_graph() -> None:
 def test_the_constant_scale_is_what_the_samples_moments_give(groups: int, centered: bool) -> None:
     generator = torch.Generator().manual_seed(0)
     norm = FoldedNorm(
-        groups, centered=centered, share=None, var=torch.full((groups,), 0.3), weight=torch.ones(6),
+        groups, 6, centered=centered, share=None, var=torch.full((groups,), 0.3), weight=torch.ones(6),
         shift=None if centered else torch.randn(6, generator=generator), bias=torch.zeros(6),
     ).double()  # fmt: skip
     x = torch.randn(1, 6, 50, dtype=torch.float64, generator=generator) + torch.arange(6.0).view(6, 1)

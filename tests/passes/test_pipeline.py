@@ -22,7 +22,7 @@ from pn_compiler.graph.pass_base import (
     check_order,
     run_pipeline,
 )
-from pn_compiler.passes import fold_pipeline, freeze_pipeline, transform_pipeline
+from pn_compiler.passes import fold_pipeline, freeze_pipeline, narrow_pipeline, transform_pipeline
 from pn_compiler.passes.convert.insert_proxy_norm import InsertProxyNorm
 from pn_compiler.passes.convert.replace_batch_norm import ReplaceBatchNorm
 from pn_compiler.passes.remove_dead_modules import RemoveDeadModules
@@ -75,7 +75,7 @@ class Everything(nn.Module):
         torch.manual_seed(0)
         self.stem, self.bn1 = nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)
         self.conv2, self.bn2, self.squeeze = nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 1)
-        self.conv3, self.bn3, self.join = nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4), nn.Conv2d(8, 4, 1)
+        self.conv3, self.bn3, self.join = nn.Conv2d(4, 8, 1), nn.BatchNorm2d(8), nn.Conv2d(12, 4, 1)
         self.bn4, self.head, self.bn5 = nn.BatchNorm2d(4), nn.Linear(100, 2), nn.BatchNorm1d(2)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -117,7 +117,8 @@ def test_passes_that_claim_to_preserve_outputs_change_a_graph_and_do() -> None:
     constants = {path: (scale.double(), shift.double()) for path, (scale, shift) in CONSTANTS.items()}
     passes = transform_pipeline(TransformConfig(warm_start="none", proxy_padding="output"))
     claims = set()
-    for graph_pass in (*passes, *fold_pipeline(), *freeze_pipeline(constants)):
+    narrow = narrow_pipeline({"bn3": (2, 8, 5, 5)}, multiple=1)
+    for graph_pass in (*passes, *fold_pipeline(), *freeze_pipeline(constants), *narrow):
         before = gm(x)
         assert graph_pass(gm).rewritten > 0, type(graph_pass).__name__
         if graph_pass.preserves_outputs:
@@ -162,7 +163,8 @@ def test_a_failure_names_the_pass_its_place_and_the_cause() -> None:
 
 
 def test_every_pass_explains_itself() -> None:
-    for graph_pass in (*transform_pipeline(TransformConfig()), *fold_pipeline(), *freeze_pipeline({})):
+    passes = (*fold_pipeline(), *freeze_pipeline({}), *narrow_pipeline({}))
+    for graph_pass in (*transform_pipeline(TransformConfig()), *passes):
         text = type(graph_pass).__doc__ or ""
         assert "Outputs:" in text, type(graph_pass).__name__
         assert len(text.splitlines()[0]) < 110
