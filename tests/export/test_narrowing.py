@@ -171,7 +171,7 @@ def test_no_target_of_openvino_is_changed() -> None:
 
 @pytest.mark.parametrize(("target", "narrow"), [("portable", "20 of 96"), ("ort-cpu", "32 of 1280")])
 def test_mobilenet_v2_of_torchvision(tmp_path: Path, target: Any, narrow: str) -> None:
-    """Its first blocks, 16 -> 96 and 24 -> 144 channels, which do not pay in the blocked layout, and its head."""
+    """Its head, and its first blocks, 16 -> 96 and 24 -> 144, which do not pay in the blocked layout."""
     setting = [[1, 16, 1, 1], [6, 24, 2, 2]]
     torch.manual_seed(0)
     net = zoo.torchvision().models.MobileNetV2(num_classes=4, inverted_residual_setting=setting)
