@@ -23,18 +23,16 @@ class Costs:
     Attributes:
         value: picoseconds that the normalizer of a file takes for one value.
         product: picoseconds of a multiplication and addition in a convolution.
-        multiple: of how many channels a group is made.
     """
 
     value: float
     product: float
-    multiple: int
 
 
-_PORTABLE = Costs(value=900, product=22, multiple=4)  # the plain layout, with its reorders
-_BLOCKED = Costs(value=280, product=22, multiple=16)  # whole blocks, and sums of squares by convolutions
+_PORTABLE = Costs(value=900, product=22)  # the plain layout, with its reorders
+_BLOCKED = Costs(value=280, product=22)  # whole blocks, and sums of squares by convolutions
 #: Memory is dear there, and products are not: half the channels pay. No GPU was measured.
-_GPU = Costs(value=1, product=0, multiple=16)
+_GPU = Costs(value=1, product=0)
 #: "auto" chooses among files of one graph: what pays in the blocked layout pays in the plain one, too.
 #: For OpenVINO, whose kernel takes a normalizer and its activation in one, it was not measured.
 _COSTS: dict[str, Costs] = {
@@ -65,7 +63,7 @@ def narrow(model: nn.Module, inputs: Inputs, target: TargetName) -> tuple[Diagno
     for path, gm in graphs.items():
         prefix = f"{path}." if path else ""
         shapes = {name: _shape(calls.of(prefix + name)) for name in module_calls(gm)}
-        passes = narrow_pipeline(shapes, functools.partial(why_not, costs=costs), costs.multiple)
+        passes = narrow_pipeline(shapes, functools.partial(why_not, costs=costs))
         found += [
             dataclasses.replace(note, site=prefix + note.site) for note in run_pipeline(passes, gm).notes
         ]

@@ -15,6 +15,8 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 from pn_compiler.export.rewrites.norms import Norm, find_norms
 from pn_compiler.export.rewrites.rules import apply_rule, contents, is_constant, sizes
 
+_BLOCK = 16  # channels that onnxruntime lays out together with AVX-512; with AVX2 it is half of them
+
 
 def expand_group_norms(model: onnx_ir.Model) -> int:
     """Replaces each GroupNormalization by what torch.onnx gives below opset 21.
@@ -89,7 +91,8 @@ def _pooled(graph: onnx_ir.Graph, norm: Norm) -> onnx_ir.Value:
 
 
 def _is_of_image_without_mean(norm: Norm) -> bool:
-    return len(sizes(norm.x)) == 4 and norm.groups == 1 and not norm.centered
+    fills_blocks = norm.channels % _BLOCK == 0  # else onnxruntime pools in the plain layout
+    return len(sizes(norm.x)) == 4 and norm.groups == 1 and not norm.centered and fills_blocks
 
 
 def _group_norm(op: Any, x: Any, weight: Any, bias: Any) -> Any:

@@ -159,7 +159,8 @@ def mean_square_norm(shape: tuple[int, ...], *, groups: int = 1, share: float | 
 
 @pytest.mark.parametrize("share", [None, 0.25])
 @pytest.mark.parametrize(
-    ("shape", "groups", "pools"), [((2, 8, 5, 4), 1, 1), ((2, 8, 5, 4), 2, 0), ((2, 8, 5), 1, 0)]
+    ("shape", "groups", "pools"),
+    [((2, 16, 5, 4), 1, 1), ((2, 16, 5, 4), 2, 0), ((2, 24, 5, 4), 1, 0), ((2, 16, 5), 1, 0)],
 )
 def test_mean_squares_of_images_are_pooled(
     tmp_path: Path, shape: tuple[int, ...], groups: int, pools: int, share: float | None
