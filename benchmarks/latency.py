@@ -3,6 +3,7 @@
     python -m benchmarks.latency --mode exact --json latency.json --plot latency.png
     python -m benchmarks.latency --mode static --models resnet50,mobilenet_v2,efficientnet_b0 --openvino
     python -m benchmarks.latency --mode exact --profile resnet50 "pn_compiler, after a warm start"
+    python -m benchmarks.latency --mode exact --providers cuda,tensorrt --batches 1,8,32 --threads 4,8,16
 
 Each mode compares several files made from one network of torchvision, or the U-Net of `benchmarks.networks`,
 the first with BatchNorm folded into the convolutions. Weights and running statistics are random, which is no
@@ -26,10 +27,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnxruntime
 from tqdm import tqdm
 
 from benchmarks import latency_plot, operator_profile
-from benchmarks.runtimes import CRASHES, RUNTIMES, Runtime
+from benchmarks.runtimes import CRASHES, PROVIDERS, RUNTIMES, Runtime
 from benchmarks.variants import MODES, RUNTIME_OF, image
 from pn_compiler.base.files import write_atomically
 from pn_compiler.export.tuning import WARM_UP, take_turns
@@ -107,9 +109,11 @@ def compare(arguments: argparse.Namespace) -> list[Row]:
     found = []
     print(f"load average {os.getloadavg()[0]:.1f} at the start; what else runs changes ratios, too")
     print(f"{'model':<17}{'batch':>6}{'threads':>8}  {'runtime':<12}{'variant':<34}{'ms':>8}{'ratio':>8}")
-    runtimes = ["onnxruntime", *(["OpenVINO"] if arguments.openvino else [])]
+    runtimes = [PROVIDERS[name][0] for name in arguments.providers]
+    runtimes += ["OpenVINO"] if arguments.openvino else []
     for name, batch in itertools.product(arguments.models, arguments.batches):
-        bar = tqdm(MODES[arguments.mode].items(), desc=f"{name}: files", disable=None, leave=False)
+        chosen = {variant: MODES[arguments.mode][variant] for variant in arguments.variants}
+        bar = tqdm(chosen.items(), desc=f"{name}: files", disable=None, leave=False)
         files = {
             variant: make(name, arguments.pixels, batch)
             for variant, make in bar
@@ -162,6 +166,12 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--pixels", type=int, default=224)
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--runs", type=int, default=20, help="in a session, besides some to warm up")
+    parser.add_argument(
+        "--variants", type=_titles, help="of the mode, with semicolons between them; BatchNorm is always one"
+    )
+    parser.add_argument(
+        "--providers", type=_names, default=["cpu"], help=f"of onnxruntime: {', '.join(PROVIDERS)} (cpu)"
+    )
     parser.add_argument("--openvino", action="store_true", help="OpenVINO as well")
     parser.add_argument(
         "--profile", nargs=2, metavar=("MODEL", "VARIANT"), help="operators of one file, instead"
@@ -172,6 +182,17 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     variants = MODES[arguments.mode]
     if arguments.profile and arguments.profile[1] not in variants:
         parser.error(f"no variant {arguments.profile[1]!r}: expected one of {', '.join(map(repr, variants))}")
+    first, *others = variants
+    asked = others if arguments.variants is None else arguments.variants
+    arguments.variants = [first, *(name for name in asked if name != first)]
+    for variant in arguments.variants:
+        if variant not in variants:
+            parser.error(f"no variant {variant!r}: expected some of {', '.join(map(repr, others))}")
+    for name in arguments.providers:
+        if name not in PROVIDERS:
+            parser.error(f"no provider {name!r}: expected some of {', '.join(PROVIDERS)}")
+        if PROVIDERS[name][1] not in onnxruntime.get_available_providers():
+            parser.error(f"--providers {name} needs onnxruntime-gpu and a GPU: it is not in onnxruntime here")
     if arguments.openvino and importlib.util.find_spec("openvino") is None:
         parser.error("--openvino needs OpenVINO: pip install openvino (pn-compiler[benchmark])")
     if arguments.plot is not None:
@@ -190,6 +211,10 @@ def _check_plot(parser: argparse.ArgumentParser, path: Path) -> None:
 
 def _names(text: str) -> list[str]:
     return text.split(",")
+
+
+def _titles(text: str) -> list[str]:
+    return [part.strip() for part in text.split(";")]
 
 
 def _numbers(text: str) -> list[int]:

@@ -114,6 +114,9 @@ MODES: dict[str, dict[str, Variant]] = {
         "ort-cpu, PN everywhere": Compiled({"warm_start": "none"}, {"target": "ort-cpu"}),
         "ort-cpu, after a warm start": Compiled({}, {"target": "ort-cpu"}),
         "openvino, after a warm start": Compiled({}, {"target": "openvino"}),
+        "cuda, after a warm start": Compiled({}, {"target": "cuda"}),
+        "cuda, float16": Compiled({}, {"target": "cuda", "dtype": "float16"}),
+        "tensorrt, after a warm start": Compiled({}, {"target": "tensorrt"}),
     },
     "static": {
         "BatchNorm": batch_norm,
@@ -128,6 +131,9 @@ RUNTIME_OF = {
     "ort-cpu, PN everywhere": "onnxruntime",
     "ort-cpu, after a warm start": "onnxruntime",
     "openvino, after a warm start": "OpenVINO",
+    "cuda, after a warm start": "CUDA",
+    "cuda, float16": "CUDA",
+    "tensorrt, after a warm start": "TensorRT",
 }
 
 #: what the name of a variant stands for, for a reader of a plot
@@ -141,6 +147,9 @@ DESCRIPTIONS = {
     "ort-cpu, PN everywhere": "compiled for onnxruntime on CPUs, proxy normalization at every activation",
     "ort-cpu, after a warm start": "compiled for onnxruntime on CPUs, from a trained network",
     "openvino, after a warm start": "compiled for OpenVINO, from a trained network",
+    "cuda, after a warm start": "compiled for onnxruntime on a GPU, from a trained network",
+    "cuda, float16": "the same in float16",
+    "tensorrt, after a warm start": "compiled for TensorRT, from a trained network",
     "warm start": "all statistics constant, from a trained network",
     "PN everywhere": "all statistics constant, proxy normalization at every activation",
     "PN everywhere, reference padding": "the same, padded as in the reference implementation",

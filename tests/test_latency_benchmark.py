@@ -12,6 +12,7 @@ from typing import ClassVar
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 import torch
 from torch import nn
@@ -69,13 +70,20 @@ def test_the_command_compares_all_variants_of_a_mode(mode, tmp_path, capsys) -> 
     assert all(printed.count(variant) >= 2 for variant in expected)
 
 
+@pytest.mark.usefixtures("tiny_network")
+def test_some_variants_are_enough(tmp_path) -> None:
+    asked = "ort-cpu, after a warm start; pn_compiler, after a warm start"
+    rows = measured(tmp_path, "--mode", "exact", "--threads", "1", "--variants", asked)
+    assert [row["variant"] for row in rows] == ["BatchNorm", *asked.split("; ")]
+
+
 @needs_openvino
 @pytest.mark.usefixtures("tiny_network")
 def test_openvino_is_measured_by_batch_norm_in_openvino(tmp_path) -> None:
     rows = measured(tmp_path, "--mode", "exact", "--threads", "1", "--batches", "1,3", "--openvino")
     for batch in (1, 3):
         there = [(row["runtime"], row["variant"]) for row in rows if row["batch"] == batch]
-        assert there == [(runtime, v) for runtime in latency.RUNTIMES for v in timed_in(runtime, "exact")]
+        assert there == [(r, v) for r in ("onnxruntime", "OpenVINO") for v in timed_in(r, "exact")]
     assert [row["ratio"] for row in rows if row["variant"] == "BatchNorm"] == [1] * 4
 
 
@@ -96,6 +104,8 @@ def test_both_runtimes_compute_the_same() -> None:
         (["--plot", "a.png"], "matplotlib.figure", "pip install matplotlib"),
         (["--plot", "a.exe"], "", "expected an ending out of"),
         (["--profile", "resnet18", "ours"], "", "expected one of 'BatchNorm', "),
+        (["--variants", "ours"], "", "no variant 'ours': expected some of 'normalizer, plain export', "),
+        (["--providers", "rocm"], "", "no provider 'rocm': expected some of cpu, cuda, tensorrt"),
     ],
 )
 def test_what_cannot_be_done_is_said_at_once(flags, hidden, message, monkeypatch, capsys) -> None:
@@ -104,6 +114,13 @@ def test_what_cannot_be_done_is_said_at_once(flags, hidden, message, monkeypatch
     with pytest.raises(SystemExit):
         latency.main(["--mode", "exact", *flags])
     assert message in capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.skipif("CUDAExecutionProvider" in onnxruntime.get_available_providers(), reason="it is there")
+def test_a_provider_that_is_not_there_is_said_at_once(capsys) -> None:
+    with pytest.raises(SystemExit):
+        latency.main(["--mode", "exact", "--providers", "cpu,cuda"])
+    assert "--providers cuda needs onnxruntime-gpu" in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_the_plot_has_a_panel_for_each_setting_and_a_gap_for_what_is_missing(tmp_path) -> None:
