@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from pn_compiler.base.errors import ConfigError
 from pn_compiler.numerics.affine import channel_affine, per_channel
+from pn_compiler.numerics.anchored_norm import Population, anchored_norm
 
 _NOT_CONVERTED = (
     "this is a checkpoint of the network with BatchNorm: load "
@@ -91,20 +92,8 @@ class Normalizer(nn.Module):
         """
         if self.population_var is None or self.anchor is None:
             return F.group_norm(straightened(x), self.num_groups, weight, bias, self.eps)
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        mean, anchor = self.population_mean, self._of_groups(self.anchor, wide)
-        d = wide - (group_means(wide, self.num_groups) if mean is None else self._of_groups(mean, wide))
-        var = anchor * self._of_groups(self.population_var, wide) + self.eps
-        factor = torch.rsqrt((1 - anchor) * group_means(d * d, self.num_groups) + var)
-        if weight is not None:
-            factor = factor * per_channel(weight, d)  # one product less of the size of x
-        return (d * factor if bias is None else d * factor + per_channel(bias, d)).to(x.dtype)
-
-    def _of_groups(self, values: Tensor, x: Tensor) -> Tensor:
-        """`values` [G] in dtype and shape to broadcast against `x`, [N, C, *]."""
-        if self.num_groups > 1:
-            values = values.repeat_interleave(self.num_channels // self.num_groups)
-        return values.to(x).view(-1, *[1] * (x.dim() - 2))
+        population = Population(self.population_mean, self.population_var, self.anchor)
+        return anchored_norm(x, self.num_groups, weight, bias, population, self.eps)
 
     def share_population(self, other: "Normalizer") -> None:
         """Takes M, V and b of `other`, which may be attributes that are no buffers: opacus needs that."""
@@ -247,20 +236,8 @@ def straightened(x: Tensor) -> Tensor:
     return x.contiguous() if crashes else x
 
 
-def group_means(x: Tensor, num_groups: int) -> Tensor:
-    """Means of x [N, C, *] over each group of an instance, [N, 1 or C, 1, ...].
-
-    They are taken over each channel, then over the group: no sum is long, and any memory format will do.
-    """
-    means = x.mean(tuple(range(2, x.dim())), keepdim=True) if x.dim() > 2 else x
-    if num_groups == 1:
-        return means.mean(1, keepdim=True)
-    grouped = means.reshape(x.shape[0], num_groups, x.shape[1] // num_groups)
-    return grouped.mean(2, keepdim=True).expand_as(grouped).reshape(means.shape)
-
-
 def _mean_of_groups(grouped: Tensor) -> Tensor:
-    """Means over each group of [N, G, C / G, S], [N, G, 1, 1], in two stages, as `group_means`."""
+    """Means over each group of [N, G, C / G, S], [N, G, 1, 1], in two stages, as those of `anchored_norm`."""
     return grouped.mean(3, keepdim=True).mean(2, keepdim=True)
 
 

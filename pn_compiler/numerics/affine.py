@@ -54,9 +54,8 @@ def absorb_affine(
         scale, shift: [I], or None.
         groups: groups of the convolution.
     """
-    device = weight.device.type
-    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):  # rounds the bias
-        with torch.autocast(device, enabled=False):
+    if is_autocast(weight.device.type):  # rounds the bias
+        with torch.autocast(weight.device.type, enabled=False):
             return absorb_affine(weight, bias, scale, shift, groups)
     if shift is not None:
         extra = _times(weight.to(shift.dtype), shift, groups)
@@ -65,6 +64,10 @@ def absorb_affine(
         rows = scale.view(groups, 1, -1).expand(-1, len(weight) // groups, -1)  # of each output channel
         weight = (weight * rows.reshape(*weight.shape[:2], *[1] * (weight.dim() - 2))).to(weight.dtype)
     return weight, bias
+
+
+def is_autocast(device: str) -> bool:
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
 
 
 def absorb_output_affine(

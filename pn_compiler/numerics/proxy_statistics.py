@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from pn_compiler.numerics.eager import runs_eagerly
 from pn_compiler.numerics.moments import moments, widest_dtype
-from pn_compiler.numerics.quadrature import is_transformed
 
 PARAMETERS = ("weight", "bias", "proxy_weight", "proxy_bias")  # of a site, in the order of their stack
 
@@ -56,7 +56,7 @@ def site_affine(
             phi(r u) = r phi(u).
     """
     learns = next(activation.parameters(), None) is not None
-    if learns or is_transformed() or not torch.is_grad_enabled():
+    if learns or not torch.is_grad_enabled() or not runs_eagerly(parameters):
         results = _narrow(parameters, *scale_and_shift(parameters, activation, proxy_eps), into_affine)
     else:
         results = _SiteAffine.apply(parameters, activation, proxy_eps, into_affine)  # type: ignore[no-untyped-call]  # torch's

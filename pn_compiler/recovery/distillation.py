@@ -18,7 +18,6 @@ from pn_compiler.base.options import pick
 from pn_compiler.base.strict_json import to_json
 from pn_compiler.data.metric import Metric
 from pn_compiler.data.samples import Outputs, Samples, digest
-from pn_compiler.recovery.fast_norm import fast_norms
 from pn_compiler.recovery.memory_layout import channels_last
 from pn_compiler.recovery.site_matching import SiteMatching
 from pn_compiler.recovery.trainer import Checkpoint, Loss, Trainer
@@ -182,7 +181,7 @@ def distill(
     file = None if checkpoint is None else Checkpoint(Path(checkpoint))
     student, teacher = copy_model(unwrap(model)), unwrap(teacher)
     _refuse(student)
-    with channels_last(teacher, student), untouched(teacher), untouched(student), fast_norms(student):
+    with channels_last(teacher, student), untouched(teacher), untouched(student):
         torch.manual_seed(seed)
         samples = Samples.read(batches, teacher, max_samples, labelled=metric is not None)
         measure = None if metric is None else Metric(metric, samples)

@@ -190,6 +190,35 @@ def test_convolution_takes_the_affine_in_behind_its_padding(
     assert_same_outputs(conv(x), conv._conv_forward(x, conv.weight, conv.bias))
 
 
+@pytest.mark.parametrize("samples", [1, 40])  # smaller than the weight, and larger
+@pytest.mark.parametrize("absorbed", ["both", "shift", "scale"])
+@pytest.mark.parametrize("padding", [0, 2, "same"])
+def test_gradients_of_consumers_whatever_is_scaled(padding: int | str, absorbed: str, samples: int) -> None:
+    torch.manual_seed(0)
+    conv = InputAffineConv1d(6, 8, 3, padding=padding, groups=2, dtype=torch.float64)
+    pads = (1, 1) if padding == "same" else (padding, padding)
+    x = torch.randn(samples, 6, 4, dtype=torch.float64, requires_grad=True)
+    assert (x.numel() < conv.weight.numel()) == (samples == 1)
+    scale, shift = (torch.randn(6, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    padded = F.pad(x, pads)
+    if absorbed != "shift":
+        padded = padded * scale[:, None]
+    if absorbed != "scale":
+        padded = padded + shift[:, None]
+    want = F.conv1d(padded, conv.weight, conv.bias, groups=2)
+    got = conv(x, None if absorbed == "shift" else scale, None if absorbed == "scale" else shift)
+    assert_same_outputs(got, want)
+    inputs = [
+        x,
+        conv.weight,
+        conv.bias,
+        *({"shift": [shift], "scale": [scale]}.get(absorbed, [scale, shift])),
+    ]
+    expected = torch.autograd.grad(want.square().sum(), inputs)
+    for actual, gradient in zip(torch.autograd.grad(got.square().sum(), inputs), expected, strict=True):
+        assert_same_outputs(actual, gradient)
+
+
 @pytest.mark.parametrize("repeats", [1, 6])
 def test_linear_takes_the_affine_in_behind_a_flatten(repeats: int) -> None:
     layer = InputAffineLinear(4 * repeats, 5, dtype=torch.float64)
