@@ -16,4 +16,6 @@ def runs_eagerly(*tensors: Tensor | None) -> bool:
     """
     if is_transformed() or torch._C._get_tracing_state() is not None or forward_ad._current_level >= 0:
         return False
+    if torch._C._len_torch_dispatch_stack():  # a mode that looks at operators, such as make_fx
+        return False
     return all(tensor is None or type(tensor) in (Tensor, torch.nn.Parameter) for tensor in tensors)

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from pn_compiler.nn import AnchoredNorm, Normalizer, ProxyNormAct, Statistics
 from pn_compiler.numerics import anchored_norm as module
@@ -141,7 +142,7 @@ def test_constant_inputs_have_finite_gradients() -> None:
 def test_what_is_left_to_composed_operators() -> None:
     """Rows without space, transforms, forward-mode derivatives, tracers, and populations that learn."""
     norm = site("rms", 1, 0.5)
-    x = torch.randn(4, 6, 3, dtype=torch.float64)
+    x = torch.randn(4, 6, 3, dtype=torch.float64, requires_grad=True)
     assert not is_fused(norm(x[..., 0]))
     expected = composed(norm, x, norm.weight, norm.bias)
     torch.testing.assert_close(torch.func.vmap(lambda row: norm(row[None])[0])(x), expected)
@@ -151,9 +152,27 @@ def test_what_is_left_to_composed_operators() -> None:
         y = norm(forward_ad.make_dual(x, tangent))
         torch.testing.assert_close(forward_ad.unpack_dual(y).tangent, by_func)
     torch.testing.assert_close(torch.jit.trace(norm, x)(2 * x), norm(2 * x))
+    called = {str(node.target) for node in make_fx(norm)(x).graph.nodes}
+    assert "aten.rsqrt.default" in called
+    assert "aten.mul_.Tensor" not in called
     norm.anchor.requires_grad_()
     assert torch.autograd.grad(norm(x).square().sum(), norm.anchor)[0].abs() > 0
     assert norm(x[:0]).shape == (0, 6, 3)
+
+
+@pytest.mark.parametrize("activation", [nn.ReLU(), nn.SiLU()], ids=str)
+def test_forward_mode_derivatives_of_a_site_with_statistics_of_its_own(activation: nn.Module) -> None:
+    norm = ProxyNormAct(1, 6, activation, statistics="rms", dtype=torch.float64)
+    weight, x = norm.weight.detach(), torch.randn(2, 6, 3, dtype=torch.float64)
+
+    def run(weight: Tensor) -> Tensor:
+        return torch.func.functional_call(norm, {"weight": weight}, x)
+
+    tangent = torch.randn_like(weight)
+    _, expected = torch.func.jvp(run, (weight,), (tangent,))
+    with forward_ad.dual_level():
+        actual = forward_ad.unpack_dual(run(forward_ad.make_dual(weight, tangent))).tangent
+    torch.testing.assert_close(actual, expected)
 
 
 @pytest.mark.parametrize("kind", KINDS)
