@@ -3,7 +3,6 @@
 All are leaves for torch.fx. The ``InputAffine*`` modules have the same parameters as those they replace.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -106,14 +105,15 @@ def _absorbed(
     return memo.recall((weight, bias, scale, shift), compute)
 
 
-def _is_smaller(x: Tensor, weight: Tensor, scale: Tensor | None, shift: Tensor | None) -> bool:
+def _is_smaller(x: Tensor, weight: Tensor) -> bool:
     """Whether to apply an affine to `x` because it is smaller than the weight that would absorb it.
 
-    So it is in the last layers and for few samples. Half precision would round x once more.
+    So it is in the last layers and for few samples. Larger kernels gain nothing, and half precision would
+    round x once more.
     """
     return (
-        runs_eagerly(x, weight, scale, shift)
-        and x.numel() < weight.numel()
+        runs_eagerly(x, weight)
+        and x.numel() < weight.numel() == weight.shape[0] * weight.shape[1]
         and x.dim() == weight.dim()  # with samples
         and x.dtype == weight.dtype == torch.promote_types(x.dtype, torch.float32)
         and not is_autocast(x.device.type)
@@ -127,34 +127,23 @@ class _InputAffineConv(nn.modules.conv._ConvNd):
     scale and shift are [in_channels] or None. Source: docs/method.md, "Where the padding stands".
     """
 
-    convolve: Callable[..., Tensor]
-
     def forward(self, x: Tensor, scale: Tensor | None = None, shift: Tensor | None = None) -> Tensor:
-        if not _is_smaller(x, self.weight, scale, shift):
-            return self._conv_forward(x, *_absorbed(self, scale, shift, self.groups))
-        padding = self._reversed_padding_repeated_twice
-        if shift is None or self.padding_mode != "zeros" or not any(padding):  # either order is the same
+        padded = self.padding_mode == "zeros" and any(self._reversed_padding_repeated_twice)
+        if not padded and _is_smaller(x, self.weight):
             return self._conv_forward(channel_affine(x, scale, shift), self.weight, self.bias)
-        x = channel_affine(F.pad(x, padding), scale, shift)
-        return self.convolve(x, self.weight, self.bias, self.stride, 0, self.dilation, self.groups)
+        return self._conv_forward(x, *_absorbed(self, scale, shift, self.groups))
 
 
 class InputAffineConv1d(_InputAffineConv, nn.Conv1d):
     """Conv1d of ``x * scale + shift``, the padding applied to x; scale and shift [in_channels] or None."""
 
-    convolve = staticmethod(F.conv1d)
-
 
 class InputAffineConv2d(_InputAffineConv, nn.Conv2d):
     """Conv2d of ``x * scale + shift``, the padding applied to x; scale and shift [in_channels] or None."""
 
-    convolve = staticmethod(F.conv2d)
-
 
 class InputAffineConv3d(_InputAffineConv, nn.Conv3d):
     """Conv3d of ``x * scale + shift``, the padding applied to x; scale and shift [in_channels] or None."""
-
-    convolve = staticmethod(F.conv3d)
 
 
 class InputAffineLinear(nn.Linear):
@@ -169,7 +158,7 @@ class InputAffineLinear(nn.Linear):
                 f"this Linear was converted for inputs [N, C] and got {tuple(x.shape)}: pass "
                 "example_inputs to transform"
             )
-        if _is_smaller(x, self.weight, scale, shift):
+        if _is_smaller(x, self.weight):
             return F.linear(channel_affine(x, scale, shift), self.weight, self.bias)
         return F.linear(x, *_absorbed(self, self.per_feature(scale), self.per_feature(shift)))
 

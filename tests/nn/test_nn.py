@@ -192,15 +192,14 @@ def test_convolution_takes_the_affine_in_behind_its_padding(
 
 @pytest.mark.parametrize("samples", [1, 40])  # smaller than the weight, and larger
 @pytest.mark.parametrize("absorbed", ["both", "shift", "scale"])
-@pytest.mark.parametrize("padding", [0, 2, "same"])
-def test_gradients_of_consumers_whatever_is_scaled(padding: int | str, absorbed: str, samples: int) -> None:
+@pytest.mark.parametrize("padding", [0, 1])
+def test_gradients_of_consumers_whatever_is_scaled(padding: int, absorbed: str, samples: int) -> None:
     torch.manual_seed(0)
-    conv = InputAffineConv1d(6, 8, 3, padding=padding, groups=2, dtype=torch.float64)
-    pads = (1, 1) if padding == "same" else (padding, padding)
+    conv = InputAffineConv1d(6, 16, 1, padding=padding, groups=2, dtype=torch.float64)
     x = torch.randn(samples, 6, 4, dtype=torch.float64, requires_grad=True)
     assert (x.numel() < conv.weight.numel()) == (samples == 1)
     scale, shift = (torch.randn(6, dtype=torch.float64, requires_grad=True) for _ in range(2))
-    padded = F.pad(x, pads)
+    padded = F.pad(x, (padding, padding))
     if absorbed != "shift":
         padded = padded * scale[:, None]
     if absorbed != "scale":
