@@ -1,5 +1,6 @@
-"""A hook of mkdocs: the pages at the root of the repository become pages of the site, README.md the first."""
+"""A hook of mkdocs: the pages at the root of the repository, README.md the first, and the notebooks become pages."""
 
+import json
 import posixpath
 import re
 from pathlib import Path
@@ -16,13 +17,23 @@ PAGES = {
     "LICENSE": "LICENSE",
     "CITATION.cff": "CITATION.cff",
 }
+NOTEBOOK = re.compile(r"examples/notebooks/(\w+)\.ipynb")
 LINK = re.compile(r"(\]\(|(?:src|srcset|href)=\")([^)\"#\s]+)")
 
 
 def place_on_site(target: str) -> str:
     """Where a link from the root of the repository leads on the site."""
     path = posixpath.normpath(target)
-    return PAGES.get(path, path.removeprefix("docs/"))
+    return NOTEBOOK.sub(r"notebooks/\1.md", PAGES.get(path, path.removeprefix("docs/")))
+
+
+def as_page(notebook: Path) -> str:
+    """The text and the code of a notebook."""
+    cells = json.loads(notebook.read_text())["cells"]
+    blocks = [("".join(cell["source"]), cell["cell_type"] == "code") for cell in cells]
+    title, *rest = [f"```python\n{source}\n```" if code else source for source, code in blocks]
+    origin = f"*This is the notebook `examples/notebooks/{notebook.name}`.*"
+    return "\n\n".join([title, origin, *rest]).replace("](../../docs/", "](../")
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
@@ -35,6 +46,8 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
                 lambda match: match[1] + (match[2] if ":" in match[2] else place_on_site(match[2])), text
             )
         files.append(File.generated(config, page, content=text))
+    for notebook in (root / "examples" / "notebooks").glob("*.ipynb"):
+        files.append(File.generated(config, f"notebooks/{notebook.stem}.md", content=as_page(notebook)))
     return files
 
 

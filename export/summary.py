@@ -154,9 +154,10 @@ def _target(report: "Report") -> Iterator[Line]:
     if report.target != "portable" or report.tuning:
         yield Line("target", report.target)
     if report.blocked:
+        normalizers = "1 normalizer" if report.blocked == 1 else f"{report.blocked} normalizers"
         yield Line(
             "",
-            f"{report.blocked} normalizers in the blocked layout: for onnxruntime "
+            f"{normalizers} in the blocked layout: for onnxruntime "
             f"{report.versions.get('onnxruntime', '')} on CPUs of this kind only; others refuse the file",
         )
     few = sum(note.code == "PN219" for note in report.notes)

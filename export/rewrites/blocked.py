@@ -94,7 +94,10 @@ def in_blocked_layout(model: onnx.ModelProto, *, one_image: bool = True) -> tupl
     ]
     entries = [entry for entry in restored if entry is not None]
     if not entries:
-        raise ExportError("no normalizer can run in the blocked layout: use target portable")
+        raise ExportError(
+            f"no normalizer can run in the blocked layout, which takes images of a known size in one group, or "
+            f"in groups of a multiple of {block} channels: use target portable"
+        )
     _guard(result.graph, entries[0], block)
     RemoveUnusedNodesPass()(result)
     RemoveUnusedOpsetsPass()(result)

@@ -74,7 +74,8 @@ def test_every_page_is_in_the_menu_of_the_site() -> None:
     named = [page for section in menu for value in section.values() for page in pages_of(value)]
     assert len(named) == len(set(named))
     expected = {page.removeprefix("docs/").replace("README.md", "index.md") for page in PAGES}
-    assert set(named) == expected
+    notebooks = {f"notebooks/{path.stem}.md" for path in (ROOT / "examples" / "notebooks").glob("*.ipynb")}
+    assert set(named) == expected | notebooks
 
 
 def pages_of(entry: object) -> list[str]:
