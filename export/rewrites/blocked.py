@@ -95,8 +95,8 @@ def in_blocked_layout(model: onnx.ModelProto, *, one_image: bool = True) -> tupl
     entries = [entry for entry in restored if entry is not None]
     if not entries:
         raise ExportError(
-            f"no normalizer can run in the blocked layout, which takes images of a known size in one group, or "
-            f"in groups of a multiple of {block} channels: use target portable"
+            "no normalizer can run in the blocked layout, which takes images of a known size in one group, "
+            f"or in groups of a multiple of {block} channels: use target portable"
         )
     _guard(result.graph, entries[0], block)
     RemoveUnusedNodesPass()(result)
