@@ -1,4 +1,4 @@
-"""A hook of mkdocs: the pages at the root, README.md the first, and the notebooks become pages of the site."""
+"""A hook of mkdocs: the pages at the root, README.md the first, and the notebooks are pages of the site."""
 
 import json
 import posixpath
