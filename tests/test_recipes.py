@@ -96,6 +96,12 @@ def test_all_that_is_typed_is_read_back(typed: tuple[str, ...]) -> None:
     assert parsed(RECIPE.read_text()) == typed_alone(*typed)
 
 
+def test_a_saved_recipe_has_a_line_for_each_option() -> None:
+    recipes.save(parse(("model.pt", "-o", "m.onnx", "--leaf", "a", "--leaf", "b")), RECIPE)
+    lines = [line for line in RECIPE.read_text().splitlines() if not line.startswith("#")]
+    assert lines == ["model: model.pt", "output: m.onnx", "leaf: [a, b]"]
+
+
 @pytest.mark.parametrize(
     "name",
     ["yes", "1.20", "null", "~", "-o", "--norm", "a: b", "a #b", " a ", "'", '"', "ä\n\t", "[x]", "*x", "a,b",

@@ -151,8 +151,21 @@ def write_recipe(values: Mapping[str, Any], comments: Sequence[str]) -> str:
     """The text of a recipe that `read_recipe` reads back, under lines of `comments`."""
     import yaml
 
+    class Dumper(yaml.SafeDumper):
+        """Gives each option a line, lists included."""
+
+        def represent_list(self, data: Any) -> yaml.SequenceNode:
+            return self.represent_sequence("tag:yaml.org,2002:seq", data, flow_style=True)
+
+    for kind in (list, tuple):
+        Dumper.add_representer(kind, Dumper.represent_list)
     head = "".join(f"# {printable(comment)}\n" for comment in comments)
-    text: str = yaml.safe_dump(
-        dict(values), sort_keys=False, default_flow_style=None, allow_unicode=True, width=2**31
+    text: str = yaml.dump(
+        dict(values),
+        Dumper=Dumper,
+        sort_keys=False,
+        default_flow_style=False,
+        allow_unicode=True,
+        width=2**31,
     )
     return head + text
