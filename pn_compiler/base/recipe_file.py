@@ -151,7 +151,7 @@ def write_recipe(values: Mapping[str, Any], comments: Sequence[str]) -> str:
     """The text of a recipe that `read_recipe` reads back, under lines of `comments`."""
     import yaml
 
-    class Dumper(yaml.SafeDumper):
+    class Dumper(yaml.SafeDumper):  # type: ignore[misc]  # yaml has no types
         """Gives each option a line, lists included."""
 
         def represent_list(self, data: Any) -> yaml.SequenceNode:
