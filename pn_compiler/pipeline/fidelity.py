@@ -23,6 +23,7 @@ from pn_compiler.running.losses import Logits, agreement, divergence, named_outp
 MOST_SAMPLES = 256
 # Points of accuracy that public networks lost without data: docs/real_networks.md.
 _LOST = "at most 1 point with the defaults, up to 9 with --norm layer and 37 with --norm group (norm=)"
+_SAME = 1e-3  # relative L2 of outputs, below which training would find nothing to learn from
 _BATCH = 32
 
 
@@ -82,6 +83,8 @@ class Fidelity:
                 "it on a few hundred unlabelled samples, with --calibrate DATA --distill 150 "
                 "(calibration=, distill_steps=150)"
             )
+        if self.relative_l2 is not None and self.relative_l2 < _SAME:
+            return f"{self._cost}there is nothing to recover"
         return f"{self._cost}--distill STEPS (distill_steps=) brings them closer; more samples, closer still"
 
     @property

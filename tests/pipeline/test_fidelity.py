@@ -71,6 +71,7 @@ def test_nothing_moved_where_instances_are_like_the_population() -> None:
     assert found.relative_l2 < 1e-4
     assert found.sites["0"] < 1e-4
     assert found.kl is None
+    assert found.advice.endswith("there is nothing to recover")
 
 
 def test_notes_and_advice() -> None:
