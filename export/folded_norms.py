@@ -1,7 +1,7 @@
 """Normalizers of a folded network as one operator each, while torch.onnx works on it.
 
-Composed of operators, as `FoldedNorm` is, each is some fourteen for torch.export, torch.onnx and its optimizer,
-which take time for each of them. What is written is the same.
+Composed of operators, as `FoldedNorm` is, each is some fourteen for torch.export, torch.onnx and its
+optimizer, which take time for each of them. What is written is the same.
 """
 
 import contextlib
@@ -26,7 +26,7 @@ _NAME = "FoldedNorm"
 
 @contextlib.contextmanager
 def as_one_operator(model: nn.Module) -> Iterator[None]:
-    """Lets torch.export see each FoldedNorm of `model` as one operator, which `expand_folded_norms` replaces."""
+    """Lets torch.export see each FoldedNorm in `model` as one operator; see `expand_folded_norms`."""
     with contextlib.ExitStack() as stack:
         for norm in model.modules():
             if isinstance(norm, FoldedNorm) and "normalize" not in vars(norm):
@@ -77,7 +77,10 @@ class _Expansion:
 
     def run(self) -> None:
         x, var, share, shift, weight, bias = (*self.node.inputs, *[None] * 4)[:6]
-        assert x is not None and x.shape is not None and var is not None and var.shape is not None
+        assert x is not None
+        assert x.shape is not None
+        assert var is not None
+        assert var.shape is not None
         groups, ones = var.shape[0], [1] * (len(x.shape) - 2)
         assert isinstance(groups, int)
         per_group, per_channel = [groups, 1, 1], [-1, *ones]
@@ -110,7 +113,9 @@ class _Expansion:
             sizes, allowzero = [batch if isinstance(batch, int) else -1, *shape[1:]], 1
         else:
             sizes, allowzero = [0, groups, channels // groups, -1], 0
-        return self.op("Reshape", x, self.stored(np.array(sizes), "grouped"), shape=shape, allowzero=allowzero)
+        return self.op(
+            "Reshape", x, self.stored(np.array(sizes), "grouped"), shape=shape, allowzero=allowzero
+        )
 
     def whole_shape(self, x: onnx_ir.Value) -> onnx_ir.Value:
         """The shape of `x`, with -1 for one unknown size."""
@@ -139,7 +144,10 @@ class _Expansion:
 
     def stored(self, values: np.ndarray[Any, Any], name: str) -> onnx_ir.Value:
         constant = onnx_ir.Value(name=f"{self.y.name}/{name}", const_value=onnx_ir.tensor(values))
-        constant.shape, constant.dtype = onnx_ir.Shape(values.shape), onnx_ir.DataType.from_numpy(values.dtype)
+        constant.shape, constant.dtype = (
+            onnx_ir.Shape(values.shape),
+            onnx_ir.DataType.from_numpy(values.dtype),
+        )
         return self.graph.initializers.setdefault(str(constant.name), constant)
 
     def op(
