@@ -43,7 +43,7 @@ def _normalize(
     alike = all(value is None or value.dtype == x.dtype for value in inputs)
     if not (alike and torch.compiler.is_exporting() and x.dim() > 1 and x.shape[1] == norm.num_channels):
         return plain(x, weight, bias)  # type: ignore[no-any-return]
-    attributes = {"centered": int(norm.centered)}
+    attributes: dict[str, Any] = {"centered": int(norm.centered)}
     return torch.onnx.ops.symbolic(
         f"{_DOMAIN}::{_NAME}", inputs, attributes, dtype=x.dtype, shape=x.shape, version=1
     )
@@ -154,12 +154,15 @@ class _Expansion:
         self,
         name: str,
         *inputs: onnx_ir.Value,
-        shape: onnx_ir.Shape,
+        shape: onnx_ir.Shape | None,
         dtype: onnx_ir.DataType | None = None,
         **attributes: int,
     ) -> onnx_ir.Value:
-        result = onnx_ir.Value(name=f"{self.y.name}/{len(self.nodes)}", shape=shape.copy())
-        result.dtype = dtype or inputs[0].dtype
+        result = onnx_ir.Value(
+            name=f"{self.y.name}/{len(self.nodes)}",
+            shape=None if shape is None else shape.copy(),
+            type=inputs[0].type if dtype is None else onnx_ir.TensorType(dtype),
+        )
         node = onnx_ir.node(name, inputs, attributes, outputs=[result])
         self.nodes.append(node)
         return result
