@@ -97,8 +97,8 @@ class _Expansion:
         value = self.op("Reshape", value, self.whole_shape(x), shape=x.shape, allowzero=1)
         if weight is not None:
             value = self.op("Mul", value, self.spread(weight, per_channel), shape=x.shape)
-            if bias is not None:
-                value = self.op("Add", value, self.spread(bias, per_channel), shape=x.shape)
+        if bias is not None:
+            value = self.op("Add", value, self.spread(bias, per_channel), shape=x.shape)
         self.put_in_place(value)
 
     def grouped(self, x: onnx_ir.Value, groups: int) -> onnx_ir.Value:
