@@ -29,7 +29,8 @@ class Site(nn.Module):
         generator = torch.Generator().manual_seed(0)
         weight, bias, shift = torch.randn(3, CHANNELS, generator=generator)
         self.norm = FoldedNorm(
-            groups, CHANNELS, centered=centered, share=torch.rand(groups, generator=generator) if share else None,
+            groups, CHANNELS, centered=centered,
+            share=torch.rand(groups, generator=generator) if share else None,
             var=torch.rand(groups, generator=generator), shift=None if centered else shift,
             weight=weight, bias=bias,
         )  # fmt: skip
