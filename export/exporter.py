@@ -21,6 +21,7 @@ from pn_compiler.base.errors import ExportError, root_cause
 from pn_compiler.data.parts import part_hint
 from pn_compiler.export.dynamic_axes import DynamicAxes
 from pn_compiler.export.external_data import move_weights_out
+from pn_compiler.export.folded_norms import as_one_operator, expand_folded_norms
 from pn_compiler.export.io_names import rename
 from pn_compiler.export.node_names import module_paths, note_paths
 from pn_compiler.export.options import ExportOptions
@@ -67,6 +68,7 @@ def export_graph(
     paths = module_paths(result.graph)
     _strip(result)
     note_paths(result, paths)
+    expand_folded_norms(result)
     if staged is not None:
         move_weights_out(result, staged)
     if options.dynamic_batch:
@@ -107,7 +109,8 @@ def _of_program(
     model: nn.Module, inputs: Inputs, opset: int, dynamic_shapes: Any
 ) -> torch.onnx.ONNXProgram | None:
     # as torch.onnx traces: sizes of 0 and 1 are like others
-    with torch.fx.experimental._config.patch(backed_size_oblivious=True):  # type: ignore[attr-defined]
+    oblivious = torch.fx.experimental._config.patch(backed_size_oblivious=True)  # type: ignore[attr-defined]
+    with oblivious, as_one_operator(model):
         program = torch.export.export(
             model, inputs.args, dict(inputs.kwargs), dynamic_shapes=dynamic_shapes, strict=False
         )

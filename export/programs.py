@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+import torch.onnx.ops  # registers its operators
 from torch import Tensor, fx
 from torch.export import ExportedProgram
 
@@ -50,6 +51,7 @@ _OWN_RESULT = {
     aten.rsqrt.default,
     aten.softplus.default,
     aten.sub.Tensor,
+    torch.ops.onnx_symbolic._symbolic.default,
 }
 _VIEWS = {
     aten.permute.default,
