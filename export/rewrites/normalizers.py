@@ -9,10 +9,8 @@ from typing import Any
 
 import numpy as np
 import onnx_ir
-from onnx_ir.convenience import replace_all_uses_with
-from onnx_ir.passes.common import RemoveUnusedNodesPass
 
-from pn_compiler.export.rewrites.norms import Norm, find_norms
+from pn_compiler.export.rewrites.norms import Norm, replace_norms
 from pn_compiler.export.rewrites.rules import apply_rule, contents, is_constant, sizes
 
 _BLOCK = 16  # channels that onnxruntime lays out together with AVX-512; with AVX2 it is half of them
@@ -61,18 +59,13 @@ def pool_squares(model: onnx_ir.Model) -> int:
     Returns:
         How many were rewritten.
     """
-    norms = [norm for norm in find_norms(model.graph) if _is_of_image_without_mean(norm)]
-    for norm in norms:
-        replace_all_uses_with(norm.y, _pooled(model.graph, norm), replace_graph_outputs=True)
-    if norms:
-        model.graph.sort()
-        RemoveUnusedNodesPass()(model)
-    return len(norms)
+    return replace_norms(model, _is_of_image_without_mean, _pooled)
 
 
-def _pooled(graph: onnx_ir.Graph, norm: Norm) -> onnx_ir.Value:
-    tape = onnx_ir.tape.Tape(graph)
+def _pooled(tape: onnx_ir.tape.Tape, norm: Norm) -> onnx_ir.Value:
     dtype = norm.x.dtype.numpy() if norm.x.dtype is not None else np.float32
+    graph = tape.graph_like
+    assert isinstance(graph, onnx_ir.Graph)
 
     def stored(values: Any, name: str) -> onnx_ir.Value:
         return tape.initializer(onnx_ir.tensor(values), f"{norm.y.name}_{name}")
@@ -85,9 +78,7 @@ def _pooled(graph: onnx_ir.Graph, norm: Norm) -> onnx_ir.Value:
     if norm.share[0] != 1:
         power = op("Mul", power, stored(norm.share.astype(dtype), "share"))
     variance = op("Add", power, stored(norm.var.astype(dtype), "var"))
-    y = op("Mul", norm.x, op("Pow", variance, stored(np.array([-0.5], dtype), "exponent")))
-    y.shape, y.type = norm.y.shape, norm.y.type
-    return y
+    return op("Mul", norm.x, op("Pow", variance, stored(np.array([-0.5], dtype), "exponent")))
 
 
 def _is_of_image_without_mean(norm: Norm) -> bool:

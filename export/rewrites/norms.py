@@ -2,11 +2,13 @@
 
 import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
 import onnx_ir
+from onnx_ir.convenience import replace_all_uses_with
+from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from pn_compiler.export.rewrites.rules import constant_input, contents, is_constant, sizes
 
@@ -50,6 +52,32 @@ def find_norms(graph: onnx_ir.Graph) -> Iterator[Norm]:
         found = _instance_norm(node) or _means_and_products(node)
         if found is not None and _is_undone(found, node):
             yield found
+
+
+def replace_norms(
+    model: onnx_ir.Model,
+    wanted: Callable[[Norm], bool],
+    write: Callable[[onnx_ir.tape.Tape, Norm], onnx_ir.Value],
+) -> int:
+    """Replaces normalizers, in place.
+
+    Args:
+        model: its shapes must be known.
+        wanted: which are replaced.
+        write: computes the result of one in other operators, which it appends to the graph.
+
+    Returns:
+        How many were replaced.
+    """
+    norms = [norm for norm in find_norms(model.graph) if wanted(norm)]
+    for norm in norms:
+        y = write(onnx_ir.tape.Tape(model.graph), norm)
+        y.shape, y.type = norm.y.shape, norm.y.type
+        replace_all_uses_with(norm.y, y, replace_graph_outputs=True)
+    if norms:
+        model.graph.sort()
+        RemoveUnusedNodesPass()(model)
+    return len(norms)
 
 
 def _instance_norm(back: onnx_ir.Node) -> Norm | None:

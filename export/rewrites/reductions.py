@@ -10,10 +10,8 @@ import math
 
 import numpy as np
 import onnx_ir
-from onnx_ir.convenience import replace_all_uses_with
-from onnx_ir.passes.common import RemoveUnusedNodesPass
 
-from pn_compiler.export.rewrites.norms import Norm, find_norms
+from pn_compiler.export.rewrites.norms import Norm, replace_norms
 from pn_compiler.export.rewrites.rules import sizes
 
 
@@ -26,18 +24,10 @@ def use_reductions(model: onnx_ir.Model) -> int:
     Returns:
         How many were rewritten.
     """
-    norms = [norm for norm in find_norms(model.graph) if norm.groups == 1 and norm.share[0] > 0]
-    for norm in norms:
-        y = _standardized(norm, onnx_ir.tape.Tape(model.graph))
-        y.shape, y.type = norm.y.shape, norm.y.type
-        replace_all_uses_with(norm.y, y, replace_graph_outputs=True)
-    if norms:
-        model.graph.sort()
-        RemoveUnusedNodesPass()(model)
-    return len(norms)
+    return replace_norms(model, lambda norm: norm.groups == 1 and norm.share[0] > 0, _standardized)
 
 
-def _standardized(norm: Norm, tape: onnx_ir.tape.Tape) -> onnx_ir.Value:
+def _standardized(tape: onnx_ir.tape.Tape, norm: Norm) -> onnx_ir.Value:
     """(x - c) / sqrt(E + var / share), times what its form leaves for the weight behind: a constant."""
 
     def stored(value: float, name: str) -> onnx_ir.Value:
