@@ -23,9 +23,9 @@ def pytest_collection_finish() -> None:
 
 @pytest.fixture(scope="module", autouse=True)
 def what_a_file_leaves_is_not_searched_again() -> Iterator[None]:
-    """After the first export there are so many objects more that each collection takes 0.3 seconds.
+    """After the first export there are so many objects more that a collection takes 0.3 seconds.
 
-    Every export begins with one, and so do tests that look for what was left.
+    Tests that look for what was left begin with one each.
     """
     yield
     gc.collect()
