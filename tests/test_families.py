@@ -194,8 +194,18 @@ SLICE = {
     "torchvision": "googlenet inception_v3 mnasnet0_5 s3d raft_large vgg11_bn",
 }
 
+# convolutions, BatchNorms and activations one after the other or side by side, as in others of the slice
+PLAIN = "dla34 dpn48b hgnet_tiny inception_v3 inception_v4 selecsls42b vovnet39a xception41"
 
-@pytest.mark.parametrize(("library", "name"), [(k, n) for k, names in SLICE.items() for n in names.split()])
+
+@pytest.mark.parametrize(
+    ("library", "name"),
+    [
+        pytest.param(library, name, marks=[pytest.mark.slow] * (name in PLAIN.split()))
+        for library, names in SLICE.items()
+        for name in names.split()
+    ],
+)
 def test_every_batch_norm_is_accounted_for(library: str, name: str) -> None:
     row = transform_one((library, name))
     assert row is not None
