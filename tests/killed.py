@@ -13,7 +13,7 @@ from pn_compiler.base import files
 def exit_code(function: Callable[..., object], *args: object) -> int | None:
     """Calls `function` in a copy of this process; negative: the signal that ended it."""
     process = multiprocessing.get_context("fork").Process(target=function, args=args)
-    with warnings.catch_warnings():  # of threads, which a function that only writes files does not need
+    with warnings.catch_warnings():  # of threads, which such a function does not need
         warnings.simplefilter("ignore", DeprecationWarning)
         process.start()
     process.join()

@@ -381,7 +381,7 @@ def test_anchors_for_a_budget(
 def test_rms_with_an_anchor_from_end_to_end(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A network of torchvision, against BatchNorms that are replaced by hand."""
     torch.manual_seed(0)
-    model = randomize_batch_norms(zoo.torchvision().models.resnet18(num_classes=7)).eval()
+    model = randomize_batch_norms(zoo.small("resnet")).eval()
     torch.save(model, folder / "resnet.pt")
     arguments = (
         "resnet.pt",

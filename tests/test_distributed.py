@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.distributed_worker import PROCESSES, WAYS, batch, trained
-from tests.training_step import TINY, by_blocks, distance, network
+from tests.distributed_worker import PAIRS, PROCESSES, batch, trained
+from tests.training_step import by_blocks, distance, network
 
 ROOT = Path(__file__).parents[1]
 Results = dict[tuple[str, str], dict[str, Tensor]]
@@ -47,8 +47,7 @@ def alone(name: str, *, blocks: bool) -> dict[str, Tensor]:
     return trained(model.double(), batch())
 
 
-@pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("name", TINY)
+@pytest.mark.parametrize(("name", "way"), PAIRS)
 def test_gradients_equal_those_of_one_process(name: str, way: str, results: Results) -> None:
     # bfloat16 rounds weights and activations to 8 bits, and a rounding that crosses the bend of a ReLU
     # changes its slope by 1: see `bounds` in tests/test_training.py

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+from _pytest.mark import ParameterSet
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -32,15 +33,20 @@ def check(net: nn.Module, *inputs: object, tolerance: float = 1e-5) -> nn.Module
 IMAGES = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
 
 
+def slow(name: str) -> ParameterSet:
+    """One whose kinds of layers another network of its family has as well."""
+    return pytest.param(name, marks=pytest.mark.slow)
+
+
 @pytest.mark.parametrize(
-    "name", ["deeplabv3_mobilenet_v3_large", "lraspp_mobilenet_v3_large", "fcn_resnet50"]
+    "name", ["deeplabv3_mobilenet_v3_large", "lraspp_mobilenet_v3_large", slow("fcn_resnet50")]
 )
 def test_segmentation(name: str) -> None:
     models = zoo.torchvision().models.segmentation
     check(getattr(models, name)(weights=None, weights_backbone=None, num_classes=4), IMAGES)
 
 
-@pytest.mark.parametrize("name", ["r3d_18", "mc3_18", "r2plus1d_18"])
+@pytest.mark.parametrize("name", [slow("r3d_18"), "mc3_18", "r2plus1d_18"])
 def test_video(name: str) -> None:
     model = getattr(zoo.torchvision().models.video, name)(weights=None)
     check(model, torch.randn(1, 3, 4, 32, 32))
@@ -48,8 +54,8 @@ def test_video(name: str) -> None:
 
 DETECTORS = [
     "fasterrcnn_mobilenet_v3_large_320_fpn",
-    "fcos_resnet50_fpn",
-    "keypointrcnn_resnet50_fpn",
+    slow("fcos_resnet50_fpn"),
+    slow("keypointrcnn_resnet50_fpn"),
     "maskrcnn_resnet50_fpn_v2",
     "retinanet_resnet50_fpn_v2",
     "ssdlite320_mobilenet_v3_large",
@@ -188,8 +194,18 @@ SLICE = {
     "torchvision": "googlenet inception_v3 mnasnet0_5 s3d raft_large vgg11_bn",
 }
 
+# convolutions, BatchNorms and activations one after the other or side by side, as in others of the slice
+PLAIN = "dla34 dpn48b hgnet_tiny inception_v3 inception_v4 selecsls42b vovnet39a xception41"
 
-@pytest.mark.parametrize(("library", "name"), [(k, n) for k, names in SLICE.items() for n in names.split()])
+
+@pytest.mark.parametrize(
+    ("library", "name"),
+    [
+        pytest.param(library, name, marks=[pytest.mark.slow] * (name in PLAIN.split()))
+        for library, names in SLICE.items()
+        for name in names.split()
+    ],
+)
 def test_every_batch_norm_is_accounted_for(library: str, name: str) -> None:
     row = transform_one((library, name))
     assert row is not None

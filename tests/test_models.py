@@ -113,7 +113,8 @@ def extractor(model: nn.Module, *nodes: str) -> fx.GraphModule:
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("inputs", [None, IMAGES])
 def test_feature_extractors_are_converted(training: bool, inputs: Tensor | None, tmp_path: Path) -> None:
-    model = randomize_batch_norms(zoo.torchvision().models.resnet18()).eval()
+    models = zoo.torchvision().models
+    model = randomize_batch_norms(models.ResNet(models.resnet.BasicBlock, [2, 1, 1, 2])).eval()
     extracted = extractor(model, "layer1", "layer4").train(training)
     modes = {name: module.training for name, module in extracted.named_modules()}
     converted = pn_compiler.transform(extracted, inputs, strict=True)

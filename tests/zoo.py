@@ -5,7 +5,7 @@ import importlib
 from types import ModuleType
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pn_compiler.loading.admission import prepare_torchvision
 
@@ -49,3 +49,20 @@ def timm() -> ModuleType:
     import timm
 
     return timm
+
+
+def small(name: str) -> nn.Module:
+    """A network of torchvision's blocks without their repetitions, which would only cost time."""
+    models = torchvision().models
+    network: nn.Module
+    if name == "resnet":
+        network = models.ResNet(models.resnet.BasicBlock, [1, 1, 1, 1], num_classes=10)
+    elif name == "mobilenet":
+        network = models.MobileNetV2(10, inverted_residual_setting=[[1, 16, 1, 1], [6, 24, 2, 2]])
+    elif name == "efficientnet":
+        block = models.efficientnet.MBConvConfig
+        setting = [block(1, 3, 1, 32, 16, 1, 1, 1), block(6, 5, 2, 16, 24, 2, 1, 1)]
+        network = models.efficientnet.EfficientNet(setting, 0.2, num_classes=10)
+    else:
+        raise ValueError(name)
+    return network

@@ -148,20 +148,29 @@ def test_a_network_of_one_size(tmp_path: Path) -> None:
         )
 
 
-def test_networks_of_torchvision_and_timm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+PUBLIC = {
+    "small resnet": lambda: zoo.small("resnet"),
+    "small efficientnet": lambda: zoo.small("efficientnet"),
+    "timm": lambda: zoo.timm().create_model("test_efficientnet", num_classes=4),
+    "resnet18": lambda: zoo.torchvision().models.resnet18(num_classes=4),
+    "mobilenetv3": lambda: zoo.timm().create_model("mobilenetv3_small_050", num_classes=4),
+    "regnet": lambda: zoo.timm().create_model("regnety_002", num_classes=4),
+}
+WHOLE = ("resnet18", "mobilenetv3", "regnet")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow) if name in WHOLE else name for name in PUBLIC]
+)
+def test_networks_of_torchvision_and_timm(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    models = {
-        "resnet18": zoo.torchvision().models.resnet18(num_classes=4),
-        "mobilenet": zoo.timm().create_model("mobilenetv3_small_050", num_classes=4),
-        "regnet": zoo.timm().create_model("regnety_002", num_classes=4),
-    }
-    for name, model in models.items():
-        torch.save(randomized(model), f"{name}.pt")
-        arguments = [f"{name}.pt", "-o", f"{name}.onnx", "--input-shape", "1,3,64,64", "--dynamic", "H,W"]
-        assert cli.main(arguments) == cli.DONE, name
-        assert [shape[2:] for shape in shapes(Path(f"{name}.onnx")).values()] == [["H", "W"]]
-        x = torch.randn(2, 3, 80, 48)
-        want = pn_compiler.transform(model, x)(x).detach().numpy()
-        (feed,) = shapes(Path(f"{name}.onnx"))
-        actual = run(Path(f"{name}.onnx"), **{feed: x}).numpy()
-        assert np.abs(actual - want).max() <= 1e-4 * np.abs(want).max()
+    model = PUBLIC[name]()
+    torch.save(randomized(model), "m.pt")
+    arguments = ["m.pt", "-o", "m.onnx", "--input-shape", "1,3,64,64", "--dynamic", "H,W"]
+    assert cli.main(arguments) == cli.DONE
+    assert [shape[2:] for shape in shapes(Path("m.onnx")).values()] == [["H", "W"]]
+    x = torch.randn(2, 3, 80, 48)
+    want = pn_compiler.transform(model, x)(x).detach().numpy()
+    (feed,) = shapes(Path("m.onnx"))
+    actual = run(Path("m.onnx"), **{feed: x}).numpy()
+    assert np.abs(actual - want).max() <= 1e-4 * np.abs(want).max()

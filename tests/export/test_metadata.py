@@ -122,7 +122,7 @@ def test_functions_and_classes_among_the_options_are_named(tmp_path: Path) -> No
 
 
 def test_a_network_of_torchvision(tmp_path: Path) -> None:
-    net = randomize_batch_norms(zoo.torchvision().models.mobilenet_v2()).eval()
+    net = randomize_batch_norms(zoo.small("mobilenet")).eval()
     pn_compiler.compile(net, tmp_path / "m.onnx", X, verify=False)
     names = [node.name for node in onnx.load(tmp_path / "m.onnx").graph.node]
     assert len(set(names)) == len(names)

@@ -461,17 +461,8 @@ LINEAR |= {"GlobalAveragePool", "Flatten"}
 
 
 def small(name: str) -> nn.Module:
-    models = zoo.torchvision().models
     torch.manual_seed(0)
-    if name == "resnet":
-        network = models.ResNet(models.resnet.BasicBlock, [1, 1, 1, 1], num_classes=10)
-    elif name == "mobilenet":
-        network = models.MobileNetV2(10, inverted_residual_setting=[[1, 16, 1, 1], [6, 24, 2, 2]])
-    else:
-        block = models.efficientnet.MBConvConfig
-        setting = [block(1, 3, 1, 32, 16, 1, 1, 1), block(6, 5, 2, 16, 24, 2, 1, 1)]
-        network = models.efficientnet.EfficientNet(setting, 0.2, num_classes=10)
-    return randomize_batch_norms(network).eval()
+    return randomize_batch_norms(zoo.small(name)).eval()
 
 
 @pytest.mark.parametrize(

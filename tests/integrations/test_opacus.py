@@ -252,20 +252,19 @@ def with_silu(network: nn.Module) -> nn.Module:
     return network
 
 
-def resnet18() -> nn.Module:
-    network: nn.Module = zoo.torchvision().models.resnet18(num_classes=5)
-    return network
-
-
 REAL = {
-    "resnet18": resnet18,
-    "resnet18 with silu": lambda: with_silu(resnet18()),
+    "resnet": lambda: zoo.small("resnet"),
+    "resnet with silu": lambda: with_silu(zoo.small("resnet")),
+    "mobilenet": lambda: zoo.small("mobilenet"),
+    "resnet18": lambda: zoo.torchvision().models.resnet18(num_classes=5),
     "mobilenet_v2": lambda: zoo.torchvision().models.mobilenet_v2(num_classes=5),
 }
+WHOLE = ("resnet18", "mobilenet_v2")
+NAMES = [pytest.param(name, marks=pytest.mark.slow) if name in WHOLE else name for name in REAL]
 
 
 @pytest.mark.parametrize("options", [{}, {"warm_start": "none", "norm": "group"}], ids=str)
-@pytest.mark.parametrize("name", REAL)
+@pytest.mark.parametrize("name", NAMES)
 def test_real_networks(name: str, options: dict[str, Any]) -> None:
     torch.manual_seed(0)
     x = images(size=32, batch=2)
@@ -274,7 +273,7 @@ def test_real_networks(name: str, options: dict[str, Any]) -> None:
     assert_gradients_of_samples(release(model), x, tolerance=1e-9)
 
 
-@pytest.mark.parametrize("name", REAL)
+@pytest.mark.parametrize("name", NAMES)
 def test_real_networks_in_float32(name: str) -> None:
     torch.manual_seed(0)
     x = images(torch.float32, size=32, batch=2)

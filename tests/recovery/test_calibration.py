@@ -21,7 +21,7 @@ from pn_compiler.numerics.least_squares import ChannelFit, merged
 from pn_compiler.recovery.affine_fit import AffineFit, Score, values_of
 from pn_compiler.running.evaluation import Shards
 from pn_compiler.testing import assert_same_outputs, randomize_batch_norms, relative_error
-from tests.zoo import timm, torchvision
+from tests.zoo import small, timm
 
 
 class Untraceable(nn.Module):
@@ -69,7 +69,7 @@ class Selecting(nn.Module):
 
 
 def resnet() -> nn.Module:
-    return torchvision().models.resnet18(num_classes=10)
+    return small("resnet")
 
 
 def small_resnet() -> nn.Module:
@@ -77,7 +77,7 @@ def small_resnet() -> nn.Module:
 
 
 def mobilenet() -> nn.Module:
-    return torchvision().models.mobilenet_v2(num_classes=10)
+    return small("mobilenet")
 
 
 def linear() -> nn.Module:

@@ -8,8 +8,6 @@ import math
 import os
 import re
 import signal
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -29,6 +27,7 @@ from pn_compiler.recovery import trainer
 from pn_compiler.running import losses
 from pn_compiler.running.inputs import Inputs
 from pn_compiler.testing import randomize_batch_norms
+from tests import killed
 from tests.training_step import NETWORKS, TINY
 from tests.training_step import images as pictures
 
@@ -577,58 +576,49 @@ def test_a_run_that_went_back_goes_on_bit_for_bit(
         assert without_seconds(second) == without_seconds(report)
 
 
-KILLED = """
-import os, signal, sys, torch
-from pn_compiler import distill, output_loss, transform
-from pn_compiler.recovery import trainer
-from pn_compiler.testing import randomize_batch_norms
-from torch import nn
+def train_until_killed(path: Path, where: str, count: int) -> None:
+    """Goes on from the checkpoint until the process, a copy of this one, is killed; else compares the end."""
+    calls: list[int] = []
 
-torch.set_num_threads(1)
-trainer.SAVE_EVERY = 0.0
-path, where, count = sys.argv[1], sys.argv[2], int(sys.argv[3])
-calls = []
+    def kill_at(number: int) -> None:
+        calls.append(0)
+        if len(calls) == number:
+            killed.kill_this_process()
 
-def kill_at(number):
-    calls.append(0)
-    if len(calls) == number:
-        os.kill(os.getpid(), signal.SIGKILL)
+    def loss(student: Any, teacher: Any) -> Tensor:
+        if where == "step":
+            kill_at(count)
+        return output_loss(student, teacher)
 
-def loss(student, teacher):
-    if where == "step":
-        kill_at(count)
-    return output_loss(student, teacher)
+    if where == "write":  # the new file is there under another name, not yet in place
+        replace = os.replace
 
-if where == "write":  # the new file is there under another name, not yet in place
-    replace = os.replace
-    os.replace = lambda *names: (kill_at(count), replace(*names))
+        def counted(*names: Any) -> None:
+            kill_at(count)
+            replace(*names)
 
-def train(checkpoint):
-    torch.manual_seed(0)
-    net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(144, 3))
-    randomize_batch_norms(net).eval()
-    options = {"steps": 13, "batch_size": 16, "lr": 1e-3, "loss": loss, "checkpoint": checkpoint}
-    student, report = distill(transform(net), net, torch.randn(64, 1, 8, 8), **options)
-    return [*student.state_dict().values(), torch.tensor(report.loss_after)]
+        os.replace = counted  # type: ignore[assignment]
 
-resumed = train(path)
-if not all(map(torch.equal, resumed, train(None))):
-    sys.exit("the two differ")
-"""
+    def train(checkpoint: Path | None) -> list[Tensor]:
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(144, 3))
+        randomize_batch_norms(net).eval()
+        options = {"steps": 13, "batch_size": 16, "lr": 1e-3, "loss": loss, "checkpoint": checkpoint}
+        student, report = distill(pn_compiler.transform(net), net, torch.randn(64, 1, 8, 8), **options)
+        return [*student.state_dict().values(), torch.tensor(report.loss_after)]
+
+    resumed = train(path)
+    assert all(map(torch.equal, resumed, train(None)))
 
 
-def test_a_killed_run_goes_on_bit_for_bit(tmp_path: Path) -> None:
+def test_a_killed_run_goes_on_bit_for_bit(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(trainer, "SAVE_EVERY", 0.0)
     path = tmp_path / "checkpoint"
-
-    def run(where: str, count: int) -> int:
-        command = [sys.executable, "-c", KILLED, str(path), where, str(count)]
-        return subprocess.run(command, stdout=subprocess.DEVNULL, check=False).returncode
-
-    assert run("step", 6) == -signal.SIGKILL
+    assert killed.exit_code(train_until_killed, path, "step", 6) == -signal.SIGKILL
     assert torch.load(path)["step"] == 4
-    assert run("write", 4) == -signal.SIGKILL
+    assert killed.exit_code(train_until_killed, path, "write", 4) == -signal.SIGKILL
     assert torch.load(path)["step"] == 7
-    assert run("", 0) == 0
+    assert killed.exit_code(train_until_killed, path, "", 0) == 0
     assert torch.load(path)["step"] == 13
 
 

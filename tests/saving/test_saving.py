@@ -279,7 +279,7 @@ def test_changes_since(change: Callable[[nn.Module], None], blocks: nn.Module, t
 
 
 def test_timm_head(tmp_path: Path) -> None:
-    model = converted(from_timm("mobilenetv3_small_050"))
+    model = converted(from_timm("test_efficientnet"))
     model.reset_classifier(3)
     loaded = saved_and_loaded(model, tmp_path)
     assert_same(loaded, model)

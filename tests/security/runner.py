@@ -4,6 +4,7 @@ Reads lines of JSON [name, arguments] from the standard input and answers each w
 """
 
 import contextlib
+import gc
 import io
 import json
 import sys
@@ -46,6 +47,7 @@ def run(arguments: list[str], started: list[str]) -> dict[str, object]:
 
 def main() -> None:
     torch.set_num_threads(1)
+    gc.freeze()  # the collector need not go through what was imported
     started: list[str] = []
     sys.addaudithook(lambda event, arguments: started.append(event) if event.startswith(_PROCESSES) else None)
     answers = sys.stdout

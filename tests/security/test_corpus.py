@@ -1,5 +1,6 @@
 """Hostile and broken files: no code of theirs runs, nothing hangs, and each is refused in one line."""
 
+import functools
 import os
 import subprocess
 import sys
@@ -16,8 +17,9 @@ from tests.security.sandbox import ROOT, outcomes
 from tests.security.saved_cases import saved_cases
 
 
-def corpus() -> list[Case]:
-    return [*archive_cases(), *pickle_cases(), *inert_cases(), *program_cases(), *saved_cases()]
+@functools.cache
+def corpus() -> tuple[Case, ...]:
+    return *archive_cases(), *pickle_cases(), *inert_cases(), *program_cases(), *saved_cases()
 
 
 def write(case: Case, folder: Path) -> None:

@@ -7,7 +7,7 @@ import pytest
 from tests.security import mutations
 
 
-@pytest.mark.parametrize("count", [150, pytest.param(600, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [60, pytest.param(600, marks=pytest.mark.slow)])
 def test_damaged_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, count: int) -> None:
     monkeypatch.chdir(tmp_path)
     assert not list(mutations.problems(count, 0, tmp_path))
