@@ -44,4 +44,7 @@ def is_converted_state(state: Mapping[str, Any], expected: Iterable[str]) -> boo
         return False
     if recorded_options(state) is not None or any(name.endswith(_OF_SITES) for name in names):
         return True
-    return any(name.endswith(_OF_BATCH_NORM) for name in expected)
+    known = set(expected)
+    norms = [name.removesuffix(_OF_BATCH_NORM) for name in known if name.endswith(_OF_BATCH_NORM)]
+    weights = [f".{norm}.weight" for norm in norms if f"{norm}.weight" in known]
+    return bool(norms) and all(any(f".{name}".endswith(weight) for name in names) for weight in weights)
