@@ -31,7 +31,7 @@ import onnx_ir
 import onnxruntime
 from onnx.helper import make_node, make_opsetid
 from onnx_ir.convenience import replace_all_uses_with
-from onnx_ir.passes.common import RemoveUnusedNodesPass, RemoveUnusedOpsetsPass
+from onnx_ir.passes.common import NameFixPass, RemoveUnusedNodesPass, RemoveUnusedOpsetsPass
 
 from pn_compiler.base.errors import ExportError, first_line
 from pn_compiler.export.node_names import MESSAGE
@@ -101,6 +101,7 @@ def in_blocked_layout(model: onnx.ModelProto, *, one_image: bool = True) -> tupl
     _guard(result.graph, entries[0], block)
     RemoveUnusedNodesPass()(result)
     RemoveUnusedOpsetsPass()(result)
+    NameFixPass()(result)  # onnxruntime calls its constants val_3 and the like, too
     result.producer_name, result.producer_version = model.producer_name, model.producer_version
     proto = onnx_ir.to_proto(result)
     del proto.graph.value_info[:]  # of the plain layout
@@ -176,7 +177,8 @@ def _add_depthwise(tape: onnx_ir.tape.Tape, norm: Norm) -> onnx_ir.Node:
         tape.initializer(onnx_ir.tensor(zeros), f"{norm.y.name}_zeros"),
     ]
     uses, is_output = list(norm.y.uses()), norm.y.is_graph_output()
-    result = tape.op("Conv", inputs, {"group": norm.channels, "kernel_shape": [1, 1]})
+    result = onnx_ir.Value(name=f"{norm.y.name}/affine")
+    tape.op("Conv", inputs, {"group": norm.channels, "kernel_shape": [1, 1]}, output=result)
     result.shape, result.type = norm.y.shape, norm.y.type
     for node, index in uses:
         node.replace_input_with(index, result)

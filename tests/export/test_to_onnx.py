@@ -45,6 +45,10 @@ def network(activation: nn.Module | None = None) -> nn.Sequential:
 
 def with_group_norm(net: nn.Sequential) -> nn.Sequential:
     layers = [nn.GroupNorm(1, m.num_features) if isinstance(m, nn.BatchNorm2d) else m for m in net]
+    for layer in layers:
+        if isinstance(layer, nn.GroupNorm):  # a weight of 1 and a bias of 0 would be left out
+            nn.init.uniform_(layer.weight, 0.5, 2)
+            nn.init.uniform_(layer.bias)
     return nn.Sequential(*layers).eval()
 
 
