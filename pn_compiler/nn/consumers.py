@@ -129,7 +129,7 @@ class _InputAffineConv(nn.modules.conv._ConvNd):
 
     def forward(self, x: Tensor, scale: Tensor | None = None, shift: Tensor | None = None) -> Tensor:
         padded = self.padding_mode == "zeros" and any(self._reversed_padding_repeated_twice)
-        if not padded and _is_smaller(x, self.weight):
+        if self.training and not padded and _is_smaller(x, self.weight):  # else the weight is memoized
             return self._conv_forward(channel_affine(x, scale, shift), self.weight, self.bias)
         return self._conv_forward(x, *_absorbed(self, scale, shift, self.groups))
 
@@ -158,7 +158,7 @@ class InputAffineLinear(nn.Linear):
                 f"this Linear was converted for inputs [N, C] and got {tuple(x.shape)}: pass "
                 "example_inputs to transform"
             )
-        if _is_smaller(x, self.weight):
+        if self.training and _is_smaller(x, self.weight):  # else the weight is memoized
             return F.linear(channel_affine(x, scale, shift), self.weight, self.bias)
         return F.linear(x, *_absorbed(self, self.per_feature(scale), self.per_feature(shift)))
 

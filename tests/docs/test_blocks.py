@@ -38,7 +38,8 @@ def test_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, page: str) -
 
 def test_no_block_can_install_anything(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     enter(tmp_path, "README.md", monkeypatch)
-    planned = subprocess.run(["make", "--dry-run", "demo"], capture_output=True, text=True, check=True)
+    command = ["make", "--no-print-directory", "--dry-run", "demo"]
+    planned = subprocess.run(command, capture_output=True, text=True, check=True)
     assert planned.stdout == ".venv/bin/python examples/digits.py\n"
     shown = subprocess.run([".venv/bin/pip", "config", "debug"], capture_output=True, text=True, check=True)
     assert "PIP_DRY_RUN='1'" in shown.stdout
